@@ -1,0 +1,105 @@
+"""Array in, array out: the few formulas that every rule is made of.
+
+Floor 0: nothing here knows of trees, state or hyperparameters' origin.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+__all__ = [
+    "debias",
+    "ema",
+    "global_norm",
+    "real_dtype",
+    "real_zeros",
+    "sq",
+    "stochastic_round",
+    "wide",
+    "wide_dtype",
+    "zeros",
+]
+
+
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype to compute in: at least float32; float64 and complex stay as they are."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+    """``x`` widened to ``dtype``, or to at least float32; the result is never weakly typed."""
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, wide_dtype(x.dtype if dtype is None else dtype))
+
+
+def real_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of ``abs(x)``: float32 for complex64, float64 for complex128, else ``dtype``."""
+    return jnp.finfo(dtype).dtype
+
+
+def zeros(p: ArrayLike) -> jax.Array:
+    """Zeros of the shape (and sharding) of ``p``, in the dtype that its state is kept in."""
+    p = jnp.asarray(p)
+    return jnp.zeros_like(p, dtype=wide_dtype(p.dtype))
+
+
+def real_zeros(p: ArrayLike) -> jax.Array:
+    """Like `zeros`, but real: second moments of complex parameters are real."""
+    p = jnp.asarray(p)
+    return jnp.zeros_like(p, dtype=real_dtype(wide_dtype(p.dtype)))
+
+
+def sq(x: Any) -> jax.Array:
+    """The squared magnitude |x|^2, real also where ``x`` is complex."""
+    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x
+
+
+def ema(mean: Any, x: jax.Array, decay: Any) -> jax.Array:
+    """The moving average ``decay * mean + (1 - decay) * x``.
+
+    ``mean`` is None where the state keeps no such average (``decay`` is 0): then it is ``x``.
+    """
+    return x if mean is None else decay * mean + (1 - decay) * x
+
+
+def debias(mean: jax.Array, decay: Any, t: Any) -> jax.Array:
+    """An `ema` that started at zero, corrected after ``t`` steps: ``mean / (1 - decay**t)``.
+
+    The divisor is computed as ``-expm1(t * log(decay))``: in float32, ``1 - 0.999**1`` as written
+    keeps only four of its seven digits.
+    """
+    known = isinstance(decay, float | int)
+    log_decay = (math.log(decay) if decay > 0 else -math.inf) if known else jnp.log(decay)
+    return mean / -jnp.expm1(t * log_decay)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together, accumulated in at least float32 (0 if empty)."""
+    sums = [jnp.sum(sq(wide(x))) for x in jax.tree.leaves(tree)]
+    if not sums:
+        return jnp.zeros((), jnp.float32)
+    dtype = jnp.result_type(*sums)
+    return jnp.sqrt(sum((s.astype(dtype) for s in sums), jnp.zeros((), dtype)))
+
+
+def stochastic_round(x: jax.Array, dtype: DTypeLike, bits: jax.Array) -> jax.Array:
+    """Round float32 ``x`` to bfloat16 at random, so that the expected value is ``x``.
+
+    ``bits`` are uniform uint16 of ``x``'s shape. Adding them below the bits that bfloat16 keeps
+    and truncating carries into the kept part with exactly the right probability. Non-finite
+    values are passed through; values in the last binade round down rather than to infinity.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        raise ValueError(f"stochastic rounding is to bfloat16; got dtype={jnp.dtype(dtype).name}")
+    x = x.astype(jnp.float32)
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    mask = jnp.uint32(0xFFFF0000)
+    raised = jax.lax.bitcast_convert_type((raw + bits.astype(jnp.uint32)) & mask, jnp.float32)
+    truncated = jax.lax.bitcast_convert_type(raw & mask, jnp.float32)
+    rounded = jnp.where(jnp.isfinite(raised), raised, truncated)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)

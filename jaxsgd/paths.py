@@ -1,0 +1,95 @@
+"""Names of leaves, and groups of leaves by name.
+
+Floor 0. A leaf's name is its path joined by ``/``: ``"encoder/layer_0/kernel"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+__all__ = ["Groups", "leaf_names", "nearest", "resolve_groups", "same_structure"]
+
+Groups = Sequence[tuple[str | Callable[[str, Any], bool], Mapping[str, Any]]]
+"""``[(pattern, overrides), ...]``: ``pattern`` is a regular expression searched in the leaf's name,
+or a function ``(name, leaf) -> bool``; later matches win, setting by setting."""
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """One tree path as text. The ``value`` that an `nnx.Variable` puts at the end is left out,
+    so that a leaf has one name whether it is wrapped (``init``) or bare (``update``)."""
+    keys = list(path)
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys.pop()
+    return "/".join(_key_name(key) for key in keys)
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The names of the leaves of ``tree``, in flattening order."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'adam'?"`` where a similar name exists, else the list of names."""
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def resolve_groups(groups: Groups, names: Sequence[str], leaves: Sequence[Any]) -> list[dict]:
+    """The overrides of each leaf, merged in the order of ``groups``.
+
+    Raises:
+      ValueError: a pattern that matches no leaf (a tree without leaves is not checked).
+    """
+    settings: list[dict] = [{} for _ in names]
+    for pattern, overrides in groups:
+        if isinstance(pattern, str):
+            hits = [re.search(pattern, name) is not None for name in names]
+        else:
+            hits = [bool(pattern(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
+        if names and not any(hits):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"groups: the pattern {pattern!r} matches no parameter; the parameters are: {shown}")
+        for setting, hit in zip(settings, hits, strict=True):
+            if hit:
+                setting.update(overrides)
+    return settings
+
+
+def same_structure(params: Any, grads: Any) -> None:
+    """Check that two trees have the same leaves and shapes.
+
+    Raises:
+      ValueError: names the first path that only one of them has, or whose shapes differ.
+    """
+    if jax.tree.structure(params) != jax.tree.structure(grads):
+        in_params, in_grads = leaf_names(params), leaf_names(grads)
+        for name in in_params:
+            if name not in in_grads:
+                raise ValueError(f"grads: no gradient for the parameter {name!r}")
+        for name in in_grads:
+            if name not in in_params:
+                raise ValueError(f"grads: {name!r} is not among the parameters")
+        raise ValueError(
+            "grads: the same leaves in another container: params are "
+            f"{jax.tree.structure(params)}, grads are {jax.tree.structure(grads)}"
+        )
+    shapes = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+    for index, (p, g) in enumerate(shapes):
+        if jax.numpy.shape(p) != jax.numpy.shape(g):
+            raise ValueError(
+                f"grads: {leaf_names(params)[index]!r} has the shape {jax.numpy.shape(g)}; "
+                f"its parameter has {jax.numpy.shape(p)}"
+            )

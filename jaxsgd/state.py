@@ -1,0 +1,118 @@
+"""The state of a lifted rule: what it is, how to read it, how to set it.
+
+Floor 1. Everything here finds `State` wherever it is: inside `optax.chain`, `partition`,
+`MultiSteps`, a Flax `TrainState`, so no caller needs to know how a transformation was built.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.paths import nearest, path_name
+
+__all__ = ["State", "find_states", "metrics", "with_hyper"]
+
+PIN = "pinned_"
+FOLLOW = -1.0  # no hyperparameter is negative, and unlike NaN it leaves jax_debug_nans usable
+
+
+class State(NamedTuple):
+    """What a rule remembers.
+
+    Attributes:
+      count: int32 scalar, completed steps.
+      hyper: hyperparameters as applied in the last step (before the first: as they will be), scalars
+        in float32, or float64 where a parameter is. For one that follows a schedule, the entry
+        ``pinned_<name>`` is negative until `with_hyper` pins it.
+      slots: ``{"mu": tree like params, ...}``; a slot of a frozen leaf is None.
+      shared: scalars that belong to the tree as a whole.
+    """
+
+    count: jax.Array
+    hyper: dict[str, jax.Array]
+    slots: dict[str, Any]
+    shared: dict[str, jax.Array]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, State)
+
+
+def find_states(tree: Any) -> list[tuple[str, State]]:
+    """Every `State` in ``tree`` with its path."""
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0]
+    return [(path_name(path), node) for path, node in found if _is_state(node)]
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """What to log, as device scalars: ``step``, the hyperparameters applied, and the norms.
+
+    ``step`` counts completed steps. ``gradient_norm`` and ``update_norm`` are there when the rule was
+    called with ``norms=True`` (`jaxsgd.make_step` reports them in any case). Where ``state`` holds
+    several rules, each name is prefixed with the path of its rule.
+
+    Raises:
+      ValueError: ``state`` holds no jaxsgd state.
+    """
+    found = find_states(state)
+    if not found:
+        raise ValueError(f"state: no jaxsgd state in {jax.tree.structure(state)}")
+    out = {}
+    for path, node in found:
+        prefix = f"{path}/" if len(found) > 1 else ""
+        values = {"step": node.count, **node.hyper, **node.shared}
+        out |= {prefix + k: v for k, v in values.items() if not k.startswith(PIN)}
+    return out
+
+
+def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
+    """A copy of ``state`` with hyperparameters set: ``with_hyper(state, learning_rate=3e-4)``.
+
+    The values are runtime data: setting them under a jitted step compiles nothing. One that follows a
+    schedule is pinned to the value until ``with_hyper(state, learning_rate=None)`` lets it follow
+    again.
+
+    Args:
+      state: any tree that holds a `State`.
+      at: where ``state`` holds several rules, a regular expression that finds the path of those meant.
+      **values: names and values; scalars, or arrays to `jax.vmap` over.
+
+    Raises:
+      ValueError: no rule in ``state`` has the hyperparameter as a runtime value, or several have it and
+        ``at`` does not say which; a value below 0 or NaN; None for one that follows no schedule.
+    """
+    found = [(p, s) for p, s in find_states(state) if at is None or re.search(at, p)]
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"{name}={value}: a hyperparameter must be 0 or more")
+        holders = [path for path, node in found if name in node.hyper and not name.startswith(PIN)]
+        if not holders:
+            known = {k for _, node in found for k in node.hyper if not k.startswith(PIN)}
+            raise ValueError(
+                f"{name}: not a runtime value of this state{nearest(name, known)} "
+                f"(name it in dynamic=({name!r},) when calling the rule)"
+            )
+        if len(holders) > 1 and at is None:
+            raise ValueError(f"{name}: several rules have it, say which with at=: {holders}")
+    chosen = {id(node) for _, node in found}
+
+    def set_values(node: Any) -> Any:
+        if not _is_state(node) or id(node) not in chosen:
+            return node
+        hyper = dict(node.hyper)
+        for name, value in values.items():
+            if name not in hyper:
+                continue
+            if value is None and PIN + name not in hyper:
+                raise ValueError(f"{name}=None: it follows no schedule; give it a value")
+            if value is not None:
+                hyper[name] = jnp.asarray(value, hyper[name].dtype)
+            if PIN + name in hyper:
+                hyper[PIN + name] = jnp.asarray(FOLLOW if value is None else value, hyper[name].dtype)
+        return node._replace(hyper=hyper)
+
+    return jax.tree.map(set_values, state, is_leaf=_is_state)
