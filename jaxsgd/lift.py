@@ -1,0 +1,320 @@
+"""From a rule on one array to a gradient transformation on a tree, written once.
+
+Floor 2. The only file that knows of trees, dtypes, schedules, groups, storage and runtime
+hyperparameters all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsgd.numerics import global_norm, real_dtype, wide, wide_dtype
+from jaxsgd.paths import Groups, leaf_names, resolve_groups, same_structure
+from jaxsgd.spec import Spec, by_name, is_off
+from jaxsgd.state import FOLLOW, PIN, State
+from jaxsgd.storage import Storage, plain
+
+__all__ = ["Lift", "describe", "is_constant"]
+
+
+def is_constant(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is a plain number, in contrast to a schedule, an array or a tracer."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _is_scheduled(value: Any) -> bool:
+    """Whether ``value`` is given anew at each step: by a schedule, or by whoever passes an array."""
+    return callable(value) or isinstance(value, jax.Array | np.ndarray)
+
+
+def _narrow(x: Any, dtype: Any) -> Any:
+    """A scalar in the real dtype of the leaf it meets; everything else as it is."""
+    return x.astype(dtype) if isinstance(x, jax.Array) and x.ndim == 0 and jnp.isdtype(x.dtype, "numeric") else x
+
+
+@dataclass(eq=False)
+class Lift:
+    """A rule with its hyperparameters bound: ``init`` and ``update`` on trees.
+
+    Attributes:
+      spec: the rule.
+      hyper: every hyperparameter by name, with ``learning_rate`` and ``weight_decay``: numbers,
+        schedules of the 0-based step, or arrays.
+      mask: where weight decay applies: a tree of booleans (or a prefix), or a function of the params.
+      groups: see `jaxsgd.paths.Groups`; keys are hyperparameters, ``lr_mult``, ``frozen``, ``storage``.
+      storage: slot name -> how it rests.
+      dynamic: further hyperparameters to keep in the state.
+      norms: keep the norms of gradients and updates in the state.
+    """
+
+    spec: Spec
+    hyper: Mapping[str, Any]
+    mask: Any = None
+    groups: Groups = ()
+    storage: Mapping[str, Storage] = field(default_factory=dict)
+    dynamic: tuple[str, ...] = ()
+    norms: bool = False
+
+    def __post_init__(self) -> None:
+        live = {"learning_rate", *self.dynamic, *self.spec.runtime}
+        if not is_off(self.hyper["weight_decay"]):
+            live.add("weight_decay")
+        live |= {name for name, value in self.hyper.items() if _is_scheduled(value)}
+        self.runtime = {name: self.hyper[name] for name in self.hyper if name in live}
+        self.decays = "weight_decay" in live or any(
+            not is_off(overrides.get("weight_decay")) for _, overrides in self.groups
+        )
+        probe = jnp.zeros((), jnp.float32)
+        variants = [{}, *(own for _, own in self.groups)]
+        self.slots = tuple(
+            slot for slot in self.spec.slots if any(self._start(slot, probe, own, None) is not None for own in variants)
+        )
+        # Inlined under an outer jit; on its own it makes the eager update one dispatch.
+        self._jitted = jax.jit(self._update, inline=True)
+
+    @property
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
+
+    # -- what holds for each leaf ------------------------------------------------------------
+
+    def overrides(self, params: Any) -> list[dict[str, Any]]:
+        """What each leaf has other than the call says: by the mask, then by its groups."""
+        leaves = jax.tree.leaves(params)
+        groups = resolve_groups(self.groups, leaf_names(params), leaves)
+        if self.mask is None:
+            return groups
+        mask = jax.tree.broadcast(self.mask(params) if callable(self.mask) else self.mask, params)
+        unmasked = [{} if decays else {"weight_decay": 0.0} for decays in jax.tree.leaves(mask)]
+        return [masked | group for masked, group in zip(unmasked, groups, strict=True)]
+
+    def _storage(self, slot: str, own: Mapping[str, Any]) -> Storage:
+        return own.get("storage", self.storage).get(slot, plain)
+
+    def _start(self, slot: str, p: jax.Array, own: Mapping[str, Any], key: Any) -> Any:
+        hyper = {**self._initial(real_dtype(p.dtype)), **own}
+        value = self.spec.begin(slot, {"p": p, **hyper})
+        return None if value is None else self._pack(slot, value, own, key)
+
+    def _initial(self, dtype: Any) -> dict[str, Any]:
+        """The hyperparameters as the first step will see them. Runtime ones are arrays, so that one that
+        happens to be 0 now does not look switched off for good."""
+        first = {n: jnp.asarray(v(0) if callable(v) else v, dtype) for n, v in self.runtime.items()}
+        return {**self.hyper, **first}
+
+    def _pack(self, slot: str, value: Any, own: Mapping[str, Any], key: Any) -> Any:
+        return jax.tree.map(lambda x: self._storage(slot, own).pack(x, key), value)
+
+    def _unpack(self, slot: str, value: Any, own: Mapping[str, Any]) -> Any:
+        return jax.tree.map(self._storage(slot, own).unpack, value)
+
+    # -- init --------------------------------------------------------------------------------
+
+    def init(self, params: Any) -> State:
+        """The state before the first step; its slots lie where ``params`` lie."""
+        leaves, treedef = jax.tree.flatten(params)
+        overrides = self.overrides(params)
+        for name, leaf, own in zip(leaf_names(params), leaves, overrides, strict=True):
+            if not own.get("frozen") and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                raise ValueError(
+                    f"params: {name!r} is {jnp.result_type(leaf).name}; parameters are floating or complex "
+                    f'(or frozen: groups=[("{name}", {{"frozen": True}})])'
+                )
+        kinds = [
+            real_dtype(wide_dtype(x.dtype))
+            for x in map(jnp.asarray, leaves)
+            if jnp.isdtype(x.dtype, ("real floating", "complex floating"))
+        ]
+        dtype = jnp.result_type(jnp.float32, *kinds)
+        count = jnp.zeros((), jnp.int32)
+        initial = self._initial(dtype)
+        hyper = {}
+        for name, value in self.runtime.items():
+            hyper[name] = initial[name]
+            if hyper[name].shape != ():
+                raise ValueError(f"{name}: a scalar is needed; got the shape {hyper[name].shape}")
+            if not is_constant(value):
+                hyper[PIN + name] = jnp.full((), FOLLOW, dtype)
+        shared = {name: jnp.asarray(self.spec.begin(name, initial), dtype) for name in self.spec.kept}
+        if self.norms:
+            shared |= {"gradient_norm": jnp.zeros((), dtype), "update_norm": jnp.zeros((), dtype)}
+        keys = self._keys(count, len(leaves))
+        slots = {
+            slot: treedef.unflatten(
+                None if own.get("frozen") else self._start(slot, wide(p), own, keys(i, j))
+                for i, (p, own) in enumerate(zip(leaves, overrides, strict=True))
+            )
+            for j, slot in enumerate(self.slots)
+        }
+        return State(count, hyper, slots, shared)
+
+    def _keys(self, count: jax.Array, leaves: int) -> Callable[[int, int], Any]:
+        """A key for each leaf and slot in this step, the same on every replica."""
+        stores = [self.storage, *(own.get("storage", {}) for _, own in self.groups)]
+        if not any(storage.needs_key for store in stores for storage in store.values()):
+            return lambda leaf, slot: None
+        key = jax.random.fold_in(jax.random.key(0), count)
+        return lambda leaf, slot: jax.random.fold_in(key, slot * leaves + leaf)
+
+    # -- update ------------------------------------------------------------------------------
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, State]:
+        """One step: ``(updates, new state)``; updates are in the dtype of ``params`` (or of the gradients).
+
+        Raises:
+          ValueError: ``params`` missing where weight decay or the rule needs them; another structure or
+            shape than ``params``; an extra argument that the rule needs is missing.
+        """
+        if not isinstance(state, State):
+            raise TypeError(f"state: {self.spec.name} needs its own State; got {type(state).__name__}")
+        if params is not None:
+            same_structure(params, updates)
+        elif "p" in self.spec.context:
+            raise ValueError(f"params: {self.spec.name} needs them: tx.update(grads, state, params)")
+        elif self.decays:
+            raise ValueError(
+                f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
+            )
+        known = {"t", "p", "learning_rate", "weight_decay"}
+        extra = {name: extra_args[name] for name in self.spec.context if name in extra_args and name not in known}
+        return self._jitted(updates, state, params, extra)
+
+    def _hyper(self, state: State) -> dict[str, jax.Array]:
+        """The runtime hyperparameters of this step: constants from the state, the others made anew."""
+        now = {}
+        for name, value in self.runtime.items():
+            held = state.hyper[name]
+            if not is_constant(value):
+                pin = state.hyper[PIN + name]
+                given = jnp.asarray(value(state.count) if callable(value) else value, held.dtype)
+                held = jnp.where(pin >= 0, pin, given)
+            now[name] = held
+        return now
+
+    def _update(self, updates: Any, state: State, params: Any, extra: Mapping[str, Any]) -> tuple[Any, State]:
+        grads, treedef = jax.tree.flatten(updates)
+        ps = [None] * len(grads) if params is None else jax.tree.leaves(params)
+        overrides = self.overrides(updates if params is None else params)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        now = self._hyper(state)
+        keys = self._keys(count, len(grads))
+        rested = [treedef.flatten_up_to(state.slots[slot]) for slot in self.slots]
+        calls = {
+            i: self._arguments(g, p, [r[i] for r in rested], own, now, count)
+            for i, (g, p, own) in enumerate(zip(grads, ps, overrides, strict=True))
+            if not own.get("frozen")
+        }
+
+        scalar = next(iter(state.hyper.values())).dtype
+        shared = self._shared({**extra, **now}, calls, state, count, scalar)
+        new_slots = [[None] * len(grads) for _ in self.slots]
+        out: list[Any] = [g if p is None else p for g, p in zip(grads, ps, strict=True)]
+        out = [x if i in calls else jnp.zeros_like(x) for i, x in enumerate(out)]
+        for i, call in calls.items():
+            delta, slots = self._step(call, {**extra, **shared})
+            out[i] = delta.astype(out[i].dtype)
+            for j, (slot, held) in enumerate(zip(self.slots, (r[i] for r in rested), strict=True)):
+                if held is not None:
+                    packed = self._pack(slot, slots[slot], overrides[i], keys(i, j))
+                    new_slots[j][i] = jax.tree.map(lambda new, old: new.astype(old.dtype), packed, held)
+
+        kept = {name: jnp.asarray(shared[name], state.shared[name].dtype) for name in self.spec.kept}
+        if self.norms:
+            norms = {"gradient_norm": global_norm(grads), "update_norm": global_norm(out)}
+            kept |= {name: norm.astype(scalar) for name, norm in norms.items()}
+        pins = {name: pin for name, pin in state.hyper.items() if name.startswith(PIN)}
+        slots = {s: treedef.unflatten(new) for s, new in zip(self.slots, new_slots, strict=True)}
+        return treedef.unflatten(out), State(count, {**now, **pins}, slots, kept)
+
+    def _arguments(self, g, p, rested, own, now, count) -> dict[str, Any]:
+        """Everything that the functions of a rule may ask for at one leaf, by name."""
+        slots = {s: self._unpack(s, r, own) for s, r in zip(self.slots, rested, strict=True)}
+        # Compute in the dtype that the state is kept in, whatever the gradient's.
+        kept = [p] if p is not None else [x for x in jax.tree.leaves(slots) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        real = jnp.result_type(*(real_dtype(wide_dtype(x.dtype)) for x in kept or [g]))
+        dtype = jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(g) else real
+        given = {n: v(count - 1) if callable(v) else v for n, v in own.items() if n in self.hyper}
+        hyper = {n: _narrow(given.get(n, now.get(n, v)), real) for n, v in self.hyper.items()}
+        hyper["learning_rate"] = hyper["learning_rate"] * own.get("lr_mult", 1.0)
+        return {
+            **hyper,
+            **{s: None for s in self.spec.slots},
+            **slots,
+            "g": wide(g, dtype),
+            "p": None if p is None else wide(p),
+            "t": count.astype(real),
+            "dtype": real,
+        }
+
+    def _shared(self, outside, calls, state, count, scalar) -> dict[str, jax.Array]:
+        """Map, reduce, map: sums over the tree, then scalars made of them, once a step."""
+        totals: dict[str, Any] = {}
+        if self.spec.sums is not None:
+            for call in calls.values():
+                for name, value in by_name(self.spec.sums, {**call, **outside, **state.shared}).items():
+                    totals[name] = totals.get(name, jnp.zeros((), scalar)) + value.astype(scalar)
+        if self.spec.shared is None:
+            return totals
+        hyper = {name: outside.get(name, value) for name, value in self.hyper.items()}
+        available = {**hyper, **outside, **totals, **state.shared, "t": count.astype(scalar)}
+        return totals | by_name(self.spec.shared, available)
+
+    def _step(self, call: dict[str, Any], tree_wide: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The rule on one leaf: ``(delta, slots by name)``."""
+        spec = self.spec
+        available = {**{k: _narrow(v, call["dtype"]) for k, v in tree_wide.items()}, **call}
+        missing = [name for name in spec.context if name not in available]
+        if missing:
+            raise ValueError(f"{missing[0]}: {spec.name} needs it: tx.update(grads, state, params, {missing[0]}=...)")
+        delta, slots = spec.step(call["g"], [call[s] for s in spec.slots], available)
+        return delta, dict(zip(spec.slots, slots, strict=True))
+
+
+class _Text(str):
+    """Text that a REPL shows as it prints."""
+
+    __repr__ = str.__str__
+
+
+def describe(tx: optax.GradientTransformation, params: Any) -> str:
+    """What each parameter gets, as a table: ``print(describe(tx, params))``.
+
+    Columns: the leaf's name, shape and dtype; how its learning rate is multiplied; its weight decay;
+    what its groups override; its state in bytes. ``params`` may be shapes (`jax.ShapeDtypeStruct`).
+
+    Raises:
+      TypeError: ``tx`` is not made by a jaxsgd rule (describe the parts of a chain one by one).
+    """
+    lift = getattr(tx.update, "__self__", None)
+    if not isinstance(lift, Lift):
+        raise TypeError("tx: not made by a jaxsgd rule; describe the parts of a chain one by one")
+    state = jax.eval_shape(lift.init, params)
+    treedef = jax.tree.structure(params)
+    held = [treedef.flatten_up_to(state.slots[slot]) for slot in lift.slots]
+    rows = [("parameter", "shape", "dtype", "learning rate", "weight decay", "overrides", "state bytes")]
+    total = 0
+    leaves = jax.tree.leaves(params)
+    for i, (name, p, s) in enumerate(zip(leaf_names(params), leaves, lift.overrides(params), strict=True)):
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([h[i] for h in held]))
+        total += size
+        rate = "frozen" if s.get("frozen") else _show({**lift.hyper, **s}["learning_rate"])
+        if "lr_mult" in s and not s.get("frozen"):
+            rate += f" x {s['lr_mult']:g}"
+        decay = "-" if s.get("frozen") else _show({**lift.hyper, **s}["weight_decay"])
+        columns = ("learning_rate", "weight_decay", "lr_mult", "frozen")
+        overrides = ", ".join(f"{k}={_show(v)}" for k, v in s.items() if k not in columns)
+        rows.append((name, str(jnp.shape(p)), jnp.result_type(p).name, rate, decay, overrides, f"{size:,}"))
+    rows.append((f"total of {len(leaves)} parameters", "", "", "", "", "", f"{total:,}"))
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return _Text("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows))
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if is_constant(value) else getattr(value, "__name__", str(value))

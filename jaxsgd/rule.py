@@ -1,0 +1,331 @@
+"""Rules by name, and how to call one.
+
+Floor 2. `rule` turns a function on one array into a `Rule`; calling a rule with a learning rate and
+hyperparameters gives an optax gradient transformation; `RULES` holds all of them by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import optax
+
+from jaxsgd.lift import Lift, is_constant
+from jaxsgd.paths import nearest
+from jaxsgd.spec import Spec
+from jaxsgd.storage import Storage, cast
+
+__all__ = ["RULES", "Rule", "UnknownRule", "rule"]
+
+REQUIRED = inspect.Parameter.empty
+FRAME = {"weight_decay": 0.0, "mask": None, "groups": (), "storage": None, "dynamic": (), "norms": False}
+DECAYS = re.compile(r"b\d|.*_b\d|decay|momentum|rho|alpha")
+"""Hyperparameters that are the decay of an average: they lie in [0, 1)."""
+
+
+class UnknownRule(KeyError):
+    """A name that is not in `RULES`; the message names the nearest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Registry(dict):
+    """Rules by name; an unknown one says what is near."""
+
+    def __missing__(self, name: str) -> Rule:
+        raise UnknownRule(f"unknown rule {name!r}{nearest(str(name), self)}")
+
+
+RULES: dict[str, Rule] = Registry()
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule. Call it to get a gradient transformation.
+
+    Attributes:
+      spec: the function on one array and its roles.
+      doc: first line ``Name (Authors Year, arXiv:id): $equation$.``
+      defaults: argument -> default, of the call (`REQUIRED` where there is none).
+      positional: the names of the arguments that may be given by position, in order.
+      aliases: other names of arguments, as optax has them: ``"mask"`` under another name, or
+        ``{"mu_dtype": "mu"}``, the dtype that a slot rests in.
+      prepare: optional, bound arguments -> arguments, for what is not of one array (a warmup).
+      oracle: the same rule by others, ``oracle(**arguments) -> GradientTransformation``, or None.
+      needs: hyperparameter -> the other settings without which it has no effect.
+    """
+
+    spec: Spec
+    doc: str
+    defaults: Mapping[str, Any]
+    positional: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    oracle: Callable[..., optax.GradientTransformation] | None = None
+    needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    module: str = __name__
+
+    def __post_init__(self) -> None:
+        by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = [*self.positional, *(n for n in self.defaults if n not in self.positional)]
+        parameters = [
+            inspect.Parameter(
+                name,
+                by_position if name in self.positional else inspect.Parameter.KEYWORD_ONLY,
+                default=self.defaults[name],
+            )
+            for name in names
+        ]
+        signature = inspect.Signature(parameters, return_annotation=optax.GradientTransformationExtraArgs)
+        doc = f"{self.doc}\n\nCall: {self.name}{_call_text(signature)}\n\n{_SHARED_ARGUMENTS}"
+        about = {"__signature__": signature, "__doc__": doc, "__name__": self.name, "__qualname__": self.name}
+        for name, value in {**about, "__module__": self.module}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def title(self) -> str:
+        """The docstring's first sentence: name, source, equation."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+    def __repr__(self) -> str:
+        return f"<rule {self.name}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        """Bind the hyperparameters; the arguments that all rules share are these.
+
+        Args:
+          learning_rate: a number, or a schedule of the 0-based step. It lives in the state:
+            `jaxsgd.with_hyper` sets it without a new compile, `jaxsgd.metrics` reads it.
+          weight_decay: decoupled: the update is ``-learning_rate * (direction + weight_decay * p)``
+            (rules that say so add it to the gradient instead). A number or a schedule.
+          mask: where weight decay applies: a tree of booleans like the params, a prefix of one, or a
+            function of the params that makes one.
+          groups: ``[(pattern, overrides), ...]`` with a regular expression on the leaf's name
+            (``"encoder/kernel"``) or a function ``(name, leaf) -> bool``; overrides are hyperparameters,
+            ``lr_mult`` (times the learning rate), ``frozen`` (no state, zero updates), ``storage``.
+            Later matches win, setting by setting.
+          storage: how slots rest between steps: a storage for all, or ``{"mu": jaxsgd.cast("bfloat16")}``.
+          dynamic: names of further hyperparameters to keep in the state as runtime values. All others
+            are compiled in as exact constants, unless they are schedules.
+          norms: keep the norms of gradients and updates in the state, for `jaxsgd.metrics`.
+
+        Returns:
+          An `optax.GradientTransformationExtraArgs`.
+
+        Raises:
+          TypeError: an unknown argument, or one of the wrong kind.
+          ValueError: a value out of its range, an unknown group key, slot or dynamic name.
+        """
+        signature: inspect.Signature = self.__signature__  # type: ignore[attr-defined]
+        for name in kwargs:
+            if name not in signature.parameters:
+                known = nearest(name, signature.parameters)
+                raise TypeError(f"{self.name}: unknown hyperparameter {name}={kwargs[name]!r}{known}")
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}; call it as {self.name}{_call_text(signature)}") from None
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments["storage"] = self._storage(arguments["storage"], arguments)
+        for alias, meaning in self.aliases.items():
+            value = arguments.pop(alias)
+            if value is not None and meaning == "mask":
+                arguments["mask"] = value
+            elif value is not None:
+                arguments["storage"] = {meaning: cast(value), **arguments["storage"]}
+        if self.prepare is not None:
+            arguments = self.prepare(arguments)
+        names = ("learning_rate", "weight_decay", *self.spec.hyper)
+        hyper = {name: self._checked(name, arguments[name]) for name in names}
+        dynamic = arguments["dynamic"]
+        dynamic = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
+        for name in dynamic:
+            if name not in hyper or isinstance(hyper[name], bool | str | None):
+                numeric = [n for n, v in hyper.items() if not isinstance(v, bool | str | None)]
+                raise ValueError(f"dynamic={name!r}: {self.name} has no such number{nearest(name, numeric)}")
+        return Lift(
+            self.spec,
+            hyper,
+            mask=arguments["mask"],
+            groups=[(pattern, self._group(overrides)) for pattern, overrides in arguments["groups"]],
+            storage=arguments["storage"],
+            dynamic=dynamic,
+            norms=arguments["norms"],
+        ).transformation
+
+    # -- making new rules --------------------------------------------------------------------
+
+    def preset(
+        self,
+        name: str,
+        doc: str,
+        *,
+        positional: tuple[str, ...] | None = None,
+        oracle: Callable | None = None,
+        **defaults: Any,
+    ) -> Rule:
+        """The same rule under a name and defaults of its own, registered in `RULES`."""
+        unknown = [key for key in defaults if key not in self.defaults]
+        if unknown:
+            raise TypeError(f"{name}: {self.name} has no argument {unknown[0]}{nearest(unknown[0], self.defaults)}")
+        made = replace(
+            self,
+            spec=replace(self.spec, name=name),
+            doc=inspect.cleandoc(doc),
+            defaults={**self.defaults, **defaults},
+            positional=self.positional if positional is None else positional,
+            oracle=oracle,
+            module=_caller(),
+        )
+        return register(made)
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A hyperparameter's value if it is one, in words why not otherwise."""
+        where, default = f"{self.name}: {name}={value!r}", self.defaults.get(name)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise TypeError(f"{where}: True or False is needed")
+            return value
+        if value is None and default is None or isinstance(value, str) and isinstance(default, str):
+            return value
+        if callable(value) or isinstance(value, jax.Array):
+            return value
+        if not is_constant(value):
+            raise TypeError(f"{where}: a number or a schedule (a function of the step) is needed")
+        if math.isnan(value) or math.isinf(value):
+            raise ValueError(f"{where}: a finite number is needed")
+        if name != "weight_decay" and DECAYS.fullmatch(name) and not 0 <= value < 1:
+            raise ValueError(f"{where}: it is the decay of an average, in [0, 1)")
+        if value < 0:
+            raise ValueError(f"{where}: it must be 0 or more")
+        return value
+
+    def _group(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """One group's overrides, each checked like the argument it replaces."""
+        out = {}
+        for key, value in overrides.items():
+            if key == "frozen":
+                out[key] = bool(value)
+            elif key == "lr_mult":
+                out[key] = self._checked(key, value)
+            elif key == "storage":
+                out[key] = self._storage(value, {})
+            elif key in self.spec.tree_wide:
+                raise ValueError(f"{self.name}: groups: {key!r} is one value for the whole tree")
+            elif key in ("learning_rate", "weight_decay", *self.spec.hyper):
+                out[key] = self._checked(key, value)
+            else:
+                known = ("frozen", "lr_mult", "storage", "learning_rate", "weight_decay", *self.spec.hyper)
+                raise ValueError(f"{self.name}: groups: unknown key {key!r}{nearest(str(key), known)}")
+        return out
+
+    def _storage(self, storage: Any, arguments: Mapping[str, Any]) -> dict[str, Storage]:
+        """``storage=`` as slot name -> storage."""
+        if storage is None:
+            return {}
+        if isinstance(storage, Storage):
+            return {slot: storage for slot in self.spec.slots}
+        if not isinstance(storage, Mapping):
+            raise TypeError(f"{self.name}: storage={storage!r}: a storage such as jaxsgd.cast('bfloat16') is needed")
+        for slot, kept in storage.items():
+            if slot not in self.spec.slots:
+                raise ValueError(f"{self.name}: storage: no slot {slot!r}{nearest(str(slot), self.spec.slots)}")
+            if not isinstance(kept, Storage):
+                raise TypeError(f"{self.name}: storage[{slot!r}]={kept!r}: a storage is needed")
+        return dict(storage)
+
+
+def _call_text(signature: inspect.Signature) -> str:
+    return str(signature.replace(return_annotation=inspect.Signature.empty))
+
+
+_SHARED_ARGUMENTS = inspect.cleandoc(Rule.__call__.__doc__ or "").split("\n\n", 1)[1]
+
+
+def _caller() -> str:
+    """The module that registers a rule."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"] == __name__:
+        frame = frame.f_back
+    return frame.f_globals["__name__"] if frame is not None else __name__
+
+
+def make_rule(
+    spec: Spec,
+    doc: str,
+    *,
+    positional: tuple[str, ...] | None = None,
+    learning_rate: Any = REQUIRED,
+    weight_decay: Any = 0.0,
+    aliases: Mapping[str, str] | None = None,
+    extras: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Rule:
+    """A `Rule` of ``spec``, not registered; see `rule` for the arguments."""
+    aliases = aliases or {}
+    defaults = {"learning_rate": learning_rate, **spec.hyper, **dict.fromkeys(aliases), **(extras or {}), **FRAME}
+    defaults["weight_decay"] = weight_decay
+    if positional is None:
+        positional = ("learning_rate", *spec.hyper)
+    return Rule(spec, inspect.cleandoc(doc), defaults, positional, aliases, module=_caller(), **fields)
+
+
+def register(entry: Rule) -> Rule:
+    """Put a rule into `RULES`.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    if entry.name in RULES:
+        raise ValueError(f"rule {entry.name!r} exists already, in {RULES[entry.name].module}")
+    RULES[entry.name] = entry
+    return entry
+
+
+def rule(
+    *,
+    start: Mapping[str, Callable] | None = None,
+    sums: Callable | None = None,
+    shared: Callable | None = None,
+    coupled: bool = False,
+    runtime: tuple[str, ...] = (),
+    name: str | None = None,
+    **fields: Any,
+) -> Callable[[Callable], Rule]:
+    """Decorate a function on one array: its signature is its spec (see `jaxsgd.spec`).
+
+    Args:
+      start, sums, shared, coupled, runtime: see `jaxsgd.spec.Spec`.
+      name: the rule's name; the function's by default.
+      oracle, needs, aliases, prepare: see `Rule`.
+      positional: arguments that may be given by position, in order; by default the learning rate, then
+        all hyperparameters.
+      learning_rate, weight_decay: their defaults; none and 0 by default.
+      extras: further arguments of the call with their defaults, for ``prepare`` to consume.
+
+    Raises:
+      TypeError: a signature that is not a rule's.
+      ValueError: a name that is taken.
+    """
+
+    def decorate(fn: Callable) -> Rule:
+        spec = Spec.read(
+            fn, name=name or fn.__name__, start=start, sums=sums, shared=shared, coupled=coupled, runtime=runtime
+        )
+        return register(make_rule(spec, fn.__doc__ or "", **fields))
+
+    return decorate
