@@ -1,0 +1,111 @@
+r"""Gradient descent with and without memory of the last step.
+
+Floor 3. Two conventions of momentum live here. The *trace* $b \leftarrow \mu b + g;\; x \leftarrow x - \eta b$
+scales by the learning rate after the average, the *velocity* $v \leftarrow \mu v - \eta g;\; x \leftarrow x + v$
+before it. Under a constant learning rate they walk the same path; under a schedule the velocity still
+carries the old rate's steps, the trace rescales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxsgd.numerics import wide
+from jaxsgd.rule import rule
+from jaxsgd.spec import without_when_off
+from jaxsgd.state import PIN, find_states
+
+__all__ = ["look_ahead", "momentum", "nesterov", "sgd", "velocity"]
+
+
+@rule(
+    start={"trace": without_when_off("momentum")},
+    oracle=optax.sgd,
+    positional=("learning_rate", "momentum", "nesterov", "accumulator_dtype"),
+    aliases={"accumulator_dtype": "trace"},
+    needs={"nesterov": {"momentum": 0.9}},
+)
+def sgd(g, trace, *, momentum=None, nesterov=False):
+    r"""SGD (Robbins & Monro 1951, doi:10.1214/aoms/1177729586): $x \leftarrow x - \eta g$.
+
+    With ``momentum`` the direction is the trace $b \leftarrow \mu b + g$, with ``nesterov`` it is
+    $g + \mu b$ (Sutskever et al. 2013). Without, no state is kept.
+    """
+    if trace is None:
+        return g, None
+    trace = momentum * trace + g
+    return (momentum * trace + g if nesterov else trace), trace
+
+
+@rule(oracle=lambda learning_rate, momentum=0.9: optax.sgd(learning_rate, momentum))
+def momentum(g, trace, *, momentum=0.9):
+    r"""Momentum, trace form (Polyak 1964, doi:10.1016/0041-5553(64)90137-5): $b \leftarrow \mu b + g,\; x \leftarrow x - \eta b$."""
+    trace = momentum * trace + g
+    return trace, trace
+
+
+@rule(
+    runtime=("momentum",),
+    oracle=lambda learning_rate, momentum=0.9: optax.chain(
+        optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
+    ),
+)
+def velocity(g, v, *, learning_rate, momentum=0.9):
+    r"""Momentum, velocity form (Sutskever et al. 2013, PMLR 28:1139): $v \leftarrow \mu v - \eta g,\; x \leftarrow x + v$.
+
+    With the gradient taken at `look_ahead`, $x + \mu v$, this is Nesterov's look-ahead form.
+    """
+    v = momentum * v - learning_rate * g
+    return v, v
+
+
+@rule(
+    oracle=lambda learning_rate, momentum=0.9: optax.chain(
+        optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov=True)
+    ),
+)
+def nesterov(g, v, *, learning_rate, momentum=0.9):
+    r"""Nesterov momentum (Bengio et al. 2013, arXiv:1212.0901): $v' = \mu v - \eta g,\; x \leftarrow x - \mu v + (1 + \mu) v'$.
+
+    The look-ahead form after the change of variables: the parameters are the look-ahead points.
+    """
+    v_prev, v = v, momentum * v - learning_rate * g
+    return -momentum * v_prev + (1 + momentum) * v, v
+
+
+def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
+    r"""Where Nesterov's look-ahead form takes the gradient: $x + \mu v$, a tree like ``params``.
+
+    Use with `velocity`::
+
+        grads = jax.grad(loss)(look_ahead(state, params))
+        updates, state = tx.update(grads, state, params)
+
+    Args:
+      state: an optimizer state that holds that of `velocity`.
+      params: the parameters $x$.
+      momentum: $\mu$ of the coming step, a number or a schedule; by default the state's. A schedule must
+        be given here again: the state knows the last step's value only.
+
+    Raises:
+      ValueError: no velocity in ``state``, or its momentum follows a schedule and is not given.
+    """
+    found = [s for _, s in find_states(state) if "v" in s.slots and "momentum" in s.hyper]
+    if len(found) != 1:
+        raise ValueError(f"state: one state of jaxsgd.velocity is needed, found {len(found)}")
+    (held,) = found
+    if momentum is None and PIN + "momentum" in held.hyper:
+        raise ValueError("momentum: it follows a schedule; pass look_ahead(state, params, momentum=schedule)")
+    mu = held.hyper["momentum"] if momentum is None else momentum
+    mu = mu(held.count) if callable(mu) else mu
+
+    def ahead(p, v):
+        # A frozen leaf has no velocity.
+        return p if v is None else (wide(p) + jax.numpy.asarray(mu, v.real.dtype) * wide(v)).astype(p.dtype)
+
+    treedef = jax.tree.structure(params)
+    pairs = zip(jax.tree.leaves(params), treedef.flatten_up_to(held.slots["v"]), strict=True)
+    return treedef.unflatten(ahead(p, v) for p, v in pairs)
