@@ -1,0 +1,221 @@
+"""torch.optim's optimizers under its names, arguments and defaults, following its trajectories.
+
+Floor 4. Porting is replacing ``torch.optim.`` by ``jaxsgd.torch.`` and leaving out the parameters::
+
+    tx = jaxsgd.torch.AdamW(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+What these have in common:
+
+- ``lr`` is a number or a schedule of the 0-based step, and lives in the state as ``learning_rate``.
+- ``maximize`` ascends.
+- ``foreach``, ``fused``, ``capturable`` and ``differentiable`` ask of torch's kernels what every compiled JAX
+  update is already; they are accepted so that a call can be carried over, and change nothing.
+- ``groups``, ``storage``, ``dynamic``, ``norms`` and ``mask`` are jaxsgd's, as keyword arguments (see
+  `jaxsgd.Rule.__call__`).
+- a value out of its range raises `ValueError`, as every rule does.
+
+Torch's parameter groups become ``groups=[(regex, {"learning_rate": ..., "weight_decay": ...})]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import optax
+
+from jaxsgd.rule import Rule
+from jaxsgd.rules.adaptive import adadelta, adam, adamax
+from jaxsgd.rules.torch import torch_adagrad, torch_amsgrad, torch_nadam, torch_rmsprop, torch_sgd
+
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RMSprop"]
+
+Transformation = optax.GradientTransformationExtraArgs
+
+
+def _l2(rule: Rule) -> Rule:
+    """The same rule with weight decay added to the gradient, as torch does by default."""
+    return dataclasses.replace(rule, spec=dataclasses.replace(rule.spec, coupled=True))
+
+
+def _ascend_if(maximize: bool, tx: Transformation) -> Transformation:
+    return optax.chain(optax.scale(-1.0), tx) if maximize else tx
+
+
+def _betas(betas: Any) -> dict[str, Any]:
+    try:
+        b1, b2 = betas
+    except (TypeError, ValueError):
+        raise TypeError(f"betas={betas!r}: two numbers are needed, (b1, b2)") from None
+    return {"b1": b1, "b2": b2}
+
+
+def SGD(
+    lr: Any = 1e-3,
+    momentum: Any = 0.0,
+    dampening: Any = 0.0,
+    weight_decay: Any = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.SGD: `jaxsgd.rules.torch.torch_sgd` with L2 decay.
+
+    Raises:
+      ValueError: ``nesterov`` without momentum, or with dampening.
+    """
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError(f"nesterov=True needs momentum > 0 and dampening=0; got {momentum=}, {dampening=}")
+    made = _l2(torch_sgd)(
+        lr, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay, **frame
+    )
+    return _ascend_if(maximize, made)
+
+
+def Adam(
+    lr: Any = 1e-3,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    amsgrad: bool = False,
+    *,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    capturable: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    decoupled_weight_decay: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Adam: `jaxsgd.adam` (`torch_amsgrad` with ``amsgrad``), decay in the gradient unless decoupled."""
+    base = torch_amsgrad if amsgrad else adam
+    made = (base if decoupled_weight_decay else _l2(base))(
+        lr, **_betas(betas), eps=eps, weight_decay=weight_decay, **frame
+    )
+    return _ascend_if(maximize, made)
+
+
+def AdamW(
+    lr: Any = 1e-3,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Any = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    capturable: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.AdamW: `Adam` with decoupled weight decay, 0.01 by default (optax: 0.0001)."""
+    return Adam(
+        lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True, **frame
+    )  # fmt: skip
+
+
+def NAdam(
+    lr: Any = 2e-3,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+    *,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    capturable: bool = False,
+    differentiable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.NAdam: `jaxsgd.rules.torch.torch_nadam`, whose momentum rises by ``momentum_decay``."""
+    made = (torch_nadam if decoupled_weight_decay else _l2(torch_nadam))(
+        lr, **_betas(betas), eps=eps, momentum_decay=momentum_decay, weight_decay=weight_decay, **frame
+    )
+    return _ascend_if(maximize, made)
+
+
+def Adamax(
+    lr: Any = 2e-3,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    foreach: bool | None = None,
+    *,
+    maximize: bool = False,
+    differentiable: bool = False,
+    capturable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Adamax: `jaxsgd.adamax` with L2 decay."""
+    made = _l2(adamax)(lr, **_betas(betas), eps=eps, weight_decay=weight_decay, **frame)
+    return _ascend_if(maximize, made)
+
+
+def RMSprop(
+    lr: Any = 1e-2,
+    alpha: Any = 0.99,
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    momentum: Any = 0.0,
+    centered: bool = False,
+    capturable: bool = False,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    differentiable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.RMSprop: `jaxsgd.rules.torch.torch_rmsprop` with L2 decay."""
+    made = _l2(torch_rmsprop)(
+        lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered, weight_decay=weight_decay, **frame
+    )
+    return _ascend_if(maximize, made)
+
+
+def Adagrad(
+    lr: Any = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: Any = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    foreach: bool | None = None,
+    *,
+    maximize: bool = False,
+    differentiable: bool = False,
+    fused: bool | None = None,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Adagrad: `jaxsgd.rules.torch.torch_adagrad` at the rate ``lr / (1 + step * lr_decay)``, L2 decay."""
+
+    def decaying(count):
+        return (lr(count) if callable(lr) else lr) / (1 + count * lr_decay)
+
+    made = _l2(torch_adagrad)(
+        decaying if lr_decay else lr,
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+        weight_decay=weight_decay,
+        **frame,
+    )
+    return _ascend_if(maximize, made)
+
+
+def Adadelta(
+    lr: Any = 1.0,
+    rho: Any = 0.9,
+    eps: float = 1e-6,
+    weight_decay: Any = 0.0,
+    foreach: bool | None = None,
+    *,
+    capturable: bool = False,
+    maximize: bool = False,
+    differentiable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Adadelta: `jaxsgd.adadelta`, whose weight decay is L2 already."""
+    return _ascend_if(maximize, adadelta(lr, rho=rho, eps=eps, weight_decay=weight_decay, **frame))
