@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.numerics import global_norm, real_dtype, wide, wide_dtype
+from jaxsgd.numerics import global_norm, real_dtype, wide, widest
 from jaxsgd.paths import Groups, leaf_names, resolve_groups, same_structure
 from jaxsgd.spec import Spec, by_name, is_off
 from jaxsgd.state import FOLLOW, PIN, State
@@ -127,12 +127,7 @@ class Lift:
                     f"params: {name!r} is {jnp.result_type(leaf).name}; parameters are floating or complex "
                     f'(or frozen: groups=[("{name}", {{"frozen": True}})])'
                 )
-        kinds = [
-            real_dtype(wide_dtype(x.dtype))
-            for x in map(jnp.asarray, leaves)
-            if jnp.isdtype(x.dtype, ("real floating", "complex floating"))
-        ]
-        dtype = jnp.result_type(jnp.float32, *kinds)
+        dtype = widest(jnp.result_type(x) for x in leaves)
         count = jnp.zeros((), jnp.int32)
         initial = self._initial(dtype)
         hyper = {}
@@ -237,9 +232,9 @@ class Lift:
         """Everything that the functions of a rule may ask for at one leaf, by name."""
         slots = {s: self._unpack(s, r, own) for s, r in zip(self.slots, rested, strict=True)}
         # Compute in the dtype that the state is kept in, whatever the gradient's.
-        kept = [p] if p is not None else [x for x in jax.tree.leaves(slots) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        real = jnp.result_type(*(real_dtype(wide_dtype(x.dtype)) for x in kept or [g]))
-        dtype = jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(g) else real
+        kept = [p] if p is not None else jax.tree.leaves(slots) or [g]
+        real = widest(x.dtype for x in kept)
+        dtype = jnp.dtype(f"complex{real.itemsize * 16}") if jnp.iscomplexobj(g) else real
         given = {n: v(count - 1) if callable(v) else v for n, v in own.items() if n in self.hyper}
         hyper = {n: _narrow(given.get(n, now.get(n, v)), real) for n, v in self.hyper.items()}
         hyper["learning_rate"] = hyper["learning_rate"] * own.get("lr_mult", 1.0)

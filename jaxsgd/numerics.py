@@ -6,6 +6,7 @@ Floor 0: nothing here knows of trees, state or hyperparameters' origin.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,13 +23,22 @@ __all__ = [
     "stochastic_round",
     "wide",
     "wide_dtype",
+    "widest",
     "zeros",
 ]
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype to compute in: at least float32; float64 and complex stay as they are."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """The dtype to compute in: float32 for narrower floats; all others as they are."""
+    dtype = jnp.dtype(dtype)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if narrow else dtype
+
+
+def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
+    """The widest real dtype of ``abs(x)`` among arrays of these dtypes; float32 if there are none."""
+    reals = [real_dtype(wide_dtype(dtype)) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    return max(reals, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
 
 
 def wide(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
@@ -80,11 +90,9 @@ def debias(mean: jax.Array, decay: Any, t: Any) -> jax.Array:
 
 def global_norm(tree: Any) -> jax.Array:
     """The Euclidean norm of all leaves together, accumulated in at least float32 (0 if empty)."""
-    sums = [jnp.sum(sq(wide(x))) for x in jax.tree.leaves(tree)]
-    if not sums:
-        return jnp.zeros((), jnp.float32)
-    dtype = jnp.result_type(*sums)
-    return jnp.sqrt(sum((s.astype(dtype) for s in sums), jnp.zeros((), dtype)))
+    leaves = jax.tree.leaves(tree)
+    dtype = widest(jnp.result_type(x) for x in leaves)
+    return jnp.sqrt(sum((jnp.sum(sq(wide(x))).astype(dtype) for x in leaves), jnp.zeros((), dtype)))
 
 
 def stochastic_round(x: jax.Array, dtype: DTypeLike, bits: jax.Array) -> jax.Array:

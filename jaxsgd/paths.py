@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 __all__ = ["Groups", "leaf_names", "nearest", "resolve_groups", "same_structure"]
 
@@ -86,10 +87,13 @@ def same_structure(params: Any, grads: Any) -> None:
             "grads: the same leaves in another container: params are "
             f"{jax.tree.structure(params)}, grads are {jax.tree.structure(grads)}"
         )
-    shapes = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
-    for index, (p, g) in enumerate(shapes):
-        if jax.numpy.shape(p) != jax.numpy.shape(g):
+    for index, (p, g) in enumerate(zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)):
+        if jnp.shape(p) != jnp.shape(g):
             raise ValueError(
-                f"grads: {leaf_names(params)[index]!r} has the shape {jax.numpy.shape(g)}; "
-                f"its parameter has {jax.numpy.shape(p)}"
+                f"grads: {leaf_names(params)[index]!r} has the shape {jnp.shape(g)}; its parameter has {jnp.shape(p)}"
+            )
+        if jnp.iscomplexobj(g) and not jnp.iscomplexobj(p):
+            raise ValueError(
+                f"grads: {leaf_names(params)[index]!r} is {jnp.result_type(g).name}; "
+                f"its parameter is {jnp.result_type(p).name}"
             )

@@ -80,8 +80,14 @@ def schedule_free(base: Rule, *, name: str | None = None, doc: str | None = None
         aliases={"state_dtype": "z"},
         extras={"warmup_steps": None},
         prepare=_warm_up,
+        needs={**base.needs, "weight_lr_power": {"learning_rate": _rising}},
         **fields,
     )
+
+
+def _rising(count: Any) -> Any:
+    """A schedule under which the weights of the average differ; with a constant rate they are all equal."""
+    return 0.01 * (count + 1)
 
 
 def _settled(spec: Spec, slot: str) -> Any:

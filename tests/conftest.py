@@ -1,0 +1,31 @@
+"""Once for the whole suite: eight CPU devices, a cache of compiled programs, no windows."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def x64():
+    """float64 within one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep all laws of one rule on one worker, where its compiled programs are."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and "name" in callspec.params:
+            item.add_marker(pytest.mark.xdist_group(str(callspec.params["name"])))
