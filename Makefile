@@ -1,0 +1,48 @@
+# Two commands, each does all its set-up in .venv from nothing and re-uses it when current.
+#   make train   train a Flax model on real digits through jaxsgd
+#   make test    lint, types, docs in step with the code, tests
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ARGS ?=
+
+.PHONY: help train test lint format tables clean
+
+help:
+	@echo "make train | test | lint | format | tables | clean"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxsgd needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); say make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.examples: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.examples
+
+train: $(VENV)/.examples
+	$(RUN) examples/digits.py $(ARGS)
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m jaxsgd.catalog --check
+
+test: lint
+	$(RUN) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+format: $(VENV)/.test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+tables: $(VENV)/.test
+	$(RUN) -m jaxsgd.catalog --write
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis runs
