@@ -70,7 +70,6 @@ class Rule:
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     oracle: Callable[..., optax.GradientTransformation] | None = None
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    module: str = __name__
 
     def __post_init__(self) -> None:
         by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -92,6 +91,11 @@ class Rule:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def module(self) -> str:
+        """Where the rule's function is written."""
+        return self.spec.fn.__module__
 
     @property
     def title(self) -> str:
@@ -187,7 +191,6 @@ class Rule:
             defaults={**self.defaults, **defaults},
             positional=self.positional if positional is None else positional,
             oracle=oracle,
-            module=_caller(),
         )
         return register(made)
 
@@ -256,14 +259,6 @@ def _call_text(signature: inspect.Signature) -> str:
 _SHARED_ARGUMENTS = inspect.cleandoc(Rule.__call__.__doc__ or "").split("\n\n", 1)[1]
 
 
-def _caller() -> str:
-    """The module that registers a rule."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"] == __name__:
-        frame = frame.f_back
-    return frame.f_globals["__name__"] if frame is not None else __name__
-
-
 def make_rule(
     spec: Spec,
     doc: str,
@@ -281,7 +276,7 @@ def make_rule(
     defaults["weight_decay"] = weight_decay
     if positional is None:
         positional = ("learning_rate", *spec.hyper)
-    return Rule(spec, inspect.cleandoc(doc), defaults, positional, aliases, module=_caller(), **fields)
+    return Rule(spec, inspect.cleandoc(doc), defaults, positional, aliases, **fields)
 
 
 def register(entry: Rule) -> Rule:
