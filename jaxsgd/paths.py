@@ -44,7 +44,7 @@ def leaf_names(tree: Any) -> list[str]:
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'adam'?"`` where a similar name exists, else the list of names."""
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
