@@ -14,8 +14,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-import jaxsgd.rules  # noqa: F401: fills RULES
-from jaxsgd.rule import RULES, Rule
+from jaxsgd.rule import Rule
+from jaxsgd.rules import RULES
 
 __all__ = ["entry", "main", "table"]
 

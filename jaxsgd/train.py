@@ -180,7 +180,7 @@ class Step:
         """The user's loss in one form: ``loss, (model_state, aux)``."""
         model_state = state.model_state
         if state.graphdef is not None:
-            model = nnx.merge(state.graphdef, params, model_state)
+            model = nnx.merge(state.graphdef, params, model_state, copy=True)
             out = self.loss_fn(model, batch, key)
             model_state = nnx.state(model, nnx.Not(nnx.Param))
         elif model_state is not None:

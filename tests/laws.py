@@ -60,7 +60,7 @@ def walk(tx: Any) -> Any:
     return run
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _walker(rule: Rule, settings: tuple) -> Any:
     return walk(rule(**dict(settings)))
 
@@ -119,7 +119,7 @@ def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> 
     return {k: np.stack(v) for k, v in out.items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _oracle_walker(rule: Rule, given: tuple, decay: float | None) -> Any:
     arguments = dict(given) | ({} if decay is None else {"weight_decay": decay})
     return walk(rule.oracle(**arguments))

@@ -1,5 +1,6 @@
-"""The update rules, a family a file. Importing this package fills `jaxsgd.RULES`."""
+"""The update rules, a family a file. Importing this package fills `RULES`."""
 
-from jaxsgd.rules import adaptive, averaging, momentum, sign
+from jaxsgd.rule import RULES
+from jaxsgd.rules import adaptive, averaging, momentum, sign, torch
 
-__all__ = ["adaptive", "averaging", "momentum", "sign"]
+__all__ = ["RULES", "adaptive", "averaging", "momentum", "sign", "torch"]
