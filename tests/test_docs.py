@@ -1,0 +1,94 @@
+"""What the README and the notebook say is so."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import nbformat
+import optax
+import pytest
+from nbclient import NotebookClient
+
+import jaxsgd
+from jaxsgd import RULES, catalog
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture
+def forget_rules():
+    before = set(RULES)
+    yield
+    for name in set(RULES) - before:
+        del RULES[name]
+
+
+def test_the_quickstart_is_short_and_learns(capsys):
+    lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
+    assert len(lines) <= 15
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert names["metrics"]["loss"] < 1e-2 and "'learning_rate': 0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("index", range(1, len(BLOCKS)))
+def test_every_other_block_runs(index, forget_rules):
+    leaf = jnp.ones((2, 2))
+    params = {"backbone": {"embed": leaf}, "head": {"kernel": leaf, "bias": leaf[0]}, "scale": leaf[0]}
+    names = {
+        "jax": jax, "jaxsgd": jaxsgd, "optax": optax, "params": params, "rates": jnp.asarray([0.1, 0.2]),
+        "train": lambda state: state.hyper["learning_rate"],
+    }  # fmt: skip
+    exec(BLOCKS[index], names)
+    names["tx"].init(params)
+
+
+def test_the_table_of_rules_is_current(tmp_path, capsys):
+    assert catalog.main(["--check", "--readme", str(ROOT / "README.md")]) == 0
+    stale = tmp_path / "README.md"
+    stale.write_text(README.replace("| `adam` |", "| `adan` |"))
+    assert catalog.main(["--check", "--readme", str(stale)]) == 1
+    assert catalog.main(["--write", "--readme", str(stale)]) == 0 and stale.read_text() == README
+    stale.write_text("no markers")
+    assert catalog.main(["--check", "--readme", str(stale)]) == 2
+    assert "markers" in capsys.readouterr().err
+    assert catalog.main([]) == 0 and "| `adam` | Adam |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_rule_reads_like_its_equation(name):
+    """Its docstring begins with name, source and equation; its body has at most 12 lines."""
+    import ast
+    import inspect
+    import textwrap
+
+    entry = catalog.entry(RULES[name])
+    assert re.search(r"\d{4}", entry["source"]) and entry["update"].count("$") == 2
+    function = ast.parse(textwrap.dedent(inspect.getsource(RULES[name].spec.fn))).body[0]
+    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    assert sum(node.end_lineno - node.lineno + 1 for node in body) <= 12
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
+    client.execute()
+    pictures = sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
+    assert pictures >= len(RULES)
+    assert all(c.get("outputs") is not None for c in notebook.cells if c.cell_type == "code")
+
+
+def test_notebooks_are_kept_with_their_pictures():
+    for path in NOTEBOOKS:
+        assert "image/png" in path.read_text()
