@@ -26,10 +26,10 @@ import jaxsgd
 from jaxsgd.plot import loss_curves, save
 
 LEARNING_RATES = {
-    "sgd": 0.1, "momentum": 0.03, "velocity": 0.03, "nesterov": 0.03, "torch_sgd": 0.1,
-    "adagrad": 0.03, "torch_adagrad": 0.03, "rmsprop": 1e-3, "torch_rmsprop": 1e-3, "adadelta": 1.0,
+    "sgd": 0.2, "momentum": 0.03, "velocity": 0.03, "nesterov": 0.03, "torch_sgd": 0.2,
+    "adagrad": 0.06, "torch_adagrad": 0.06, "rmsprop": 1e-3, "torch_rmsprop": 1e-3, "adadelta": 1.0,
     "adam": 2e-3, "adamw": 2e-3, "nadam": 2e-3, "torch_nadam": 2e-3, "amsgrad": 2e-3, "torch_amsgrad": 2e-3,
-    "adamax": 4e-3, "schedule_free_adamw": 1e-2, "lion": 3e-4,
+    "adamax": 4e-3, "schedule_free_adamw": 1e-2, "lion": 1e-3,
 }  # fmt: skip
 """A learning rate that works here for batches of 64 (README: "The main job"); 1e-3 for a rule not named."""
 

@@ -218,9 +218,9 @@ def loss_curves(
     return figure
 
 
-def save(figure: Figure, file: str | pathlib.Path) -> pathlib.Path:
-    """Write a figure as PNG (or what the ending says), making its folder; returns the path."""
+def save(figure: Figure, file: str | pathlib.Path, *, dpi: int = 100) -> pathlib.Path:
+    """Write a figure as PNG (or what the ending says) at ``dpi`` dots an inch, making its folder; returns the path."""
     file = pathlib.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=dpi)
     return file

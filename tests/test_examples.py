@@ -1,0 +1,126 @@
+"""The examples as a user runs them."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxsgd import RULES
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+digits, paths = load("digits"), load("paths")
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+MAIN = ["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "schedule_free_adamw", "lion"]
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_digits_reaches_its_accuracy(name, tmp_path, capsys):
+    bar = 0.975 if name == "adamw" else 0.95
+    assert digits.main(["--rule", name, "--out", str(tmp_path)]) >= bar
+    *steps, last = records(tmp_path)
+    assert len(steps) == 19 * 20 and last["test_accuracy"] >= bar and last["train_s"] > 0 and last["compile_s"] > 0
+    assert steps[-1]["loss"] < 0.1 * steps[0]["loss"] and steps[-1]["step"] == 380
+    assert {"loss", "accuracy", "learning_rate", "gradient_norm", "update_norm", "validation_accuracy"} <= set(
+        steps[-1]
+    )
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "test accuracy 0.9" in out and "compile" in out and "train" in out
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES) - set(MAIN)))
+def test_digits_takes_any_rule(name, tmp_path):
+    assert digits.main(["--rule", name, "--epochs", "6", "--out", str(tmp_path)]) > 0.85
+
+
+@pytest.mark.parametrize(("size", "steps"), [("1", 1257), ("500", 2), ("full", 1)])
+def test_digits_takes_any_batch_size(size, steps, tmp_path):
+    arguments = [
+        "--rule",
+        "sgd",
+        "--learning-rate",
+        "0.01",
+        "--batch-size",
+        size,
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    digits.main(arguments)
+    assert len(records(tmp_path)) == steps + 1
+
+
+def test_digits_schedules_differ_and_seeds_repeat(tmp_path):
+    def curve(*arguments):
+        digits.main(["--epochs", "1", "--out", str(tmp_path), *arguments])
+        return records(tmp_path)[:-1]
+
+    rates = {s: [r["learning_rate"] for r in curve("--schedule", s)] for s in digits.SCHEDULES}
+    assert len({tuple(rate) for rate in rates.values()}) == len(rates)
+    assert rates["constant"] == [np.float32(2e-3)] * 19
+    losses = [[r["loss"] for r in curve("--seed", seed)] for seed in ("1", "1", "2")]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_split_has_no_overlap():
+    data = digits.load()
+    images = [x.tobytes() for part in data.values() for x in part[0]]
+    assert [len(labels) for _, labels in data.values()] == [1257, 180, 360]
+    assert sum(len(labels) for _, labels in data.values()) == 1797 >= len(set(images)) > 1790
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rule", "adamm"], "unknown rule 'adamm'; did you mean 'adam'"),
+        (["--learning-rate", "-1"], "adamw: learning_rate=-1.0: it must be 0 or more"),
+        (["--learning-rate", "nan"], "learning_rate=nan: a finite number is needed"),
+        (["--learning-rate", "x"], "argument --learning-rate: invalid float value: 'x'"),
+        (["--batch-size", "0"], "--batch-size 0: a number from 1 to 1257 is needed, or 'full'"),
+        (["--batch-size", "5000"], "--batch-size 5000: a number from 1 to 1257"),
+        (["--batch-size", "half"], "--batch-size half"),
+        (["--epochs", "0"], "--epochs 0: at least 1 is needed"),
+        (["--schedule", "cosin"], "invalid choice: 'cosin'"),
+        (["--out", "/dev/null/x"], "/dev/null/x"),
+    ],
+)
+def test_digits_refuses_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        digits.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_digits_from_the_command_line():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "digits.py"), "--rule", "nope"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_paths_draws_and_refuses(tmp_path, capsys):
+    out = paths.main(["--landscape", "saddle", "--rules", "sgd=0.1,adam=0.1", "--out", str(tmp_path / "a" / "p.png")])
+    assert out.stat().st_size > 10_000
+    for rules, message in (("adamm=1", "did you mean 'adam'"), ("adam=x", "'adam=x' is not rule=learning_rate")):
+        with pytest.raises(SystemExit) as stop:
+            paths.main(["--rules", rules])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
