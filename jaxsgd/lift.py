@@ -6,6 +6,7 @@ hyperparameters all at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -76,8 +77,7 @@ class Lift:
         self.slots = tuple(
             slot for slot in self.spec.slots if any(self._start(slot, probe, own, None) is not None for own in variants)
         )
-        # Inlined under an outer jit; on its own it makes the eager update one dispatch.
-        self._jitted = jax.jit(self._update, inline=True)
+        self._jitted = jax.jit(self._update, inline=True)  # makes the eager update one dispatch
 
     @property
     def transformation(self) -> optax.GradientTransformationExtraArgs:
@@ -106,7 +106,8 @@ class Lift:
     def _initial(self, dtype: Any) -> dict[str, Any]:
         """The hyperparameters as the first step will see them. Runtime ones are arrays, so that one that
         happens to be 0 now does not look switched off for good."""
-        first = {n: jnp.asarray(v(0) if callable(v) else v, dtype) for n, v in self.runtime.items()}
+        start = jnp.zeros((), jnp.int32)
+        first = {n: jnp.asarray(v(start) if callable(v) else v, dtype) for n, v in self.runtime.items()}
         return {**self.hyper, **first}
 
     def _pack(self, slot: str, value: Any, own: Mapping[str, Any], key: Any) -> Any:
@@ -169,6 +170,12 @@ class Lift:
         """
         if not isinstance(state, State):
             raise TypeError(f"state: {self.spec.name} needs its own State; got {type(state).__name__}")
+        for part, wanted, found in (("slots", self.slots, state.slots), ("hyper", self.runtime, state.hyper)):
+            if set(wanted) != {name for name in found if not name.startswith(PIN)}:
+                raise ValueError(
+                    f"state: made by another optimizer: {self.spec.name} keeps {part} {sorted(wanted)}, "
+                    f"the state has {sorted(found)}"
+                )
         if params is not None:
             same_structure(params, updates)
         elif "p" in self.spec.context:
@@ -179,7 +186,8 @@ class Lift:
             )
         known = {"t", "p", "learning_rate", "weight_decay"}
         extra = {name: extra_args[name] for name in self.spec.context if name in extra_args and name not in known}
-        return self._jitted(updates, state, params, extra)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((updates, state)))
+        return (self._update if traced else self._jitted)(updates, state, params, extra)
 
     def _hyper(self, state: State) -> dict[str, jax.Array]:
         """The runtime hyperparameters of this step: constants from the state, the others made anew."""
@@ -201,8 +209,13 @@ class Lift:
         now = self._hyper(state)
         keys = self._keys(count, len(grads))
         rested = [treedef.flatten_up_to(state.slots[slot]) for slot in self.slots]
+
+        @functools.cache  # the same scalars serve every leaf of one dtype
+        def narrowed(dtype: Any) -> dict[str, Any]:
+            return {n: _narrow(now.get(n, v), dtype) for n, v in self.hyper.items()} | {"t": count.astype(dtype)}
+
         calls = {
-            i: self._arguments(g, p, [r[i] for r in rested], own, now, count)
+            i: self._arguments(g, p, [r[i] for r in rested], own, narrowed, count)
             for i, (g, p, own) in enumerate(zip(grads, ps, overrides, strict=True))
             if not own.get("frozen")
         }
@@ -235,16 +248,18 @@ class Lift:
         kept = [p] if p is not None else jax.tree.leaves(slots) or [g]
         real = widest(x.dtype for x in kept)
         dtype = jnp.dtype(f"complex{real.itemsize * 16}") if jnp.iscomplexobj(g) else real
-        given = {n: v(count - 1) if callable(v) else v for n, v in own.items() if n in self.hyper}
-        hyper = {n: _narrow(given.get(n, now.get(n, v)), real) for n, v in self.hyper.items()}
-        hyper["learning_rate"] = hyper["learning_rate"] * own.get("lr_mult", 1.0)
+        hyper = dict(now(real))
+        for name, value in own.items():
+            if name in hyper:
+                hyper[name] = _narrow(value(count - 1) if callable(value) else value, real)
+        if "lr_mult" in own:
+            hyper["learning_rate"] = hyper["learning_rate"] * own["lr_mult"]
         return {
             **hyper,
             **{s: None for s in self.spec.slots},
             **slots,
             "g": wide(g, dtype),
             "p": None if p is None else wide(p),
-            "t": count.astype(real),
             "dtype": real,
         }
 
@@ -253,7 +268,7 @@ class Lift:
         totals: dict[str, Any] = {}
         if self.spec.sums is not None:
             for call in calls.values():
-                for name, value in by_name(self.spec.sums, {**call, **outside, **state.shared}).items():
+                for name, value in by_name(self.spec.sums, {**outside, **state.shared, **call}).items():
                     totals[name] = totals.get(name, jnp.zeros((), scalar)) + value.astype(scalar)
         if self.spec.shared is None:
             return totals

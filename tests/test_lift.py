@@ -386,6 +386,10 @@ def test_describe_prints_what_each_leaf_gets():
         (lambda: jaxsgd.adam(lambda count: jnp.ones(3)).init(PARAMS), ValueError,
          r"learning_rate: a scalar is needed; got the shape \(3,\)"),
         (lambda: jaxsgd.adam(0.1).update(GRADS, optax.adam(0.1).init(PARAMS), PARAMS), TypeError, "its own State"),
+        (lambda: jaxsgd.adam(0.1).update(GRADS, jaxsgd.adam(0.1, b1=0.0).init(PARAMS), PARAMS), ValueError,
+         r"state: made by another optimizer: adam keeps slots \['mu', 'nu'\], the state has \['nu'\]"),
+        (lambda: jaxsgd.adam(0.1, dynamic="b1").update(GRADS, jaxsgd.adam(0.1).init(PARAMS), PARAMS), ValueError,
+         "keeps hyper"),
     ],
 )  # fmt: skip
 def test_bad_calls_in_words(call, error, message):
