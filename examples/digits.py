@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from sklearn.datasets import load_digits
 
 import jaxsgd
@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> float:
     pending, records = [], []
     print(f"{args.rule}, {steps} steps of {size} out of {len(labels)} images")
     columns = (
-        TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.3f}"),
-        TextColumn("rate {task.fields[rate]:.2g}  {task.fields[speed]:.0f} steps/s"), TimeElapsedColumn(),
+        TextColumn("epoch {task.fields[epoch]}"), BarColumn(bar_width=16), TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.4f} acc {task.fields[accuracy]:.3f}"),
+        TextColumn("lr {task.fields[rate]:.1e} {task.fields[speed]:.0f} steps/s"),
     )  # fmt: skip
     begin = time.perf_counter()
     compile_seconds = 0.0

@@ -8,6 +8,11 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 from jaxsgd import torch
 from jaxsgd.lift import describe
 from jaxsgd.rule import RULES, Rule, rule
+from jaxsgd.rules import adaptive as _adaptive
+from jaxsgd.rules import averaging as _averaging
+from jaxsgd.rules import momentum as _momentum
+from jaxsgd.rules import sign as _sign
+from jaxsgd.rules import torch as _torch
 from jaxsgd.rules.adaptive import *
 from jaxsgd.rules.averaging import *
 from jaxsgd.rules.momentum import *
@@ -20,7 +25,6 @@ from jaxsgd.train import Step, TrainState, make_step
 __version__ = "0.1.0"
 
 __all__ = [
-    *RULES,
     "RULES",
     "Rule",
     "State",
@@ -29,13 +33,15 @@ __all__ = [
     "TrainState",
     "cast",
     "describe",
-    "eval_params",
-    "look_ahead",
     "make_step",
     "metrics",
     "plain",
     "rule",
-    "schedule_free",
     "torch",
     "with_hyper",
 ]
+__all__ += _adaptive.__all__
+__all__ += _averaging.__all__
+__all__ += _momentum.__all__
+__all__ += _sign.__all__
+__all__ += _torch.__all__

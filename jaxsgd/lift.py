@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxsgd.numerics import global_norm, real_dtype, wide, widest
 from jaxsgd.paths import Groups, leaf_names, resolve_groups, same_structure
@@ -186,7 +187,7 @@ class Lift:
             )
         known = {"t", "p", "learning_rate", "weight_decay"}
         extra = {name: extra_args[name] for name in self.spec.context if name in extra_args and name not in known}
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((updates, state)))
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state)))
         return (self._update if traced else self._jitted)(updates, state, params, extra)
 
     def _hyper(self, state: State) -> dict[str, jax.Array]:
