@@ -95,7 +95,7 @@ def settings_of(rule: Rule) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 def relative(ours: Any, theirs: Any) -> float:
     """The largest difference, relative to the largest value of its array's trajectory."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
+    return max((float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs), default=0.0)
 
 
 def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> Any:
@@ -158,14 +158,16 @@ def law_2_transformations(rule: Rule) -> None:
         compiled = tx.update(second, state, params)
         with jax.disable_jit():
             eager = tx.update(second, state, params)
-        # XLA may contract a multiply and an add; one rounding in float64 is 1e-16.
-        assert relative(compiled, eager) < 1e-14
+        # Programs may round differently, once: 1e-16 of the parameters (an update may be a small difference of them).
+        after = lambda updates: optax.apply_updates(params, updates)
+        assert relative(after(compiled[0]), after(eager[0])) < 1e-14
+        assert relative(compiled[1].slots, eager[1].slots) < 1e-14
 
         rates = jnp.asarray([0.01, 0.02, 0.3])
         many = jax.vmap(lambda r: tx.update(second, jaxsgd.with_hyper(state, learning_rate=r), params)[0])(rates)
         for i, rate in enumerate((0.01, 0.02, 0.3)):
             one = tx.update(second, jaxsgd.with_hyper(state, learning_rate=rate), params)[0]
-            assert relative(jax.tree.map(lambda x, i=i: x[i], many), one) < 1e-14
+            assert relative(after(jax.tree.map(lambda x, i=i: x[i], many)), after(one)) < 1e-14
 
         direction = tree(5)
         moved = lambda s: tx.update(jax.tree.map(lambda g, d: g + s * d, second, direction), state, params)[0]
