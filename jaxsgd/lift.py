@@ -185,7 +185,7 @@ class Lift:
             raise ValueError(
                 f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
             )
-        known = {"t", "p", "learning_rate", "weight_decay"}
+        known = {"t", "p", "learning_rate", "weight_decay", "leaf_key"}
         extra = {name: extra_args[name] for name in self.spec.context if name in extra_args and name not in known}
         traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state)))
         return (self._update if traced else self._jitted)(updates, state, params, extra)
@@ -216,7 +216,7 @@ class Lift:
             return {n: _narrow(now.get(n, v), dtype) for n, v in self.hyper.items()} | {"t": count.astype(dtype)}
 
         calls = {
-            i: self._arguments(g, p, [r[i] for r in rested], own, narrowed, count)
+            i: self._arguments(g, p, [r[i] for r in rested], own, narrowed, count) | self._leaf_key(count, i)
             for i, (g, p, own) in enumerate(zip(grads, ps, overrides, strict=True))
             if not own.get("frozen")
         }
@@ -241,6 +241,13 @@ class Lift:
         pins = {name: pin for name, pin in state.hyper.items() if name.startswith(PIN)}
         slots = {s: treedef.unflatten(new) for s, new in zip(self.slots, new_slots, strict=True)}
         return treedef.unflatten(out), State(count, {**now, **pins}, slots, kept)
+
+    def _leaf_key(self, count: jax.Array, i: int) -> dict[str, jax.Array]:
+        """A key of this step and leaf, the same on every replica, for a rule that asks for it."""
+        if "leaf_key" not in self.spec.context:
+            return {}
+        step_key = jax.random.fold_in(jax.random.key(self.hyper["key"]), count)
+        return {"leaf_key": jax.random.fold_in(step_key, i)}
 
     def _arguments(self, g, p, rested, own, now, count) -> dict[str, Any]:
         """Everything that the functions of a rule may ask for at one leaf, by name."""

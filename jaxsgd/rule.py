@@ -25,8 +25,8 @@ __all__ = ["RULES", "Rule", "UnknownRule", "rule"]
 
 REQUIRED = inspect.Parameter.empty
 FRAME = {"weight_decay": 0.0, "mask": None, "groups": (), "storage": None, "dynamic": (), "norms": False}
-DECAYS = re.compile(r"b\d|.*_b\d|decay|momentum|rho|alpha")
-"""Hyperparameters that are the decay of an average: they lie in [0, 1)."""
+DECAYS = re.compile(r"b\d|.*_b\d|decay|momentum|rho")
+"""Hyperparameters that are the decay of an average: they lie in [0, 1), unless a rule's ``bounds`` say otherwise."""
 
 
 class UnknownRule(KeyError):
@@ -60,6 +60,11 @@ class Rule:
       prepare: optional, bound arguments -> arguments, for what is not of one array (a warmup).
       oracle: the same rule by others, ``oracle(**arguments) -> GradientTransformation``, or None.
       needs: hyperparameter -> the other settings without which it has no effect.
+      exceptions: part of a law -> the reason why it cannot hold for this rule: ``"zero"`` (no gradient, no
+        step), ``"complex"``, ``"narrow"`` (bf16 parameters leave the state as it is), ``"derivative"``,
+        ``"oracle:argument"`` (follows nobody when it is set), ``"flax"`` (needs extra arguments).
+      bounds: hyperparameter -> (lowest, first too large); by default [0, 1) for decays and 0 or more for others.
+      alternatives: hyperparameter -> another valid value, for the tests, where half of the default is none.
     """
 
     spec: Spec
@@ -70,6 +75,9 @@ class Rule:
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     oracle: Callable[..., optax.GradientTransformation] | None = None
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    alternatives: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -211,9 +219,13 @@ class Rule:
             raise TypeError(f"{where}: a number or a schedule (a function of the step) is needed")
         if math.isnan(value) or math.isinf(value):
             raise ValueError(f"{where}: a finite number is needed")
-        if name != "weight_decay" and DECAYS.fullmatch(name) and not 0 <= value < 1:
+        if name in self.bounds:
+            low, high = self.bounds[name]
+            if not low <= value < high:
+                raise ValueError(f"{where}: it must lie in [{low:g}, {high:g})")
+        elif name != "weight_decay" and DECAYS.fullmatch(name) and not 0 <= value < 1:
             raise ValueError(f"{where}: it is the decay of an average, in [0, 1)")
-        if value < 0:
+        elif value < 0:
             raise ValueError(f"{where}: it must be 0 or more")
         return value
 
@@ -306,7 +318,7 @@ def rule(
     Args:
       start, sums, shared, coupled, runtime: see `jaxsgd.spec.Spec`.
       name: the rule's name; the function's by default.
-      oracle, needs, aliases, prepare: see `Rule`.
+      oracle, needs, exceptions, bounds, alternatives, aliases, prepare: see `Rule`.
       positional: arguments that may be given by position, in order; by default the learning rate, then
         all hyperparameters.
       learning_rate, weight_decay: their defaults; none and 0 by default.

@@ -4,8 +4,9 @@ Floor 1. Python's parameter kinds carry the roles, so nothing is said twice:
 
 - first positional: the gradient of one array, widened to at least float32;
 - further positionals: slots, the state kept for that array;
-- keyword-only without a default: context (``t``, ``p``, ``learning_rate``, ``weight_decay``, the
-  scalars of ``shared``, and extra arguments of ``update``);
+- keyword-only without a default: context (``t``, ``p``, ``learning_rate``, ``weight_decay``,
+  ``leaf_key``: a PRNG key of this step and array, made from the hyperparameter ``key``; the scalars of
+  ``shared``; extra arguments of ``update`` such as ``value``, the loss);
 - keyword-only with a default: hyperparameters.
 """
 

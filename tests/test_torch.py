@@ -94,6 +94,7 @@ def test_jaxsgd_arguments_work_there_too():
         (lambda: ours.SGD(momentum=0.9, dampening=0.1, nesterov=True), ValueError, "dampening=0.1"),
         (lambda: ours.Adam(betas=0.9), TypeError, r"betas=0.9: two numbers are needed"),
         (lambda: ours.Adam(betas=(0.9, 1.0)), ValueError, r"b2=1.0"),
+        (lambda: ours.RMSprop(alpha=1.0), ValueError, r"alpha=1.0: it must lie in \[0, 1\)"),
         (lambda: ours.AdamW(lr=-1), ValueError, "learning_rate=-1"),
         (lambda: ours.AdamW(learning_rate=1), TypeError, "learning_rate"),
     ],

@@ -61,6 +61,7 @@ def torch_nadam(
 
 @rule(
     start={"nu": real_zeros, "mean": without_when_off("centered"), "trace": without_when_off("momentum")},
+    bounds={"alpha": (0, 1)},
 )
 def torch_rmsprop(g, nu, mean, trace, *, alpha=0.99, eps=1e-8, momentum=0.0, centered=False):
     r"""RMSprop as in torch.optim (Tieleman & Hinton 2012, Coursera lecture 6e): $b \leftarrow \mu b + g / (\sqrt{v - \bar g^2} + \epsilon),\; x \leftarrow x - \eta b$.
