@@ -7,7 +7,8 @@ hyperparameters all at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -19,7 +20,7 @@ from jax.core import Tracer
 
 from jaxsgd.numerics import global_norm, real_dtype, wide, widest
 from jaxsgd.paths import Groups, leaf_names, resolve_groups, same_structure
-from jaxsgd.spec import Spec, by_name, is_off
+from jaxsgd.spec import Spec, by_name, is_off, parameter_names
 from jaxsgd.state import FOLLOW, PIN, State
 from jaxsgd.storage import Storage, plain
 
@@ -73,11 +74,8 @@ class Lift:
         self.decays = "weight_decay" in live or any(
             not is_off(overrides.get("weight_decay")) for _, overrides in self.groups
         )
-        probe = jnp.zeros((), jnp.float32)
         variants = [{}, *(own for _, own in self.groups)]
-        self.slots = tuple(
-            slot for slot in self.spec.slots if any(self._start(slot, probe, own, None) is not None for own in variants)
-        )
+        self.slots = tuple(slot for slot in self.spec.slots if any(self._starts(slot, own) for own in variants))
         self._jitted = jax.jit(self._update, inline=True)  # makes the eager update one dispatch
 
     @property
@@ -103,6 +101,11 @@ class Lift:
         hyper = {**self._initial(real_dtype(p.dtype)), **own}
         value = self.spec.begin(slot, {"p": p, **hyper})
         return None if value is None else self._pack(slot, value, own, key)
+
+    def _starts(self, slot: str, own: Mapping[str, Any]) -> bool:
+        """Whether any leaf may have the slot: some rules keep one for matrices only, some for all others."""
+        leaves = (jnp.zeros(shape, jnp.float32) for shape in ((), (2, 2)))
+        return any(self._start(slot, leaf, own, None) is not None for leaf in leaves)
 
     def _initial(self, dtype: Any) -> dict[str, Any]:
         """The hyperparameters as the first step will see them. Runtime ones are arrays, so that one that
@@ -185,8 +188,7 @@ class Lift:
             raise ValueError(
                 f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
             )
-        known = {"t", "p", "learning_rate", "weight_decay", "leaf_key"}
-        extra = {name: extra_args[name] for name in self.spec.context if name in extra_args and name not in known}
+        extra = {name: extra_args[name] for name in self.spec.extra if name in extra_args}
         traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state)))
         return (self._update if traced else self._jitted)(updates, state, params, extra)
 
@@ -206,6 +208,7 @@ class Lift:
         grads, treedef = jax.tree.flatten(updates)
         ps = [None] * len(grads) if params is None else jax.tree.leaves(params)
         overrides = self.overrides(updates if params is None else params)
+        names = leaf_names(updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         now = self._hyper(state)
         keys = self._keys(count, len(grads))
@@ -216,7 +219,7 @@ class Lift:
             return {n: _narrow(now.get(n, v), dtype) for n, v in self.hyper.items()} | {"t": count.astype(dtype)}
 
         calls = {
-            i: self._arguments(g, p, [r[i] for r in rested], own, narrowed, count) | self._leaf_key(count, i)
+            i: self._arguments(g, p, [r[i] for r in rested], own, narrowed, count) | self._leaf_key(count, names[i])
             for i, (g, p, own) in enumerate(zip(grads, ps, overrides, strict=True))
             if not own.get("frozen")
         }
@@ -242,12 +245,13 @@ class Lift:
         slots = {s: treedef.unflatten(new) for s, new in zip(self.slots, new_slots, strict=True)}
         return treedef.unflatten(out), State(count, {**now, **pins}, slots, kept)
 
-    def _leaf_key(self, count: jax.Array, i: int) -> dict[str, jax.Array]:
-        """A key of this step and leaf, the same on every replica, for a rule that asks for it."""
+    def _leaf_key(self, count: jax.Array, name: str) -> dict[str, jax.Array]:
+        """A key of this step and leaf, the same on every replica, for a rule that asks for it. It goes by the
+        leaf's name, which a partition of the tree leaves as it is."""
         if "leaf_key" not in self.spec.context:
             return {}
         step_key = jax.random.fold_in(jax.random.key(self.hyper["key"]), count)
-        return {"leaf_key": jax.random.fold_in(step_key, i)}
+        return {"leaf_key": jax.random.fold_in(step_key, zlib.crc32(name.encode()))}
 
     def _arguments(self, g, p, rested, own, now, count) -> dict[str, Any]:
         """Everything that the functions of a rule may ask for at one leaf, by name."""
@@ -273,24 +277,31 @@ class Lift:
 
     def _shared(self, outside, calls, state, count, scalar) -> dict[str, jax.Array]:
         """Map, reduce, map: sums over the tree, then scalars made of them, once a step."""
+        if not calls:  # nothing to sum: an empty tree, or all of it frozen
+            return {name: state.shared[name] for name in self.spec.kept}
         totals: dict[str, Any] = {}
         if self.spec.sums is not None:
             for call in calls.values():
-                for name, value in by_name(self.spec.sums, {**outside, **state.shared, **call}).items():
+                scalars = {n: _narrow(v, call["dtype"]) for n, v in {**outside, **state.shared}.items()}
+                for name, value in by_name(self.spec.sums, {**scalars, **call}).items():
                     totals[name] = totals.get(name, jnp.zeros((), scalar)) + value.astype(scalar)
         if self.spec.shared is None:
             return totals
         hyper = {name: outside.get(name, value) for name, value in self.hyper.items()}
         available = {**hyper, **outside, **totals, **state.shared, "t": count.astype(scalar)}
+        self._check_given(parameter_names(self.spec.shared), available)
         return totals | by_name(self.spec.shared, available)
+
+    def _check_given(self, names: Iterable[str], available: Mapping[str, Any]) -> None:
+        for name in names:
+            if name not in available:
+                raise ValueError(f"{name}: {self.spec.name} needs it: tx.update(grads, state, params, {name}=...)")
 
     def _step(self, call: dict[str, Any], tree_wide: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The rule on one leaf: ``(delta, slots by name)``."""
         spec = self.spec
         available = {**{k: _narrow(v, call["dtype"]) for k, v in tree_wide.items()}, **call}
-        missing = [name for name in spec.context if name not in available]
-        if missing:
-            raise ValueError(f"{missing[0]}: {spec.name} needs it: tx.update(grads, state, params, {missing[0]}=...)")
+        self._check_given(spec.context, available)
         delta, slots = spec.step(call["g"], [call[s] for s in spec.slots], available)
         return delta, dict(zip(spec.slots, slots, strict=True))
 

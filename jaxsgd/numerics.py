@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 __all__ = [
     "debias",
     "ema",
+    "filled",
     "global_norm",
     "real_dtype",
     "real_zeros",
@@ -78,14 +79,19 @@ def ema(mean: Any, x: jax.Array, decay: Any) -> jax.Array:
 
 
 def debias(mean: jax.Array, decay: Any, t: Any) -> jax.Array:
-    """An `ema` that started at zero, corrected after ``t`` steps: ``mean / (1 - decay**t)``.
+    """An `ema` that started at zero, corrected after ``t`` steps: ``mean / (1 - decay**t)``."""
+    return mean / filled(decay, t)
 
-    The divisor is computed as ``-expm1(t * log(decay))``: in float32, ``1 - 0.999**1`` as written
-    keeps only four of its seven digits.
+
+def filled(decay: Any, t: Any) -> jax.Array:
+    """How much of an `ema` is filled after ``t`` steps: ``1 - decay**t``.
+
+    Computed as ``-expm1(t * log(decay))``: in float32, ``1 - 0.999**1`` as written keeps only four of its
+    seven digits.
     """
     known = isinstance(decay, float | int)
     log_decay = (math.log(decay) if decay > 0 else -math.inf) if known else jnp.log(decay)
-    return mean / -jnp.expm1(t * log_decay)
+    return -jnp.expm1(t * log_decay)
 
 
 def global_norm(tree: Any) -> jax.Array:

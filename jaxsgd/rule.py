@@ -159,6 +159,8 @@ class Rule:
                 arguments["storage"] = {meaning: cast(value), **arguments["storage"]}
         if self.prepare is not None:
             arguments = self.prepare(arguments)
+        if arguments["weight_decay"] is None:  # as some of optax's aliases say none
+            arguments["weight_decay"] = 0.0
         names = ("learning_rate", "weight_decay", *self.spec.hyper)
         hyper = {name: self._checked(name, arguments[name]) for name in names}
         dynamic = arguments["dynamic"]

@@ -132,8 +132,18 @@ class Spec:
     @property
     def tree_wide(self) -> frozenset[str]:
         """The hyperparameters that have one value for the whole tree: no group may override them."""
-        asked = parameter_names(self.shared) if self.shared is not None else ()
+        asked = {*(parameter_names(self.shared) if self.shared is not None else ())}
+        for name in self.kept:
+            asked |= set(parameter_names(self.start[name]))
         return frozenset(self.runtime) | {name for name in asked if name in self.hyper}
+
+    @property
+    def extra(self) -> frozenset[str]:
+        """The extra arguments of ``update`` that the rule, its sums or its tree-wide scalars ask for."""
+        functions = [fn for fn in (self.sums, self.shared) if fn is not None]
+        asked = {*self.context, *(name for fn in functions for name in parameter_names(fn))}
+        made = {"g", "p", "t", "learning_rate", "weight_decay", "leaf_key"}
+        return frozenset(asked - made - {*self.slots, *self.kept, *self.hyper})
 
     @property
     def owns_step(self) -> bool:
@@ -161,7 +171,8 @@ class Spec:
         if decays and self.coupled:
             g, decays = g + decay * p, False
         arguments = {name: available[name] for name in (*self.context, *self.hyper)}
-        direction, *slots = self.fn(g, *slots, **arguments, **self.fixed)
+        out = self.fn(g, *slots, **arguments, **self.fixed)
+        direction, *slots = out if isinstance(out, tuple) else (out,)
         if not self.owns_step:
             return -rate * (direction + decay * p if decays else direction), tuple(slots)
         return direction - rate * decay * p if decays else direction, tuple(slots)

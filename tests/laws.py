@@ -69,7 +69,8 @@ def walk(tx: Any) -> Any:
             params = optax.apply_updates(params, updates)
             return (params, state), params
 
-        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+        (_, state), visited = jax.lax.scan(step, (params, tx.init(params)), grads)
+        return visited, state
 
     return run
 
@@ -81,7 +82,13 @@ def _walker(rule: Rule, settings: tuple) -> Any:
 
 def run(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> Any:
     settings = {"learning_rate": RATE, **settings}
-    return jax.device_get(_walker(rule, tuple(sorted(settings.items())))(params, grads))
+    return jax.device_get(_walker(rule, tuple(sorted(settings.items())))(params, grads))[0]
+
+
+def kept(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> Any:
+    """What the rule remembers at the end."""
+    settings = {"learning_rate": RATE, **settings}
+    return jax.device_get(_walker(rule, tuple(sorted(settings.items())))(params, grads))[1].slots
 
 
 def alternative(name: str, default: Any) -> Any:
@@ -104,17 +111,16 @@ def settings_of(rule: Rule) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     out = {}
     for name, default in {"weight_decay": rule.defaults["weight_decay"], **rule.spec.hyper}.items():
         without = dict(rule.needs.get(name, {}))
-        out[name] = (
-            without,
-            {**without, name: rule.alternatives.get(name, alternative(name, rule.defaults.get(name, default)))},
-        )
+        given = rule.defaults.get(name, default)
+        other = rule.alternatives[name] if name in rule.alternatives else alternative(name, given)
+        out[name] = (without, {**without, name: other})
     return out
 
 
 def relative(ours: Any, theirs: Any) -> float:
     """The largest difference, relative to the largest value of its array's trajectory."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return max((float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs), default=0.0)
+    return max((float(np.max(np.abs(a - b)) / (np.max(np.abs(b)) or 1.0)) for a, b in pairs), default=0.0)
 
 
 def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> Any:
@@ -126,9 +132,9 @@ def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> 
     scheduled = any(callable(value) for value in given.values())
     if oracle is not None and all(name in takes for name in given) and not scheduled:
         if "weight_decay" in takes:
-            return jax.device_get(_oracle_walker(rule, tuple(sorted(given.items())), decay)(params, grads))
+            return jax.device_get(_oracle_walker(rule, tuple(sorted(given.items())), decay)(params, grads))[0]
         if not decay:
-            return jax.device_get(_oracle_walker(rule, tuple(sorted(given.items())), None)(params, grads))
+            return jax.device_get(_oracle_walker(rule, tuple(sorted(given.items())), None)(params, grads))[0]
     if rule.name not in TWINS:
         assert decay and oracle is not None, f"{rule.name} with {settings}: nothing to compare with; add a twin"
         return _with_decay(oracle(**given), decay, params, grads)
@@ -151,7 +157,7 @@ def _with_decay(tx: Any, decay: float, params: Any, grads: Any) -> Any:
         updates, state = optax.with_extra_args_support(tx).update(g, state, p, **extra)
         return jax.tree.map(lambda u, q: u - RATE * decay * q, updates, p), state
 
-    return jax.device_get(walk(optax.GradientTransformationExtraArgs(tx.init, update))(params, grads))
+    return jax.device_get(walk(optax.GradientTransformationExtraArgs(tx.init, update))(params, grads))[0]
 
 
 # -- the laws ------------------------------------------------------------------------------------
@@ -233,7 +239,8 @@ def law_4_neighbours(rule: Rule) -> None:
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     equal(tx_twice(optax.chain(optax.identity(), tx))[0])
     labels = {"scalar": "a", "vector": "b", "matrix": "a", "cube": "b"}
-    equal(tx_twice(optax.partition({"a": rule(RATE), "b": rule(RATE)}, labels))[0])
+    if rule.spec.sums is None:  # a part of a tree has other sums
+        equal(tx_twice(optax.partition({"a": rule(RATE), "b": rule(RATE)}, labels))[0])
     everywhere, nowhere = dict.fromkeys(SHAPES, True), dict.fromkeys(SHAPES, False)
     equal(tx_twice(optax.masked(tx, everywhere))[0])
     untouched, _ = stepper(optax.masked(tx, nowhere))(grads, optax.masked(tx, nowhere).init(params), params)
@@ -251,9 +258,9 @@ def law_4_neighbours(rule: Rule) -> None:
     assert float(optax.tree.get(plain_state, "learning_rate")) == np.float32(RATE)
     replaced = optax.tree.set(plain_state, learning_rate=jnp.float32(0.5))
     assert float(replaced.hyper["learning_rate"]) == 0.5
-    marked = optax.tree.map_params(tx, lambda _, name: name, plain_state, {k: k for k in params})
-    for slot in plain_state.slots:
-        assert marked.slots[slot] == {k: k for k in params}
+    names = {k: k for k in params}
+    marked = optax.tree.map_params(tx, lambda _, name: name, plain_state, names, is_leaf=lambda x: x is None)
+    assert all(marked.slots[slot] == names for slot in plain_state.slots)
     assert marked.count is plain_state.count
 
     if "flax" in rule.exceptions:
@@ -329,9 +336,10 @@ def law_6_dtypes(rule: Rule) -> None:
     narrow, full = march(jnp.bfloat16), march(jnp.float32)
     for slot, held in narrow.slots.items():
         # bf16 rounds the gradient once (2**-9, squared in nu: 2**-8).
-        np.testing.assert_allclose(held, full.slots[slot], rtol=2**-7, err_msg=f"{slot} stalls in bf16")
+        if held is not None:  # a factor that a vector does not have
+            np.testing.assert_allclose(held, full.slots[slot], rtol=2**-7, err_msg=f"{slot} stalls in bf16")
     for name, held in narrow.shared.items():
-        np.testing.assert_allclose(held, full.shared[name], rtol=1e-6)
+        np.testing.assert_allclose(held, full.shared[name], rtol=2**-7)
 
 
 def law_7_edges(rule: Rule) -> None:
@@ -376,10 +384,13 @@ def law_8_hyperparameters(rule: Rule) -> None:
     """Every hyperparameter changes the trajectory."""
     with jax.enable_x64(True):
         params, grads = tree(1), gradients(2)
-        slow = run(rule, {"learning_rate": RATE / 2}, params, grads)
-        assert relative(slow, run(rule, {}, params, grads)) > 1e-6, "learning_rate changes nothing"
+        usual = {"learning_rate": RATE, **rule.needs.get("learning_rate", {})}
+        slow = run(rule, {**usual, "learning_rate": usual["learning_rate"] / 2}, params, grads)
+        assert relative(slow, run(rule, usual, params, grads)) > 1e-6, "learning_rate changes nothing"
         for name, (without, changed) in settings_of(rule).items():
             moved = relative(run(rule, changed, params, grads), run(rule, without, params, grads))
+            if moved == 0:  # what is evaluated, such as an average, counts too
+                moved = relative(kept(rule, changed, params, grads), kept(rule, without, params, grads))
             assert moved > 1e-6, f"{name}={changed[name]} changes nothing"
 
 
