@@ -6,21 +6,35 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 
 # ruff: noqa: F403, F405
 from jaxsgd import torch
+from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
 from jaxsgd.rule import RULES, Rule, rule
+from jaxsgd.rules import adam_variants as _adam_variants
 from jaxsgd.rules import adaptive as _adaptive
+from jaxsgd.rules import adaptive_lr as _adaptive_lr
 from jaxsgd.rules import averaging as _averaging
+from jaxsgd.rules import factored as _factored
+from jaxsgd.rules import layerwise as _layerwise
+from jaxsgd.rules import matrix as _matrix
 from jaxsgd.rules import momentum as _momentum
 from jaxsgd.rules import sign as _sign
 from jaxsgd.rules import torch as _torch
+from jaxsgd.rules import wrappers as _wrappers
+from jaxsgd.rules.adam_variants import *
 from jaxsgd.rules.adaptive import *
+from jaxsgd.rules.adaptive_lr import *
 from jaxsgd.rules.averaging import *
+from jaxsgd.rules.factored import *
+from jaxsgd.rules.layerwise import *
+from jaxsgd.rules.matrix import *
 from jaxsgd.rules.momentum import *
 from jaxsgd.rules.sign import *
 from jaxsgd.rules.torch import *
+from jaxsgd.rules.wrappers import *
 from jaxsgd.state import State, metrics, with_hyper
 from jaxsgd.storage import Storage, cast, plain
 from jaxsgd.train import Step, TrainState, make_step
+from jaxsgd.transforms import *
 
 __version__ = "0.1.0"
 
@@ -40,8 +54,15 @@ __all__ = [
     "torch",
     "with_hyper",
 ]
+__all__ += _adam_variants.__all__
+__all__ += _layerwise.__all__
+__all__ += _factored.__all__
+__all__ += _adaptive_lr.__all__
+__all__ += _matrix.__all__
 __all__ += _adaptive.__all__
 __all__ += _averaging.__all__
 __all__ += _momentum.__all__
 __all__ += _sign.__all__
 __all__ += _torch.__all__
+__all__ += _wrappers.__all__
+__all__ += _transforms.__all__

@@ -6,6 +6,9 @@ nobody else's code has the rule, or the argument.
 
 from __future__ import annotations
 
+import importlib
+import pathlib
+
 import numpy as np
 
 
@@ -97,8 +100,35 @@ def torch_adagrad(p, grads, learning_rate, weight_decay=0.0, *, initial_accumula
     return out
 
 
+def torch_radam(p, grads, learning_rate, weight_decay=0.0, *, b1=0.9, b2=0.999, eps=1e-8):
+    m, v, full, out = np.zeros_like(p), np.zeros_like(p), 2 / (1 - b2) - 1, []
+    for t, g in enumerate(grads, start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        length, u = full - 2 * t * b2**t / (1 - b2**t), m / (1 - b1**t)
+        if length > 5:
+            r = np.sqrt((length - 4) * (length - 2) * full / ((full - 4) * (full - 2) * length))
+            u = u * r * np.sqrt(1 - b2**t) / (np.sqrt(v) + eps)
+        p = p - learning_rate * (u + weight_decay * p)
+        out.append(p)
+    return out
+
+
+def torch_asgd(p, grads, learning_rate, weight_decay=0.0, *, lambd=1e-4, alpha=0.75, t0=1e6):
+    eta, out = learning_rate, []
+    for t, g in enumerate(grads, start=1):
+        p = p * (1 - lambd * eta) - eta * (g + weight_decay * p)
+        eta = learning_rate / (1 + lambd * learning_rate * t) ** alpha
+        out.append(p)
+    return out
+
+
 TWINS = {
     "adam": adam, "adamw": adam, "nadam": adam, "schedule_free_adamw": schedule_free_adamw,
     "torch_sgd": torch_sgd, "torch_amsgrad": torch_amsgrad, "torch_nadam": torch_nadam,
-    "torch_rmsprop": torch_rmsprop, "torch_adagrad": torch_adagrad,
+    "torch_rmsprop": torch_rmsprop, "torch_radam": torch_radam, "torch_asgd": torch_asgd,
+    "torch_adagrad": torch_adagrad,
 }  # fmt: skip
+
+for _file in sorted(pathlib.Path(__file__).parent.glob("twins_*.py")):
+    TWINS |= importlib.import_module(_file.stem).TWINS

@@ -1,6 +1,31 @@
 """The update rules, a family a file. Importing this package fills `RULES`."""
 
 from jaxsgd.rule import RULES
-from jaxsgd.rules import adaptive, averaging, momentum, sign, torch
+from jaxsgd.rules import (
+    adam_variants,
+    adaptive,
+    adaptive_lr,
+    averaging,
+    factored,
+    layerwise,
+    matrix,
+    momentum,
+    sign,
+    torch,
+    wrappers,
+)
 
-__all__ = ["RULES", "adaptive", "averaging", "momentum", "sign", "torch"]
+__all__ = [
+    "RULES",
+    "matrix",
+    "adaptive_lr",
+    "factored",
+    "layerwise",
+    "adam_variants",
+    "adaptive",
+    "averaging",
+    "momentum",
+    "sign",
+    "torch",
+    "wrappers",
+]

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxsgd.numerics import wide
-from jaxsgd.rule import REQUIRED, Rule, make_rule, register
+from jaxsgd.rule import Rule, register
 from jaxsgd.rules.adaptive import adam
-from jaxsgd.spec import Spec, signature_of
+from jaxsgd.rules.momentum import sgd
+from jaxsgd.rules.wrappers import wrap
 from jaxsgd.state import find_states
 
-__all__ = ["eval_params", "schedule_free", "schedule_free_adamw"]
+__all__ = ["eval_params", "lookahead", "schedule_free", "schedule_free_adamw", "schedule_free_sgd"]
 
 
 def schedule_free(base: Rule, *, name: str | None = None, doc: str | None = None, **fields: Any) -> Rule:
@@ -39,18 +40,14 @@ def schedule_free(base: Rule, *, name: str | None = None, doc: str | None = None
     Raises:
       ValueError: ``base`` has tree-wide sums of its own.
     """
-    inner = base.spec.fix(b1=0.0, nesterov=False)
-    if inner.shared is not None or inner.sums is not None:
-        raise ValueError(f"schedule_free({base.name}): the base must not have tree-wide sums of its own")
-    context = ("p", "learning_rate", "weight_decay", "ck")
 
-    def leaf(g, z, *slots, p, learning_rate, weight_decay, ck, b1, **rest):
-        available = {"p": p, "learning_rate": learning_rate, "weight_decay": weight_decay, **rest}
+    def leaf(inner, g, own, slots, *, b1, ck, weight_lr_power, **available):
+        (z,), y = own, available["p"]
         delta, slots = inner.step(g, slots, available)
-        x = (p - (1 - b1) * z) / b1
+        x = (y - (1 - b1) * z) / b1
         z = z + delta
         x = (1 - ck) * x + ck * z
-        return b1 * x + (1 - b1) * z - p, z, *slots
+        return b1 * x + (1 - b1) * z - y, (z,), slots
 
     def shared(weight_sum, max_rate, *, learning_rate, weight_lr_power):
         max_rate = jnp.maximum(max_rate, learning_rate)
@@ -59,45 +56,36 @@ def schedule_free(base: Rule, *, name: str | None = None, doc: str | None = None
         ck = weight / jnp.where(weight_sum > 0, weight_sum, 1)
         return {"weight_sum": weight_sum, "max_rate": max_rate, "ck": ck}
 
-    leaf.__signature__ = signature_of(
-        ("g", "z", *inner.slots),
-        (*context, *(c for c in inner.context if c not in context)),
-        {"b1": 0.9, **inner.hyper, "weight_lr_power": 2.0},
-    )
-    zero = {"weight_sum": lambda: 0.0, "max_rate": lambda: 0.0}
-    start = {slot: _settled(inner, slot) for slot in inner.slots}
-    spec = Spec.read(
+    fields = {
+        "aliases": {"state_dtype": "z"},
+        "extras": {"warmup_steps": None},
+        "weight_decay": 0.0,
+        "needs": {**base.needs, "weight_lr_power": {"learning_rate": _rising}},
+    } | fields
+    return wrap(
+        base,
         leaf,
         name=name or f"schedule_free_{base.name}",
-        start={"z": lambda p: jnp.array(p, copy=True), **start, **zero},
+        doc=doc or _titled(schedule_free, base),
+        slots=("z",),
+        start={"z": lambda p: jnp.array(p, copy=True), "weight_sum": lambda: 0.0, "max_rate": lambda: 0.0},
+        context=("ck",),
+        hyper={"b1": 0.9, "weight_lr_power": 2.0},
         shared=shared,
+        fix={"b1": 0.0, "nesterov": False},
         runtime=("b1",),
-    )
-    fields = {"learning_rate": base.defaults.get("learning_rate", REQUIRED)} | fields
-    return make_rule(
-        spec,
-        doc or (schedule_free.__doc__ or "").split("\n\n")[0].replace("Schedule-free", f"Schedule-free {base.name}", 1),
-        aliases={"state_dtype": "z"},
-        extras={"warmup_steps": None},
         prepare=_warm_up,
-        needs={**base.needs, "weight_lr_power": {"learning_rate": _rising}},
         **fields,
     )
+
+
+def _titled(wrapper: Any, base: Rule) -> str:
+    return (wrapper.__doc__ or "").split("\n\n")[0].replace(" (", f" {base.name} (", 1)
 
 
 def _rising(count: Any) -> Any:
     """A schedule under which the weights of the average differ; with a constant rate they are all equal."""
     return 0.01 * (count + 1)
-
-
-def _settled(spec: Spec, slot: str) -> Any:
-    """The start of a wrapped rule's slot, with what the wrapper fixed no longer asked for."""
-
-    def begin(**available):
-        return spec.begin(slot, available)
-
-    begin.__signature__ = signature_of(("p", *spec.hyper))  # type: ignore[attr-defined]
-    return begin
 
 
 def _warm_up(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -127,15 +115,63 @@ schedule_free_adamw = register(
         """,
         oracle=optax.contrib.schedule_free_adamw,
         positional=(
-            "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "weight_lr_power", "state_dtype",
+            "learning_rate",
+            "warmup_steps",
+            "b1",
+            "b2",
+            "eps",
+            "weight_decay",
+            "weight_lr_power",
+            "state_dtype",
         ),
         learning_rate=0.0025,
     )
-)  # fmt: skip
+)
+
+schedule_free_sgd = register(
+    schedule_free(
+        sgd,
+        name="schedule_free_sgd",
+        doc=r"""Schedule-free SGD (Defazio et al. 2024, arXiv:2405.15682): $z \leftarrow z - \eta\,(g + \lambda y),\; x \leftarrow (1-c_t) x + c_t z,\; y = \beta_1 x + (1-\beta_1) z$.
+
+        The parameters are $y$, where gradients are taken; evaluate at `eval_params`. See `schedule_free`.
+        """,
+        oracle=optax.contrib.schedule_free_sgd,
+        positional=("learning_rate", "warmup_steps", "b1", "weight_decay", "weight_lr_power", "state_dtype"),
+        learning_rate=1.0,
+    )
+)
+
+
+def lookahead(base: Rule) -> Rule:
+    r"""Lookahead (Zhang et al. 2019, arXiv:1907.08610): every $k$ steps $\phi \leftarrow \phi + \alpha (x - \phi),\; x \leftarrow \phi$.
+
+    The base walks fast; slow weights follow every ``sync_period`` (6) steps by ``slow_step_size`` (0.5).
+    """
+
+    def leaf(inner, g, own, slots, *, t, sync_period, slow_step_size, **available):
+        (slow,), p = own, available["p"]
+        delta, slots = inner.step(g, slots, {**available, "t": t})
+        synced = slow + slow_step_size * (p + delta - slow)
+        now = t % sync_period == 0
+        return jnp.where(now, synced - p, delta), (jnp.where(now, synced, slow),), slots
+
+    return wrap(
+        base,
+        leaf,
+        name=f"lookahead_{base.name}",
+        doc=_titled(lookahead, base),
+        slots=("slow",),
+        start={"slow": lambda p: jnp.array(p, copy=True)},
+        context=("t",),
+        hyper={"sync_period": 6, "slow_step_size": 0.5},
+        bounds={**base.bounds, "sync_period": (1, float("inf"))},
+        exceptions={**base.exceptions, "narrow": "the slow weights average the parameters, rounded as they are"},
+    )
 
 
 def eval_params(state: Any, params: Any) -> Any:
-    """The parameters to evaluate and to keep: the average $x$ of a schedule-free rule.
+    """The parameters to evaluate and to keep: $x$ of a schedule-free rule, the average of ASGD and of `ema`.
 
     The identity for every other rule, so that it can be called always.
 
@@ -149,13 +185,23 @@ def eval_params(state: Any, params: Any) -> Any:
     treedef = jax.tree.structure(params)
     leaves = jax.tree.leaves(params)
     for _, held in find_states(state):
-        if "z" not in held.slots or "weight_sum" not in held.shared:
-            continue
-        b1 = held.hyper["b1"]
-        for i, z in enumerate(treedef.flatten_up_to(held.slots["z"])):
+        schedule_free = "z" in held.slots and "weight_sum" in held.shared
+        slot = "z" if schedule_free else "average" if "average" in held.slots else None
+        for i, kept in enumerate(treedef.flatten_up_to(held.slots[slot]) if slot is not None else ()):
             # Frozen here (None), or another branch's of a partition (MaskedNode).
-            if z is not None and not isinstance(z, optax.MaskedNode):
-                y, z = wide(leaves[i]), wide(z)
-                b = b1.astype(y.real.dtype)
-                leaves[i] = ((y - (1 - b) * z) / b).astype(leaves[i].dtype)
+            if kept is not None and not isinstance(kept, optax.MaskedNode):
+                y, x = wide(leaves[i]), wide(kept)
+                if schedule_free:
+                    b1 = held.hyper["b1"].astype(y.real.dtype)
+                    x = (y - (1 - b1) * x) / b1
+                leaves[i] = x.astype(leaves[i].dtype)
+    for held in filter(_is_average, jax.tree.leaves(state, is_leaf=_is_average)):
+        for i, average in enumerate(treedef.flatten_up_to(held.average)):
+            if average is not None and not isinstance(average, optax.MaskedNode):
+                leaves[i] = jnp.array(average, leaves[i].dtype, copy=True)  # a copy: the step donates its state
     return treedef.unflatten(leaves)
+
+
+def _is_average(node: Any) -> bool:
+    """Whether ``node`` is the `EmaState` of `jaxsgd.transforms`, which is a floor above."""
+    return getattr(node, "_fields", None) == ("count", "average")

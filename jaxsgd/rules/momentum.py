@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxsgd.numerics import wide
@@ -18,7 +19,9 @@ from jaxsgd.rule import rule
 from jaxsgd.spec import without_when_off
 from jaxsgd.state import PIN, find_states
 
-__all__ = ["look_ahead", "momentum", "nesterov", "sgd", "velocity"]
+__all__ = [
+    "look_ahead", "momentum", "nesterov", "noisy_sgd", "optimistic_gradient_descent", "sgd", "velocity",
+]  # fmt: skip
 
 
 @rule(
@@ -109,3 +112,37 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
     treedef = jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(params), treedef.flatten_up_to(held.slots["v"]), strict=True)
     return treedef.unflatten(ahead(p, v) for p, v in pairs)
+
+
+@rule(oracle=optax.optimistic_gradient_descent)
+def optimistic_gradient_descent(g, g_prev, *, t, alpha=1.0, beta=1.0):
+    r"""Optimistic gradient descent (Mokhtari et al. 2020, arXiv:1901.08511): $u_t = (\alpha + \beta) g_t - \beta g_{t-1}$.
+
+    The first step, which has no gradient before it, is $\alpha g_1$.
+    """
+    return (alpha + beta) * g - beta * jnp.where(t == 1, g, g_prev), g
+
+
+def _seeded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A seed is a whole number, or an array of one (as `optax.inject_hyperparams` hands it over); None is 0."""
+    key = 0 if arguments["key"] is None else arguments["key"]
+    whole = isinstance(key, int) and not isinstance(key, bool)
+    if not whole and not (isinstance(key, jax.Array) and jnp.isdtype(key.dtype, "integral")):
+        raise TypeError(f"noisy_sgd: key={key!r}: a whole number is needed, the seed of the noise")
+    return {**arguments, "key": key}
+
+
+@rule(
+    prepare=_seeded,
+    alternatives={"key": 1},
+    exceptions={
+        "zero": "the noise moves a parameter whose gradient is zero",
+        "complex": "the noise is drawn on the axes, it does not turn with the gradient",
+    },
+)
+def noisy_sgd(g, *, t, leaf_key, eta=0.01, gamma=0.55, key=0):
+    r"""Noisy SGD (Neelakantan et al. 2015, arXiv:1511.06807): $u_t = g_t + \sigma_t \xi_t,\; \xi_t \sim N(0, 1),\; \sigma_t^2 = \eta / t^\gamma$.
+
+    ``key`` is the seed. The noise of an array depends on it, on the step and on the array's place in the tree.
+    """
+    return (g + jnp.sqrt(eta / t**gamma) * jax.random.normal(leaf_key, g.shape, g.dtype),)

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxsgd.numerics import debias, ema, real_zeros, sq
+from jaxsgd.numerics import debias, ema, filled, real_zeros, sq, zeros
 from jaxsgd.rule import rule
 from jaxsgd.spec import without_when_off
 
-__all__ = ["torch_adagrad", "torch_amsgrad", "torch_nadam", "torch_rmsprop", "torch_sgd"]
+__all__ = [
+    "torch_adagrad",
+    "torch_amsgrad",
+    "torch_asgd",
+    "torch_nadam",
+    "torch_radam",
+    "torch_rmsprop",
+    "torch_sgd",
+]
 
 
 @rule(
@@ -82,3 +90,39 @@ def torch_adagrad(g, accumulator, *, initial_accumulator_value=0.0, eps=1e-10):
     r"""Adagrad as in torch.optim (Duchi et al. 2011, JMLR 12:2121): $s \leftarrow s + g^2,\; u = g / (\sqrt s + \epsilon)$."""
     accumulator = accumulator + sq(g)
     return g / (jnp.sqrt(accumulator) + eps), accumulator
+
+
+@rule(start={"nu": real_zeros})
+def torch_radam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8):
+    r"""RAdam as in torch.optim (Liu et al. 2020, arXiv:1908.03265): $u = \hat m_t r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon)$ if $\rho_t > 5$, else $\hat m_t$.
+
+    $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$ with $\rho_\infty = 2 / (1 - \beta_2) - 1$, and
+    $r_t^2 = (\rho_t - 4)(\rho_t - 2) \rho_\infty / ((\rho_\infty - 4)(\rho_\infty - 2) \rho_t)$.
+    """
+    mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
+    full = 2 / (1 - b2) - 1
+    length = full - 2 * t * (1 - filled(b2, t)) / filled(b2, t)
+    safe = jnp.maximum(length, 5)  # below, the branch is not taken, and must not be NaN either
+    rectified = jnp.sqrt((safe - 4) * (safe - 2) * full / ((full - 4) * (full - 2) * safe))
+    adaptive = rectified * jnp.sqrt(filled(b2, t)) / (jnp.sqrt(nu) + eps)
+    return debias(mu, b1, t) * jnp.where(length > 5, adaptive, 1), mu, nu
+
+
+@rule(
+    start={"average": zeros, "eta": lambda p: jnp.zeros((), p.real.dtype)},
+    coupled=True,
+    bounds={"alpha": (0, float("inf"))},
+    alternatives={"lambd": 0.1, "t0": 10.0},
+    needs={"alpha": {"lambd": 0.1}},
+    exceptions={"narrow": "the average is of the parameters, rounded as they are"},
+)
+def torch_asgd(g, average, eta, *, t, p, learning_rate, lambd=1e-4, alpha=0.75, t0=1e6):
+    r"""ASGD as in torch.optim (Polyak & Juditsky 1992, doi:10.1137/0330046): $x \leftarrow (1 - \lambda \eta_t) x - \eta_t g,\; \bar x \leftarrow \bar x + \mu_t (x - \bar x),\; \eta_{t+1} = \eta / (1 + \lambda \eta t)^\alpha$.
+
+    $\mu_t = 1 / \max(1, t - 1 - t_0)$: the average $\bar x$ begins after ``t0`` steps; `jaxsgd.eval_params` gives it.
+    """
+    # A step's rate is made at the end of the step before, so that a changed learning rate waits one step.
+    eta = jnp.where(t == 1, learning_rate, eta)
+    delta = -eta * (g + lambd * p)
+    average = average + (p + delta - average) / jnp.maximum(1, t - 1 - t0)
+    return delta, average, learning_rate / (1 + lambd * learning_rate * t) ** alpha

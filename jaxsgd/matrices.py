@@ -1,0 +1,229 @@
+r"""Matrices in, matrices out: what rules on whole matrices are made of.
+
+Floor 0. Every function works on the last two axes and is batched over all before them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.numerics import sq
+
+__all__ = [
+    "JORDAN",
+    "PRECONDITIONINGS",
+    "PRESETS",
+    "adjoint",
+    "as_matrices",
+    "eigenbasis",
+    "frobenius",
+    "inverse_root",
+    "newton_schulz",
+    "reordered_basis",
+    "rotated",
+    "rotated_back",
+    "table_of",
+]
+
+Triple = tuple[float, float, float]
+
+JORDAN: tuple[Triple, ...] = ((3.4445, -4.7750, 2.0315),)
+"""Jordan's quintic: the steepest slope at zero, with singular values left between 0.7 and 1.2."""
+
+DION: tuple[Triple, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)  # fmt: skip
+"""One quintic a step, as in Dion (Ahn et al. 2025, arXiv:2504.05295)."""
+
+_OPTIMAL: tuple[Triple, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+
+
+def _damped(abc: Triple, by: float) -> Triple:
+    """The odd quintic $p(x / by)$."""
+    a, b, c = abc
+    return a / by, b / by**3, c / by**5
+
+
+POLAR_EXPRESS: tuple[Triple, ...] = (
+    _damped(_OPTIMAL[0], 1.01**2),
+    *(_damped(abc, 1.01) for abc in _OPTIMAL[1:-1]),
+    _OPTIMAL[-1],
+)
+"""The Polar Express (Amsel et al. 2025, arXiv:2505.16932, appendix A): the best quintic of each step for
+singular values in [0.001, 1]. Damped by the paper's 1.01 against rounding; the first once more, for the 1.01 by
+which the paper divides the matrix."""
+
+PRESETS = {"standard": JORDAN, "muon": JORDAN, "dion": DION, "polar_express": POLAR_EXPRESS}
+PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
+
+
+def table_of(coefficients: str | Sequence[Any]) -> tuple[tuple[Triple, ...], bool]:
+    """Newton-Schulz coefficients as ``(a triple for each step, whether the table has a length of its own)``.
+
+    A single triple, and the Polar Express, serve any number of steps; any other table is all of its steps.
+
+    Raises:
+      ValueError: an unknown preset, or something else than triples of numbers.
+    """
+    if isinstance(coefficients, str):
+        if coefficients not in PRESETS:
+            raise ValueError(f"ns_coeffs={coefficients!r}: known presets are {', '.join(PRESETS)}")
+        return PRESETS[coefficients], coefficients == "dion"
+    rows = list(coefficients)
+    whole = bool(rows) and all(isinstance(row, Sequence) for row in rows)
+    rows = rows if whole else [rows]
+    if any(len(row) != 3 for row in rows):
+        raise ValueError(f"ns_coeffs={coefficients!r}: (a, b, c) or a sequence of such triples is needed")
+    return tuple((row[0], row[1], row[2]) for row in rows), whole
+
+
+def adjoint(x: jax.Array) -> jax.Array:
+    """The conjugate transpose."""
+    return jnp.swapaxes(x, -1, -2).conj() if jnp.iscomplexobj(x) else jnp.swapaxes(x, -1, -2)
+
+
+def frobenius(x: jax.Array) -> jax.Array:
+    """The Frobenius norm, with shape ``(..., 1, 1)``; its derivative at zero is zero."""
+    total = jnp.sum(sq(x), axis=(-2, -1), keepdims=True)
+    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+
+
+def _prescaled(x: jax.Array, kind: str, eps: Any) -> tuple[jax.Array, jax.Array | None]:
+    """``x`` with singular values at most 1, and its Gram matrix where that came for free."""
+    if kind == "frobenius":
+        return x / (frobenius(x) + eps), None
+    if kind == "spectral":
+        return x / (jnp.linalg.norm(x, ord=2, axis=(-2, -1), keepdims=True) + eps), None
+    gram = x @ adjoint(x)  # squares: eps bounds their root, so that small gradients are scaled like large ones
+    if kind == "aol":  # almost orthogonal layers: Gershgorin's bound, row by row
+        scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(gram), axis=-1, keepdims=True), eps * eps))
+    elif kind == "schatten":  # the Schatten-4 norm, squared, is the Gram matrix's Frobenius norm
+        scale = jax.lax.rsqrt(jnp.maximum(frobenius(gram), eps * eps))
+    else:
+        raise ValueError(f"preconditioning={kind!r}: known are {', '.join(PRECONDITIONINGS)}")
+    wide = scale.astype(x.dtype)
+    return x * wide, gram * wide * (jnp.swapaxes(wide, -1, -2))
+
+
+def newton_schulz(
+    x: jax.Array, table: Sequence[Triple], steps: Any, *, eps: Any = 1e-8, preconditioning: str = "frobenius"
+) -> jax.Array:
+    r"""The nearest (semi-)orthogonal matrix, nearly: $X \leftarrow a X + (b A + c A^2) X,\; A = X X^*$.
+
+    Args:
+      x: matrices in the last two axes.
+      table: $(a, b, c)$ of each step; steps beyond its end repeat the last.
+      steps: how many: a number, or an array for a loop whose length is known at run time only.
+      eps: keeps a zero matrix zero.
+      preconditioning: how singular values are brought to at most 1: by the ``"frobenius"`` or ``"spectral"``
+        norm, ``"aol"`` (Boissin et al. 2025, arXiv:2512.04632) or ``"schatten"`` (Grishina et al. 2025,
+        arXiv:2506.10935).
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = adjoint(x) if tall else x  # the smaller Gram matrix
+    x, gram = _prescaled(x, preconditioning, eps)
+
+    def step(x: jax.Array, gram: jax.Array, abc: Any) -> jax.Array:
+        a, b, c = abc
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    if isinstance(steps, jax.Array):
+        rows = jnp.asarray(table, x.dtype)
+        body = lambda i, x: step(x, x @ adjoint(x), rows[jnp.minimum(i, len(table) - 1)])  # noqa: E731
+        x = jax.lax.fori_loop(0, steps.astype(jnp.int32), body, x)
+    else:
+        for i in range(int(steps)):
+            known = gram if i == 0 and gram is not None else x @ adjoint(x)
+            x = step(x, known, table[min(i, len(table) - 1)])
+    return adjoint(x) if tall else x
+
+
+def as_matrices(
+    x: jax.Array, rows: tuple[int, ...], columns: tuple[int, ...]
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """``x`` with the axes ``rows`` and ``columns`` flattened into its last two, and the way back."""
+    batch = tuple(axis for axis in range(x.ndim) if axis not in rows + columns)
+    order = (*batch, *rows, *columns)
+    if order == tuple(range(x.ndim)) and len(rows) == len(columns) == 1:
+        return x, lambda matrices: matrices
+    there = [x.shape[axis] for axis in order]
+    flat = [x.shape[axis] for axis in batch]
+    flat += [math.prod(x.shape[axis] for axis in axes) for axes in (rows, columns)]
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return x.transpose(order).reshape(flat), lambda matrices: matrices.reshape(there).transpose(back)
+
+
+def eigenbasis(x: jax.Array) -> jax.Array:
+    """Eigenvectors of a positive semidefinite matrix in columns, those of the largest eigenvalues first.
+
+    The eigenvectors of the eigenvalue 0, which a solver picks by its rounding, are here the same on every
+    machine: cosines, made orthogonal to the others and to each other. The basis of a zero matrix is the identity.
+    """
+    n, real = x.shape[-1], jnp.finfo(x.dtype).dtype
+    values, vectors = jnp.linalg.eigh(x)
+    values, vectors = jnp.flip(values, -1), jnp.flip(vectors, -1)
+    largest = values[..., :1]
+    null = jnp.expand_dims(values <= 8 * n * float(jnp.finfo(real).eps) * largest, -2)
+    known = jnp.where(null, 0, vectors)
+    places = jnp.arange(n, dtype=real)
+    cosines = jnp.cos(math.pi / n * jnp.outer(places + 0.5, places)).astype(x.dtype)
+    rest = jnp.broadcast_to(cosines, x.shape) - known @ (adjoint(known) @ jnp.broadcast_to(cosines, x.shape))
+    basis = jnp.linalg.qr(jnp.where(null, rest, vectors))[0]
+    return jnp.where(jnp.expand_dims(largest, -1) > 0, basis, jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), x.shape))
+
+
+def reordered_basis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One step of the QR iteration from ``basis`` to the eigenbasis of ``x``.
+
+    Returns:
+      The order in which the old columns were taken (largest Rayleigh quotient first), and the new basis.
+    """
+    image = x @ basis
+    order = jnp.argsort(-jnp.real(jnp.sum(basis.conj() * image, axis=-2)), axis=-1)
+    index = jnp.broadcast_to(jnp.expand_dims(order, -2), image.shape)
+    return order, jnp.linalg.qr(jnp.take_along_axis(image, index, axis=-1))[0]
+
+
+def rotated(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    """$Q_L^* X Q_R$, with zeros where only rounding is left; a side without a basis stays as it is.
+
+    What divides by the size of a coordinate's history would make full steps of that rounding wherever a
+    gradient is of low rank.
+    """
+    if left is None and right is None:
+        return x
+    y = x if left is None else adjoint(left) @ x
+    y = y if right is None else y @ right
+    rounding = 64 * float(jnp.finfo(x.dtype).eps) / math.sqrt(max(x.shape[-2:])) * frobenius(x)
+    return jnp.where(jnp.abs(y) > rounding, y, 0)
+
+
+def rotated_back(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    """$Q_L X Q_R^*$; a side without a basis stays as it is."""
+    x = x if left is None else left @ x
+    return x if right is None else x @ adjoint(right)
+
+
+def inverse_root(x: jax.Array, order: int, floor: Any) -> jax.Array:
+    """``x**(-1 / order)`` of a positive definite matrix whose eigenvalues are known to be ``floor`` or more."""
+    values, vectors = jnp.linalg.eigh(x)
+    powers = jnp.maximum(values, floor) ** (-1 / order)
+    return (vectors * jnp.expand_dims(powers, -2).astype(x.dtype)) @ adjoint(vectors)

@@ -1,0 +1,363 @@
+r"""Rules that change one thing about Adam: the mean, the scale, the order, or the sign.
+
+Floor 3. As in `jaxsgd.rules.adaptive`, $m$ and $v$ are moving averages of the gradient and of a squared
+magnitude, and a hat is bias correction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsgd.numerics import debias, ema, real_zeros, sq, zeros
+from jaxsgd.rule import rule
+from jaxsgd.rules.adaptive import ADAM, adam, adamax
+from jaxsgd.spec import without_when_off
+from jaxsgd.storage import cast
+
+__all__ = [
+    "acprop", "adabelief", "adamaxw", "adan", "ademamix", "adopt", "grams", "madgrad", "mars", "nadamw",
+    "optimistic_adam", "optimistic_adam_v2", "radam", "simplified_ademamix", "yogi",
+]  # fmt: skip
+
+DECAYED = ("weight_decay", "mask")
+
+
+def _mean_hat(mu: jax.Array, g: jax.Array, b1: Any, t: Any, nesterov: bool) -> jax.Array:
+    """The corrected mean, one step ahead where ``nesterov`` (Dozat 2016)."""
+    return ema(debias(mu, b1, t + 1), debias(g, b1, t), b1) if nesterov else debias(mu, b1, t)
+
+
+# -- presets -------------------------------------------------------------------------------------
+
+adamaxw = adamax.preset(
+    "adamaxw",
+    r"""AdaMaxW (Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101): $v \leftarrow \max(\beta_2 v, \lvert g \rvert + \epsilon),\; x \leftarrow x - \eta\,(\hat m_t / v + \lambda x)$.
+
+    `adamax` with decoupled weight decay, of every parameter unless ``mask`` or ``groups`` say otherwise.
+    """,
+    oracle=optax.adamaxw,
+    positional=("learning_rate", "b1", "b2", "eps", *DECAYED),
+    weight_decay=1e-4,
+)
+
+nadamw = adam.preset(
+    "nadamw",
+    r"""NAdamW (Dozat 2016, OpenReview:OM0jvwB8jIp57ZJjtNEZ; Loshchilov & Hutter 2019, arXiv:1711.05101): $x \leftarrow x - \eta\,((\beta_1 \hat m_{t+1} + (1-\beta_1) \hat g_t) / (\sqrt{\hat v_t} + \epsilon) + \lambda x)$.
+
+    `adam` with Nesterov's look-ahead and decoupled weight decay.
+    """,
+    oracle=optax.nadamw,
+    positional=(*ADAM, *DECAYED),
+    nesterov=True,
+    weight_decay=1e-4,
+)
+
+
+# -- another scale -------------------------------------------------------------------------------
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=optax.adabelief,
+    positional=("learning_rate", "b1", "b2", "eps", "eps_root"),
+)
+def adabelief(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, nesterov=False):
+    r"""AdaBelief (Zhuang et al. 2020, arXiv:2010.07468): $v \leftarrow \beta_2 v + (1-\beta_2)(g - m)^2 + \bar\epsilon,\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
+
+    A gradient that the mean foretold is believed: the step is long where $g$ stays close to $m$.
+    """
+    mu = ema(mu, g, b1)
+    nu = ema(nu, sq(g - mu), b2) + eps_root
+    return _mean_hat(mu, g, b1, t, nesterov) / (jnp.sqrt(debias(nu, b2, t)) + eps), mu, nu
+
+
+def _acprop_of_optax(
+    learning_rate, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, weight_decay=0.0, stale_mean=False
+):  # fmt: skip
+    """ACProp of optax's parts: its own, or the scale that its AdaBelief had one step earlier."""
+    if stale_mean:
+        return optax.contrib.acprop(learning_rate, b1, b2, eps, eps_root, weight_decay)
+    belief = optax.scale_by_belief(b1, b2, eps, eps_root)
+
+    def update(updates, state, params=None):
+        root = jax.tree.map(jnp.sqrt, optax.tree.bias_correction(state.nu, b2, jnp.maximum(state.count, 1)))
+        u = jax.tree.map(lambda g, r: g / (jnp.where(state.count == 0, 1, r) + eps), updates, root)
+        return u, belief.update(updates, state, params)[1]
+
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(
+        optax.GradientTransformation(belief.init, update), decay, optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+@rule(
+    start={"nu": real_zeros},
+    oracle=_acprop_of_optax,
+    positional=("learning_rate", "b1", "b2", "eps", "eps_root", *DECAYED),
+)
+def acprop(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, stale_mean=False):
+    r"""ACProp (Zhuang et al. 2021, arXiv:2110.05454): $u = g / (\sqrt{\hat v_{t-1}} + \epsilon),\; v_t = \beta_2 v_{t-1} + (1-\beta_2)(g - m_t)^2 + \bar\epsilon$.
+
+    The scale is one step older than the gradient, so that the two are independent; the first step is $g$.
+    The residual is of the new mean, as in the paper and its authors' code. ``stale_mean=True`` takes that of
+    the mean before, as optax does: $v$ is $1/\beta_1^2$ as large, the steps $\beta_1$ times as long.
+    """
+    mean, mu = mu, ema(mu, g, b1)
+    scale = jnp.where(t == 1, 1, jnp.sqrt(debias(nu, b2, jnp.maximum(t - 1, 1))))
+    residual = g - (mean if stale_mean else mu)
+    return g / (scale + eps), mu, ema(nu, sq(residual), b2) + eps_root
+
+
+def _yogi_of_optax(
+    learning_rate, b1=0.9, b2=0.999, eps=1e-3, eps_root=0.0, initial_accumulator_value=1e-6, initial_mean=0.0
+):  # fmt: skip
+    """optax's Yogi, whose mean starts where it is told."""
+    scale = optax.scale_by_yogi(b1, b2, eps, eps_root, initial_accumulator_value)
+
+    def init(params):
+        state: Any = scale.init(params)
+        return state._replace(mu=optax.tree.full_like(params, initial_mean))
+
+    return optax.chain(optax.GradientTransformation(init, scale.update), optax.scale_by_learning_rate(learning_rate))
+
+
+@rule(
+    start={
+        "mu": lambda p, initial_mean: zeros(p) + initial_mean,
+        "nu": lambda p, initial_accumulator_value: real_zeros(p) + initial_accumulator_value,
+    },
+    oracle=_yogi_of_optax,
+    positional=("learning_rate", "b1", "b2", "eps"),
+)
+def yogi(
+    g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-3, eps_root=0.0, initial_accumulator_value=1e-6, initial_mean=0.0
+):  # fmt: skip
+    r"""Yogi (Zaheer et al. 2018, NeurIPS 31): $v \leftarrow v - (1-\beta_2) \operatorname{sign}(v - g^2)\, g^2,\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
+
+    $v$ shrinks by no more than a share of $g^2$, so that a rare large gradient is remembered. The mean starts
+    at 0, as in the paper: no gradient, no step. ``initial_mean=1e-6`` is optax's.
+    """
+    mu = ema(mu, g, b1)
+    nu = nu - (1 - b2) * jnp.sign(nu - sq(g)) * sq(g)
+    return debias(mu, b1, t) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=optax.radam,
+    positional=("learning_rate", "b1", "b2", "eps", "eps_root", "threshold"),
+    bounds={"threshold": (4, float("inf"))},
+    alternatives={"b2": 0.95, "threshold": 6.0},
+)
+def radam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, threshold=5.0, nesterov=False):
+    r"""RAdam (Liu et al. 2020, arXiv:1908.03265): $u = \hat m_t \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}} / (\sqrt{\hat v_t} + \epsilon)$ if $\rho_t \ge 5$, else $\hat m_t$.
+
+    $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$ is how many gradients $v$ averages over, and
+    $\rho_\infty = 2 / (1-\beta_2) - 1$. Below ``threshold`` (at least 4) the scale is not trusted.
+    """
+    mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
+    mean = _mean_hat(mu, g, b1, t, nesterov)
+    most = 2 / (1 - b2) - 1
+    rho = most - debias(2 * t * b2**t, b2, t)
+    ratio = (rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho)
+    # The root is taken of what is used only: below 4 the ratio may be negative.
+    rectifier = jnp.sqrt(jnp.where(rho >= threshold, ratio, 1))
+    adapted = rectifier * mean / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps)
+    return jnp.where(rho >= threshold, adapted, mean), mu, nu
+
+
+# -- another mean --------------------------------------------------------------------------------
+
+
+@rule(
+    start={"nu": real_zeros},
+    oracle=optax.adan,
+    positional=("learning_rate", "b1", "b2", "b3", "eps", "eps_root", *DECAYED),
+)
+def adan(g, mu, change, nu, previous, *, t, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, eps_root=1e-8):
+    r"""Adan (Xie et al. 2022, arXiv:2208.06677): $\delta = g_t - g_{t-1},\; u = (\hat m_t + (1-\beta_2) \hat d_t) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
+
+    $m$ averages $g$, $d$ averages $\delta$ (decay $\beta_2$) and $v$ averages $(g + (1-\beta_2) \delta)^2$
+    (decay $\beta_3$). The decays are those of averages; the paper's betas are one minus them.
+    """
+    delta = jnp.where(t == 1, 0, g - previous)
+    mu, change = ema(mu, g, b1), ema(change, delta, b2)
+    nu = ema(nu, sq(g + (1 - b2) * delta), b3)
+    ahead = debias(mu, b1, t) + (1 - b2) * debias(change, b2, t)
+    return ahead / (jnp.sqrt(debias(nu, b3, t) + eps_root) + eps), mu, change, nu, g
+
+
+def _rest_means(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Let both means rest in ``mu_dtype``."""
+    dtype = arguments.pop("mu_dtype")
+    if dtype is not None:
+        arguments["storage"] = {"mu": cast(dtype), "mu_slow": cast(dtype), **arguments["storage"]}
+    return arguments
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=optax.contrib.ademamix,
+    positional=("learning_rate", "b1", "b2", "b3", "alpha", "eps", "eps_root", "mu_dtype", *DECAYED),
+    extras={"mu_dtype": None},
+    prepare=_rest_means,
+)
+def ademamix(g, mu, mu_slow, nu, *, t, b1=0.9, b2=0.999, b3=0.9999, alpha=5.0, eps=1e-8, eps_root=0.0):
+    r"""AdEMAMix (Pagliardini et al. 2024, arXiv:2409.03137): $u = (\hat m_t + \alpha s_t) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon),\; s_t = \beta_3 s_{t-1} + (1-\beta_3) g$.
+
+    A slow mean $s$ beside the fast one; it is not corrected, so that it sets in by and by. ``b3`` and
+    ``alpha`` may be schedules, as the paper has them. ``mu_dtype`` is the dtype in which both means rest.
+    """
+    mu, mu_slow, nu = ema(mu, g, b1), ema(mu_slow, g, b3), ema(nu, sq(g), b2)
+    mixed = debias(mu, b1, t) + alpha * mu_slow
+    return mixed / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), mu, mu_slow, nu
+
+
+@rule(
+    start={"nu": real_zeros},
+    oracle=optax.contrib.simplified_ademamix,
+    positional=("learning_rate", "b1", "b2", "alpha", "eps", "eps_root", *DECAYED),
+)
+def simplified_ademamix(g, trace, nu, *, t, b1=0.99, b2=0.95, alpha=0.0, eps=1e-8, eps_root=0.0):
+    r"""Simplified AdEMAMix (Morwani et al. 2025, arXiv:2502.02431): $b \leftarrow \beta_1 b + g,\; u = (b + \alpha g) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
+
+    One trace instead of two means. It is a sum, not an average: it wants a learning rate that is
+    $1 - \beta_1$ times that of Adam.
+    """
+    trace, nu = b1 * trace + g, ema(nu, sq(g), b2)
+    return (trace + alpha * g) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), trace, nu
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=lambda learning_rate, optimism=None, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=True: optax.chain(
+        optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov),
+        optax.scale_by_optimistic_gradient(learning_rate, learning_rate if optimism is None else optimism),
+        optax.scale(-1.0),
+    ),
+    positional=("learning_rate", "optimism", "b1", "b2", "eps", "eps_root", "mu_dtype"),
+    aliases={"mu_dtype": "mu"},
+)
+def optimistic_adam(
+    g, mu, nu, previous, *, t, learning_rate, optimism=None, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=True
+):  # fmt: skip
+    r"""Optimistic Adam (Daskalakis et al. 2018, arXiv:1711.00141): $x \leftarrow x - \eta u_t - o\,(u_t - u_{t-1})$.
+
+    $u$ is the direction of `adam`. The optimism $o$ is the learning rate where it is not given; it is not
+    multiplied by it, which `optimistic_adam_v2` does.
+    """
+    o = learning_rate if optimism is None else optimism
+    u, mu, nu = adam.spec.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    return -learning_rate * u - o * jnp.where(t == 1, 0, u - previous), mu, nu, u
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=optax.optimistic_adam_v2,
+    positional=("learning_rate",),
+    aliases={"mu_dtype": "mu"},
+)
+def optimistic_adam_v2(
+    g, mu, nu, previous, *, t, alpha=1.0, beta=1.0, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=True
+):  # fmt: skip
+    r"""Optimistic Adam (Daskalakis et al. 2018, arXiv:1711.00141): $x \leftarrow x - \eta\,(\alpha u_t + \beta\,(u_t - u_{t-1}))$.
+
+    $u$ is the direction of `adam`. The last step is undone and taken again with what is known now, which
+    damps the circling of two players around an equilibrium.
+    """
+    u, mu, nu = adam.spec.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    return alpha * u + beta * jnp.where(t == 1, 0, u - previous), mu, nu, u
+
+
+@rule(start={"nu": real_zeros}, alternatives={"max_norm": 3.0})
+def mars(g, mu, nu, previous, *, t, b1=0.95, b2=0.99, eps=1e-8, gamma=0.025, max_norm=1.0):
+    r"""MARS-AdamW (Yuan et al. 2024, arXiv:2411.10438): $c = g_t + \gamma \tfrac{\beta_1}{1-\beta_1} (g_t - g_{t-1}),\; \tilde c = c \min(1, 1 / \lVert c \rVert),\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
+
+    Adam on $\tilde c$, a gradient of reduced variance. This is the approximate form, where $g_{t-1}$ is of the
+    batch before (and 0 at first, as in the authors' code). The norm is of one array and at most ``max_norm``.
+    The authors take it for matrices and AdamW for the rest: see `optax.partition`.
+    """
+    c = g + gamma * b1 / (1 - b1) * (g - previous)
+    norm = jnp.sqrt(jnp.sum(sq(c)))
+    c = c * jnp.where(norm > max_norm, max_norm / norm, 1)
+    mu, nu = ema(mu, c, b1), ema(nu, sq(c), b2)
+    return debias(mu, b1, t) / (jnp.sqrt(debias(nu, b2, t)) + eps), mu, nu, g
+
+
+# -- another order, another sign -----------------------------------------------------------------
+
+
+def _adopt_of_optax(
+    learning_rate, b1=0.9, b2=0.9999, eps=1e-6, nesterov=False, use_clipping=True, clip_value_fn=None
+):  # fmt: skip
+    """optax's ADOPT, with a number for the function of the step where one is given."""
+    clip = {} if clip_value_fn is None else {"clip_value_fn": lambda _: clip_value_fn}
+    return optax.contrib.adopt(learning_rate, b1, b2, eps, nesterov=nesterov, use_clipping=use_clipping, **clip)
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=_adopt_of_optax,
+    positional=("learning_rate", "b1", "b2", "eps", "mu_dtype"),
+    aliases={"mu_dtype": "mu"},
+    alternatives={"eps": 1.0},
+)  # fmt: skip
+def adopt(
+    g, mu, nu, *, t, b1=0.9, b2=0.9999, eps=1e-6, nesterov=False, use_clipping=True, clip_value_fn=None
+):  # fmt: skip
+    r"""ADOPT (Taniguchi et al. 2024, arXiv:2411.02853): $m \leftarrow \beta_1 m + (1-\beta_1) \operatorname{clip}(g / \max(\sqrt{v_{t-1}}, \epsilon), t^{1/4}),\; u = m$.
+
+    The gradient is scaled by the average before it, then averaged, so that any $\beta_2$ converges. The first
+    step only sets $v = g^2$. ``clip_value_fn`` is a number or a function of the 0-based step, by default its
+    fourth root.
+    """
+    scaled = g / jnp.maximum(jnp.sqrt(nu), eps)
+    if use_clipping:
+        top = (t - 1) ** 0.25 if clip_value_fn is None else clip_value_fn
+        scaled = jnp.where(jnp.abs(scaled) <= top, scaled, top * jnp.sign(scaled))
+    scaled = jnp.where(t == 1, 0, scaled)
+    mu, nu = ema(mu, scaled, b1), jnp.where(t == 1, sq(g), ema(nu, sq(g), b2))
+    return (ema(mu, scaled, b1) if nesterov else mu), mu, nu
+
+
+def _start_point(p: Any) -> jax.Array:
+    """A copy, so that donating the parameters does not take the state's."""
+    return jnp.array(p, copy=True)
+
+
+def _madgrad_of_optax(learning_rate, momentum=0.9, weight_decay=0.0, eps=1e-6):
+    """optax's MADGRAD, counting in floats: of its integer count it takes the root in float32 always."""
+    tx = optax.contrib.madgrad(learning_rate, momentum, weight_decay, eps)
+    return optax.GradientTransformation(lambda params: optax.tree.set(tx.init(params), count=jnp.zeros(())), tx.update)
+
+
+@rule(
+    start={"x0": _start_point, "accumulator": real_zeros},
+    oracle=_madgrad_of_optax,
+    positional=("learning_rate", "momentum", "weight_decay", "eps"),
+    coupled=True,
+)
+def madgrad(g, x0, s, accumulator, *, p, t, learning_rate, momentum=0.9, eps=1e-6):
+    r"""MADGRAD (Defazio & Jelassi 2021, arXiv:2101.11075): $\lambda_t = \eta \sqrt t,\; s \leftarrow s + \lambda_t g,\; a \leftarrow a + \lambda_t g^2,\; x \leftarrow \mu x + (1-\mu) (x_0 - s / (\sqrt[3]{a} + \epsilon))$.
+
+    Dual averaging: each point is an average towards one step from $x_0$. ``eps`` is added to the
+    learning rate too. Weight decay is added to the gradient.
+    """
+    weight = (learning_rate + eps) * jnp.sqrt(t)
+    s, accumulator = s + weight * g, accumulator + weight * sq(g)
+    z = x0 - s / (jnp.cbrt(accumulator) + eps)
+    return (1 - momentum) * (z - p), x0, s, accumulator
+
+
+@rule(start={"mu": without_when_off("b1"), "nu": real_zeros})
+def grams(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8):
+    r"""Grams (Cao et al. 2024, arXiv:2412.17107): $u = \operatorname{sign}(g) \, \lvert \hat m_t / (\sqrt{\hat v_t} + \epsilon) \rvert$.
+
+    The length of a step is Adam's, its sign the gradient's of now.
+    """
+    u, mu, nu = adam.spec.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps)
+    return jnp.sign(g) * jnp.abs(u), mu, nu

@@ -1,0 +1,204 @@
+r"""Rules that keep less than one second moment for each parameter.
+
+Floor 3. A matrix's $v$ is remembered by its rows and columns (Adafactor, SM3) or by its blocks, so that the
+state grows with the sides of a matrix and not with its area.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsgd.numerics import ema, real_dtype, real_zeros, sq
+from jaxsgd.rule import rule
+from jaxsgd.rules.layerwise import norm
+from jaxsgd.spec import is_off, without_when_off
+
+__all__ = ["adafactor", "adalomo", "sm3"]
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    """The root of the mean square of one array."""
+    return norm(x) / max(x.size, 1) ** 0.5
+
+
+def _mix(mean: jax.Array, x: jax.Array, weight: Any) -> jax.Array:
+    """An `ema` by the weight of what is new: late in training, 1 minus a decay near 1 would lose its digits."""
+    return (1 - weight) * mean + weight * x
+
+
+def _largest_axes(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The largest axis and the second largest; of equal ones the later is larger."""
+    *_, second, first = np.argsort(shape, kind="stable")
+    return int(first), int(second)
+
+
+def _factors(p: jax.Array, factored: bool, min_size: Any) -> bool:
+    """Whether an array's statistics are factored: two axes are at least ``min_size`` long."""
+    return bool(factored and p.ndim >= 2 and sorted(p.shape)[-2] >= min_size)
+
+
+def _start_row(p, factored, min_dim_size_to_factor):
+    if not _factors(p, factored, min_dim_size_to_factor):
+        return real_zeros(p)
+    return real_zeros(jnp.sum(p, _largest_axes(p.shape)[0], keepdims=True))
+
+
+def _start_col(p, factored, min_dim_size_to_factor):
+    if not _factors(p, factored, min_dim_size_to_factor):
+        return jnp.ones((), real_dtype(p.dtype))
+    return real_zeros(jnp.sum(p, _largest_axes(p.shape)[1], keepdims=True))
+
+
+def _scaled(g: jax.Array, row: jax.Array, col: jax.Array, weight: Any, eps: Any) -> tuple[jax.Array, ...]:
+    """``g / sqrt(v)`` by the factors of ``v``, and the factors with the new ``g`` in them at ``weight``."""
+    squared = sq(g) + eps
+    if not col.ndim:
+        row = _mix(row, squared, weight)
+        return g / jnp.sqrt(row), row, col
+    first, second = _largest_axes(g.shape)
+    row = _mix(row, jnp.mean(squared, first, keepdims=True), weight)
+    col = _mix(col, jnp.mean(squared, second, keepdims=True), weight)
+    # Each factor has a root of its own: the product of two tiny ones would be 0.
+    return g / jnp.sqrt(row / jnp.mean(row, second, keepdims=True)) / jnp.sqrt(col), row, col
+
+
+def _by_optax(
+    learning_rate, min_dim_size_to_factor=128, decay_rate=0.8, decay_offset=0, multiply_by_parameter_scale=True,
+    clipping_threshold=1.0, momentum=None, eps=1e-30, factored=True, weight_decay=0.0, independent_decay=False,
+):  # fmt: skip
+    """optax's Adafactor from its parts, with the decay 1 - t**-c not rounded to float32, and torch's decay."""
+    decay = weight_decay if independent_decay else learning_rate * weight_decay
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            factored, decay_rate, decay_offset, min_dim_size_to_factor, eps,
+            lambda i, c: 1 - jnp.add(i, 1.0) ** jnp.negative(c),
+        ),
+        optax.identity() if clipping_threshold is None else optax.clip_by_block_rms(clipping_threshold),
+        optax.scale(learning_rate),
+        optax.scale_by_param_block_rms() if multiply_by_parameter_scale else optax.identity(),
+        optax.identity() if momentum is None else optax.ema(momentum, debias=False),
+        optax.add_decayed_weights(decay),
+        optax.scale(-1),
+    )  # fmt: skip
+
+
+def _as_in_optax(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Translate optax's None, and its ``weight_decay_rate``: decay that the learning rate does not scale."""
+    rate = arguments.pop("weight_decay_rate")
+    if rate is not None:
+        if not is_off(arguments["weight_decay"]):
+            raise ValueError("adafactor: weight_decay and weight_decay_rate are two forms of the same; give one")
+        arguments = {**arguments, "weight_decay": rate, "independent_decay": True}
+    if arguments["clipping_threshold"] is None:
+        arguments = {**arguments, "clipping_threshold": 0.0}
+    return arguments if arguments["learning_rate"] is not None else {**arguments, "learning_rate": 1.0}
+
+
+@rule(
+    start={"row": _start_row, "col": _start_col, "mu": without_when_off("momentum")},
+    oracle=_by_optax,
+    learning_rate=None,
+    positional=(
+        "learning_rate", "min_dim_size_to_factor", "decay_rate", "decay_offset", "multiply_by_parameter_scale",
+        "clipping_threshold", "momentum", "dtype_momentum", "weight_decay_rate", "eps", "factored",
+        "weight_decay_mask",
+    ),
+    aliases={"dtype_momentum": "mu", "weight_decay_mask": "mask"},
+    extras={"weight_decay_rate": None},
+    prepare=_as_in_optax,
+    needs={"factored": {"min_dim_size_to_factor": 2}, "independent_decay": {"weight_decay": 0.1}},
+    alternatives={"min_dim_size_to_factor": 2},
+    exceptions={"narrow": "the momentum holds steps, which are scaled by the size of the bf16 parameters"},
+)  # fmt: skip
+def adafactor(
+    g, row, col, mu, *, t, p, learning_rate, weight_decay, min_dim_size_to_factor=128, decay_rate=0.8,
+    decay_offset=0, multiply_by_parameter_scale=True, clipping_threshold=1.0, momentum=None, eps=1e-30,
+    factored=True, independent_decay=False,
+):  # fmt: skip
+    r"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): $V \leftarrow R C / \operatorname{mean}(R),\; u = \operatorname{clip}(g / \sqrt V),\; x \leftarrow x - \eta \max(10^{-3}, \operatorname{rms}(x))\, u$.
+
+    $R$ and $C$ are averages of $g^2 + \epsilon$ over the largest and the second largest axis, where both are at
+    least ``min_dim_size_to_factor`` long; elsewhere ``row`` is $V$ itself and ``col`` is 1. What is new weighs
+    $(t - t_0)^{-c}$, with ``decay_rate`` $c$ and ``decay_offset`` $t_0$, a step where the average starts afresh.
+    Without ``learning_rate``, $\eta = 1$. ``weight_decay_rate`` is optax's weight decay: the learning rate does not
+    scale it, like ``weight_decay`` with ``independent_decay=True``. ``clipping_threshold`` None or 0: no clipping.
+    """
+    weight = jnp.where(t > decay_offset, t - decay_offset, 1) ** -decay_rate
+    u, row, col = _scaled(g, row, col, weight, eps)
+    u = u if is_off(clipping_threshold) else u / jnp.maximum(1, _rms(u) / clipping_threshold)
+    u = u * jnp.maximum(_rms(p), 1e-3) if multiply_by_parameter_scale else u
+    mu = ema(mu, learning_rate * u, momentum)
+    decay = weight_decay if independent_decay else learning_rate * weight_decay
+    return -mu if is_off(weight_decay) else -mu - decay * p, row, col, mu
+
+
+@rule(start={"row": lambda p: _start_row(p, True, 1), "col": lambda p: _start_col(p, True, 1)})
+def adalomo(g, row, col, *, t, p, weight_decay, decay_rate=0.8, clipping_threshold=1.0, eps=1e-30):
+    r"""AdaLomo (Lv et al. 2023, arXiv:2310.10195): $V \leftarrow R C / \operatorname{mean}(R),\; u = \operatorname{clip}(g / \sqrt V),\; x \leftarrow x - \eta \max(10^{-3}, \operatorname{rms}(x))\, (u + \lambda x)$.
+
+    The rule alone: the size of the parameters scales weight decay too, and every matrix is factored. What the paper
+    saves on gradients, by stepping during the backward pass, is for the training loop to do.
+    """
+    u, row, col = _scaled(g, row, col, t**-decay_rate, eps)
+    u = u / jnp.maximum(1, _rms(u) / clipping_threshold)
+    return jnp.maximum(_rms(p), 1e-3) * (u + weight_decay * p), row, col
+
+
+def _covers(maxima: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+    """The kept maximum of each slice, one array for each axis, ready to broadcast to ``shape``."""
+    if not shape:
+        return [maxima.reshape(())]
+    parts = jnp.split(maxima, list(itertools.accumulate(shape))[:-1])
+    return [part.reshape([-1 if i == axis else 1 for i in range(len(shape))]) for axis, part in enumerate(parts)]
+
+
+def _maxima(nu: jax.Array) -> jax.Array:
+    """The maximum of each slice along each axis, one after another in a vector."""
+    axes = range(max(nu.ndim, 1))
+    nu = jnp.atleast_1d(nu)
+    return jnp.concatenate([jnp.max(nu, tuple(a for a in axes if a != axis), initial=0) for axis in axes])
+
+
+def _optax_sm3(learning_rate, momentum=0.9, eps=1e-8):
+    """optax's SM3 for scalars too, as vectors of length 1: on a scalar it raises an IndexError."""
+    inner = optax.chain(optax.scale_by_sm3(momentum or 0.0, eps=eps), optax.scale(-learning_rate))
+    at_least_1d = lambda tree: jax.tree.map(jnp.atleast_1d, tree)  # noqa: E731
+
+    def update(updates, state, params=None):
+        new, state = inner.update(at_least_1d(updates), state)
+        return jax.tree.map(lambda u, g: u.reshape(g.shape), new, updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(at_least_1d(params)), update)
+
+
+def _without_momentum(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``momentum=None`` is none."""
+    return {**arguments, "momentum": 0.0} if arguments["momentum"] is None else arguments
+
+
+@rule(
+    start={
+        "accumulator": lambda p: jnp.zeros((sum(p.shape) if p.ndim else 1,), real_dtype(p.dtype)),
+        "mu": without_when_off("momentum"),
+    },
+    oracle=_optax_sm3,
+    positional=("learning_rate", "momentum"),
+    prepare=_without_momentum,
+)
+def sm3(g, accumulator, mu, *, momentum=0.9, eps=1e-8):
+    r"""SM3-II (Anil et al. 2019, arXiv:1901.11150): $\nu_i = \min_{S \ni i} \mu_S + g_i^2,\; u = g / \sqrt{\nu + \epsilon},\; \mu_S \leftarrow \max_{i \in S} \nu_i$.
+
+    The sets $S$ are the slices along each axis; ``accumulator`` holds their $\mu_S$ axis after axis. The step is
+    the moving average of $u$, or $u$ itself with ``momentum`` 0 or None.
+    """
+    nu = sq(g) + functools.reduce(jnp.minimum, _covers(accumulator, g.shape))
+    u = g * jnp.where(nu > 0, 1 / jnp.sqrt(nu + eps), 0)
+    mu = ema(mu, u, momentum)
+    return mu, _maxima(nu), mu

@@ -1,0 +1,118 @@
+r"""Rules that measure a step against its layer: a ratio of norms for each array.
+
+Floor 3. Throughout, $\lVert \cdot \rVert$ is the Euclidean norm of one array, and $\phi$ the trust ratio
+$\lVert x \rVert / \lVert u \rVert$, which is 1 where either norm is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq
+from jaxsgd.rule import rule
+from jaxsgd.spec import without_when_off
+
+__all__ = ["fromage", "lamb", "lars", "novograd"]
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """The Euclidean norm of one array, with the derivative 0 where it is 0."""
+    total = jnp.sum(sq(x))
+    zero = total == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
+
+
+def trust_ratio(p: jax.Array, u: jax.Array, *, min_norm: Any = 0.0, coefficient: Any = 1.0, eps: Any = 0.0) -> Any:
+    """``coefficient * |p| / (|u| + eps)`` with norms of at least ``min_norm``; 1 where either is 0."""
+    of_p, of_u = jnp.maximum(norm(p), min_norm), jnp.maximum(norm(u), min_norm)
+    defined = (of_p != 0) & (of_u != 0)
+    return jnp.where(defined, coefficient * of_p / (jnp.where(defined, of_u, 1) + eps), 1)
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    oracle=optax.lamb,
+    positional=("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay", "mask"),
+)
+def lamb(g, mu, nu, *, p, t, weight_decay, b1=0.9, b2=0.999, eps=1e-6, eps_root=0.0):
+    r"""LAMB (You et al. 2020, arXiv:1904.00962): $r = \hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda x,\; u = r\, \lVert x \rVert / \lVert r \rVert$.
+
+    Weight decay is part of the step that the layer's norm scales.
+    """
+    mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
+    r = debias(mu, b1, t) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps) + weight_decay * p
+    return trust_ratio(p, r) * r, mu, nu
+
+
+def _only_a_flag(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a mask that differs between leaves where only a flag can be kept."""
+    mask = arguments["trust_ratio_mask"]
+    if not isinstance(mask, bool):
+        raise TypeError(
+            f"lars: trust_ratio_mask={mask!r}: True or False is needed; to leave some parameters out, "
+            'groups=[(r"bias|scale", {"trust_ratio_mask": False})]'
+        )
+    return arguments
+
+
+@rule(
+    start={"trace": without_when_off("momentum")},
+    oracle=optax.lars,
+    positional=(
+        "learning_rate", "weight_decay", "weight_decay_mask", "trust_coefficient", "eps", "trust_ratio_mask",
+        "momentum", "nesterov",
+    ),
+    aliases={"weight_decay_mask": "mask"},
+    prepare=_only_a_flag,
+    coupled=True,
+    exceptions={"narrow": "the trace holds steps, which are scaled by the norm of the bf16 parameters"},
+)  # fmt: skip
+def lars(
+    g, trace, *, p, learning_rate, trust_coefficient=0.001, eps=0.0, trust_ratio_mask=True, momentum=0.9,
+    nesterov=False,
+):  # fmt: skip
+    r"""LARS (You et al. 2017, arXiv:1708.03888): $u = g + \lambda x,\; v \leftarrow \mu v - \eta\, \kappa u\, \lVert x \rVert / (\lVert u \rVert + \epsilon),\; x \leftarrow x + v$.
+
+    Weight decay $\lambda$ is added to the gradient, and the norm is of their sum, as in optax; the paper adds
+    up their norms, $\lVert g \rVert + \lambda \lVert x \rVert$. ``trust_ratio_mask=False`` takes $u$ as it is,
+    for all parameters or by ``groups``; so does a norm of 0.
+    """
+    scale = trust_ratio(p, g, coefficient=trust_coefficient, eps=eps) if trust_ratio_mask else 1
+    step = -learning_rate * (scale * g)
+    if trace is None:
+        return step, None
+    trace = momentum * trace + step
+    return (momentum * trace + step if nesterov else trace), trace
+
+
+@rule(oracle=optax.fromage, alternatives={"min_norm": 0.5})
+def fromage(g, *, p, learning_rate, min_norm=1e-6):
+    r"""Fromage (Bernstein et al. 2020, arXiv:2002.03432): $x \leftarrow (x - \eta\, g\, \lVert x \rVert / \lVert g \rVert) / \sqrt{1 + \eta^2}$.
+
+    Both norms count as at least ``min_norm``.
+    """
+    root = jnp.sqrt(1 + learning_rate**2)
+    # 1 / root - 1 without the cancellation that a small learning rate brings.
+    shrink = -(learning_rate**2) / (root * (1 + root))
+    return (-learning_rate / root * trust_ratio(p, g, min_norm=min_norm) * g + shrink * p,)
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": lambda p: jnp.zeros((), real_dtype(p.dtype))},
+    oracle=optax.novograd,
+    positional=("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"),
+)
+def novograd(g, mu, nu, *, p, t, weight_decay, b1=0.9, b2=0.25, eps=1e-6, eps_root=0.0):
+    r"""NovoGrad (Ginsburg et al. 2019, arXiv:1905.11286): $v \leftarrow \beta_2 v + (1-\beta_2) \lVert g \rVert^2,\; m \leftarrow \beta_1 m + g / (\sqrt v + \epsilon) + \lambda x,\; u = m$.
+
+    One $v$ for each array, which starts at its first $\lVert g \rVert^2$. Weight decay goes through the momentum.
+    """
+    squared = jnp.sum(sq(g))
+    nu = jnp.where(t == 1, squared, ema(nu, squared, b2))
+    u = g / (jnp.sqrt(nu + eps_root) + eps) + weight_decay * p
+    mu = u if mu is None else b1 * mu + u
+    return mu, mu, nu
