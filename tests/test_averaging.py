@@ -71,7 +71,7 @@ def test_x_is_the_average_of_z(x64, steps):
 @pytest.mark.parametrize("base", ["sgd", "rmsprop", "adam", "lion", "adamax", "nesterov", "adadelta", "amsgrad"])
 def test_any_rule_can_be_wrapped(base):
     rule = schedule_free(jaxsgd.RULES[base])
-    assert rule.name == f"schedule_free_{base}" and rule.name not in jaxsgd.RULES
+    assert rule.name == f"schedule_free_{base}" and rule is not jaxsgd.RULES.get(rule.name)
     rate = 1.0 if base == "adadelta" else 0.02
     tx = optax.chain(rule(rate, warmup_steps=5, weight_decay=0.01))
     step = lambda c, _: ((lambda u, s: (optax.apply_updates(c[0], u), s))(*tx.update(2 * c[0], c[1], c[0])), None)
@@ -108,3 +108,12 @@ def test_bad_arguments_in_words():
 
 def test_state_dtype_is_what_z_rests_in():
     assert jaxsgd.schedule_free_adamw(0.1, state_dtype="bfloat16").init(PARAMS).slots["z"]["w"].dtype == jnp.bfloat16
+
+
+def test_eval_params_finds_the_average_of_parameters():
+    for wrap in (lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx), jaxsgd.guard):
+        tx = wrap(optax.chain(jaxsgd.sgd(0.1), jaxsgd.ema(0.5)))
+        y, state = march(tx, PARAMS, steps=3)
+        expected = optax.tree.get(state, "average")
+        jax.tree.map(np.testing.assert_array_equal, jaxsgd.eval_params(state, y), expected)
+        assert np.abs(expected["w"] - y["w"]).max() > 1e-3
