@@ -26,9 +26,17 @@ import optax
 
 from jaxsgd.rule import Rule
 from jaxsgd.rules.adaptive import adadelta, adam, adamax
-from jaxsgd.rules.torch import torch_adagrad, torch_amsgrad, torch_nadam, torch_rmsprop, torch_sgd
+from jaxsgd.rules.torch import (
+    torch_adagrad,
+    torch_amsgrad,
+    torch_asgd,
+    torch_nadam,
+    torch_radam,
+    torch_rmsprop,
+    torch_sgd,
+)
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RMSprop"]
+__all__ = ["ASGD", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"]
 
 Transformation = optax.GradientTransformationExtraArgs
 
@@ -219,3 +227,39 @@ def Adadelta(
 ) -> Transformation:
     """torch.optim.Adadelta: `jaxsgd.adadelta`, whose weight decay is L2 already."""
     return _ascend_if(maximize, adadelta(lr, rho=rho, eps=eps, weight_decay=weight_decay, **frame))
+
+
+def RAdam(
+    lr: Any = 1e-3,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    decoupled_weight_decay: bool = False,
+    *,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    capturable: bool = False,
+    differentiable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.RAdam: `jaxsgd.rules.torch.torch_radam`, decay in the gradient unless decoupled."""
+    made = (torch_radam if decoupled_weight_decay else _l2(torch_radam))(
+        lr, **_betas(betas), eps=eps, weight_decay=weight_decay, **frame
+    )
+    return _ascend_if(maximize, made)
+
+
+def ASGD(
+    lr: Any = 1e-2,
+    lambd: float = 1e-4,
+    alpha: float = 0.75,
+    t0: float = 1e6,
+    weight_decay: Any = 0.0,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    differentiable: bool = False,
+    capturable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.ASGD: `jaxsgd.rules.torch.torch_asgd`; `jaxsgd.eval_params` gives the average."""
+    return _ascend_if(maximize, torch_asgd(lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, **frame))

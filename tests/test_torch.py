@@ -102,3 +102,15 @@ def test_jaxsgd_arguments_work_there_too():
 def test_bad_calls_in_words(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_average_of_asgd_is_what_eval_params_gives(x64):
+    params, grads = recorded.problem()
+    tx = ours.ASGD(lr=0.1, t0=3)
+    state, visited = tx.init(params), []
+    for step in range(10):
+        updates, state = tx.update({k: g[step] for k, g in grads.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        visited.append(params["vector"])
+    # Until t0 the average is the point itself; then it is the mean of all points from there.
+    np.testing.assert_allclose(jaxsgd.eval_params(state, params)["vector"], np.mean(visited[4:], axis=0), rtol=1e-12)

@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str, dict, bool]] = {
     "adagrad-decay": ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}, False),
     "adagrad-start": ("Adagrad", {"lr": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3}, True),
     "adadelta": ("Adadelta", {}, False),
+    "radam": ("RAdam", {}, False),
+    "radam-drop": ("RAdam", {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}, True),
+    "radam-decoupled": ("RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}, False),
+    "asgd": ("ASGD", {}, False),
+    "asgd-drop": ("ASGD", {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 10, "weight_decay": 0.1}, True),
     "adadelta-drop": ("Adadelta", {"lr": 2.0, "rho": 0.8, "eps": 1e-4, "weight_decay": 0.1}, True),
 }
 
