@@ -1,0 +1,254 @@
+"""Gradients of batches that do not fit: summed inside one step, or over several.
+
+Floor 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxsgd.numerics import wide, widest, zeros
+from jaxsgd.paths import leaf_names
+from jaxsgd.transforms.clip import AxisName, varying_over
+from jaxsgd.transforms.guard import keep_types
+
+__all__ = ["Accumulate", "AccumulateState", "accumulate", "accumulate_gradients"]
+
+
+def weighted(weight: jax.Array, x: Any) -> jax.Array:
+    """``weight * x``, widened; 0 where the weight is, even if ``x`` is then NaN (the mean of no tokens)."""
+    x = wide(x)
+    scale = weight.astype(x.dtype).reshape(weight.shape + (1,) * (x.ndim - weight.ndim))
+    return jnp.where(scale.real > 0, scale * x, jnp.zeros_like(x))
+
+
+def over(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """``total / weight``; ``total``, which is then 0, where no weight was collected."""
+    return total / jnp.where(weight > 0, weight, 1).astype(total.dtype)
+
+
+# -- inside one step -------------------------------------------------------------------------------
+
+
+def accumulate_gradients(
+    loss_fn: Callable[..., Any],
+    steps: int,
+    *,
+    weight: str | Callable[[Any], ArrayLike] | None = None,
+    axis_name: AxisName = None,
+) -> Callable[..., tuple[tuple[jax.Array, Any], Any]]:
+    """The loss and gradient of a batch in ``steps`` microbatches, in the memory of one.
+
+    ``(loss, aux), grads = accumulate_gradients(loss_fn, 8, weight="tokens")(params, batch, key)`` gives what
+    ``jax.value_and_grad(loss_fn, has_aux=True)`` gives for the whole batch: a `jax.lax.scan` adds up the
+    gradients in at least float32. The optimizer then runs once.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, the loss being a mean over a microbatch.
+      steps: the number of microbatches. Arrays of the batch are split on the first axis, which it must divide;
+        scalars go to every microbatch. Microbatch i holds the examples i, i + steps, ..., so that a batch which is
+        sharded over devices is split without moving anything between them.
+      weight: by what the mean of a microbatch counts. ``"tokens"``: by ``aux["tokens"]``, of the whole batch then;
+        a function ``weight(batch) -> scalar``; None: all the same. A microbatch of weight 0 counts nothing, even
+        where its loss is NaN. If all weigh 0, loss and gradients are 0.
+      axis_name: mesh axes inside `jax.shard_map` or `jax.pmap` along which the batch is sharded and ``params`` are
+        replicated: loss, gradients and scalars in aux are then of the whole batch, reduced once at the end. Without
+        it they are this device's own; nothing is summed behind your back. Not needed under `jax.jit`.
+
+    Returns:
+      A function ``(params, batch, key=None) -> ((loss, aux), grads)``. Gradients have the shapes of ``params``, in
+      float32 for narrower ones. In aux, floating scalars are weighted means, integer scalars sums; all other leaves
+      are stacked, with a new first axis of length ``steps``. ``key`` is split between the microbatches.
+
+    Raises:
+      ValueError: ``steps`` below 1; the batch cannot be split (the nearest sizes are named); the loss is no
+        scalar; aux lacks the weight.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one microbatch is needed")
+
+    def loss_and_aux(params: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        out = loss_fn(params, batch, key)
+        loss, aux = out if isinstance(out, tuple) else (out, None)
+        if jnp.shape(loss) != ():
+            raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed (its mean?)")
+        given: Any = 1
+        if weight is not None:
+            given = weight(batch) if callable(weight) else _entry(aux, weight)
+        return loss, (jnp.asarray(given).astype(jnp.float32), aux)
+
+    def total_over_devices(x: jax.Array) -> jax.Array:
+        return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+    def whole(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
+        micro = _split(batch, steps)
+        keys = None if key is None else jax.random.split(key, steps)
+        params = _local(params, batch, key)
+
+        def body(total: Any, now: Any) -> tuple[Any, Any]:
+            (loss, (w, aux)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, *now)
+            return jax.tree.map(lambda t, g: t + weighted(w, g), total, grads), (loss, w, aux)
+
+        total, (losses, weights, aux) = jax.lax.scan(body, jax.tree.map(zeros, params), (micro, keys), length=steps)
+        weight_sum = total_over_devices(jnp.sum(jnp.maximum(weights, 0)))
+
+        def mean(x: jax.Array) -> jax.Array:
+            return over(total_over_devices(x), weight_sum)
+
+        def summary(x: jax.Array) -> jax.Array:
+            if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.floating):
+                return mean(jnp.sum(weighted(weights, x)))
+            if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer):
+                return total_over_devices(jnp.sum(x, dtype=x.dtype))
+            return x
+
+        aux = jax.tree.map(summary, aux)
+        if isinstance(weight, str):
+            aux = {**aux, weight: weight_sum if jnp.issubdtype(aux[weight].dtype, jnp.floating) else aux[weight]}
+        return (summary(losses), aux), jax.tree.map(mean, total)
+
+    return whole
+
+
+def _entry(aux: Any, weight: str) -> Any:
+    if not isinstance(aux, Mapping) or weight not in aux:
+        held = sorted(aux) if isinstance(aux, Mapping) else type(aux).__name__
+        raise ValueError(f"weight={weight!r}: the loss must return (loss, aux) with aux[{weight!r}]; aux is {held}")
+    return aux[weight]
+
+
+def _split(batch: Any, steps: int) -> Any:
+    """Arrays as ``(steps, size / steps, ...)``, scalars repeated."""
+    sizes = {n: jnp.shape(x)[0] for n, x in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True) if jnp.ndim(x)}
+    if not sizes:
+        raise ValueError("batch: it holds no array to split into microbatches")
+    (first, size), *others = sizes.items()
+    for name, other in others:
+        if other != size:
+            raise ValueError(f"batch: {first!r} has {size} examples, {name!r} has {other}; they must be the same")
+    if size % steps or size == 0:
+        below = size - size % steps
+        near = f"{below} or {below + steps}" if below else f"{steps}"
+        raise ValueError(f"batch: {first!r} has {size} examples, not divisible by steps={steps}; nearest: {near}")
+
+    def cut(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (steps,))
+        return jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(cut, batch)
+
+
+def _local(params: Any, batch: Any, key: Any) -> Any:
+    """``params`` as each device's own inside `jax.shard_map`, else every microbatch would sum over devices."""
+    axes = frozenset().union(*(varying_over(jnp.asarray(x)) for x in jax.tree.leaves((params, batch, key))))
+    # One cast for each leaf: those that vary already are refused.
+    return jax.tree.map(
+        lambda p: jax.lax.pcast(p, tuple(sorted(axes - varying_over(jnp.asarray(p)))), to="varying"), params
+    )
+
+
+# -- over several steps ----------------------------------------------------------------------------
+
+
+class AccumulateState(NamedTuple):
+    """What `accumulate` remembers.
+
+    Attributes:
+      inner: the wrapped transformation's state.
+      step: int32 scalar, microbatches in the window so far.
+      weight: float32 scalar (float64 where a parameter is), what they weigh.
+      total: tree like params in at least float32, their gradients' weighted sum.
+    """
+
+    inner: Any
+    step: jax.Array
+    weight: jax.Array
+    total: Any
+
+
+class Accumulate(optax.GradientTransformationExtraArgs):
+    """A transformation over windows of steps, made by `accumulate`."""
+
+    def flush(self, state: AccumulateState, params: Any = None, **extra_args: Any) -> tuple[Any, AccumulateState]:
+        """End a partial window, such as the last of a training: ``updates, state = tx.flush(state, params)``.
+
+        The updates are zeros, and the state stays as it is, where the window is empty.
+        """
+        return self.update.__self__.flush(state, params, **extra_args)  # type: ignore[attr-defined]
+
+
+def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
+    """Run ``tx`` once in ``every`` steps, on the weighted mean of their gradients.
+
+    Between, updates are zeros. Where the whole batch is at hand, `accumulate_gradients` does it within one step.
+
+    Unlike with `optax.MultiSteps`, ``tx`` runs only at the end of a window (Muon costs nothing between);
+    an inf spoils its own window, not all that follow (and not that one, with ``accumulate(guard(tx), every)``);
+    microbatches may weigh differently, ``tx.update(grads, state, params, weight=tokens)``; and
+    ``tx.flush(state, params)`` ends a partial window.
+
+    Args:
+      tx: the whole optimizer, clipping included. It gets the mean in at least float32, and further extra
+        arguments as they are in the window's last step.
+      every: steps in a window.
+
+    Returns:
+      An `Accumulate`, which is an `optax.GradientTransformationExtraArgs`, with an `AccumulateState`. Updates are in
+      the dtypes of ``params`` (of the gradients without them). A weight of 0 counts nothing, even with NaN gradients;
+      ``tx`` rests if the whole window weighs 0.
+
+    Raises:
+      ValueError: ``every`` below 1.
+    """
+    if every < 1:
+        raise ValueError(f"every={every}: at least one step is needed")
+    bound = _Accumulate(optax.with_extra_args_support(tx), every)
+    return Accumulate(bound.init, bound.update)
+
+
+@dataclass(frozen=True)
+class _Accumulate:
+    tx: optax.GradientTransformationExtraArgs
+    every: int
+
+    def init(self, params: Any) -> AccumulateState:
+        weight = jnp.zeros((), widest(jnp.result_type(p) for p in jax.tree.leaves(params)))
+        return AccumulateState(self.tx.init(params), jnp.zeros((), jnp.int32), weight, jax.tree.map(zeros, params))
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, weight: ArrayLike = 1.0, **extra_args: Any
+    ) -> tuple[Any, AccumulateState]:
+        w = jnp.maximum(jnp.asarray(weight).astype(state.weight.dtype), 0)
+        total = jax.tree.map(lambda t, g: t + weighted(w, g).astype(t.dtype), state.total, updates)
+        state = AccumulateState(state.inner, state.step + 1, state.weight + w, total)
+        return self._end(state.step >= self.every, state, updates if params is None else params, params, extra_args)
+
+    def flush(self, state: AccumulateState, params: Any = None, **extra_args: Any) -> tuple[Any, AccumulateState]:
+        return self._end(state.step > 0, state, state.total if params is None else params, params, extra_args)
+
+    def _end(self, due: Any, state: AccumulateState, like: Any, params: Any, extra: Any) -> tuple[Any, AccumulateState]:
+        """The inner update where the window is ``due``, with updates in the dtypes of ``like``."""
+
+        def run() -> tuple[Any, Any]:
+            mean = jax.tree.map(lambda t: over(t, state.weight), state.total)
+            updates, inner = self.tx.update(mean, state.inner, params, **extra)
+            return keep_types(updates, like), keep_types(inner, state.inner)
+
+        def hold() -> tuple[Any, Any]:
+            return keep_types(jax.tree.map(jnp.zeros_like, state.total), like), state.inner
+
+        now = due & (state.weight > 0)
+        updates, inner = jax.lax.cond(now, run, hold) if isinstance(now, Tracer) else (run if now else hold)()
+        # Reset by choice: an inf times 0 would stay, as NaN, for ever.
+        fresh = jax.tree.map(lambda x: jnp.where(due, jnp.zeros_like(x), x), state._replace(inner=None))
+        return updates, fresh._replace(inner=inner)
