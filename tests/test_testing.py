@@ -1,0 +1,124 @@
+"""The conformance kit: it passes what is right, finds what is wrong, and says where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+
+import jaxsgd
+from jaxsgd import testing
+from jaxsgd.testing import check_laws, check_rule, compare, laws_broken
+
+
+def off_from(step, size):
+    """SGD whose step is too long by ``size`` from one step on."""
+
+    def update(grads, state, params=None):
+        wrong = jnp.where(state + 1 >= step, 1 + size, 1.0)
+        return jax.tree.map(lambda g: -0.1 * g * wrong.astype(g.dtype), grads), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def test_five_lines_are_enough():
+    check_laws(jaxsgd.adam(1e-2))
+    check_rule(jaxsgd.adam(1e-2), like=optax.adam(1e-2))
+    check_rule(optax.rmsprop(1e-2), like=jaxsgd.rmsprop(1e-2), gradients=testing.GRADIENTS)
+
+
+@pytest.mark.parametrize(("step", "size"), [(1, 1e-9), (7, 1e-3), (50, 1e-6)])
+def test_it_says_where_two_rules_part(step, size):
+    found = compare(off_from(step, size), optax.sgd(0.1))
+    assert [c.first for c in found] == [step] * 4
+    assert all(c.leaf in testing.SHAPES and step <= c.step <= 50 and 0 < c.error < 10 * size * 50 for c in found)
+    with pytest.raises(AssertionError) as failure:
+        check_rule(off_from(step, size), like=optax.sgd(0.1))
+    assert f"normal    part at step {step}; worst" in str(failure.value) and "against" in str(failure.value)
+
+
+def test_what_agrees_says_to_how_many_digits():
+    (found,) = compare(optax.sgd(0.1), optax.sgd(0.1), gradients=["heavy"])
+    assert found.first is None and str(found) == "heavy     agree to 0.0e+00"
+    # float32 would hide this one.
+    assert compare(off_from(1, 1e-9), optax.sgd(0.1), rtol=1e-7)[0].first is None
+
+
+def test_nan_on_one_side_is_a_difference():
+    bad = optax.chain(optax.sgd(0.1), optax.stateless(lambda u, p: jax.tree.map(lambda x: x * jnp.nan, u)))
+    (found,) = compare(bad, optax.sgd(0.1), gradients=["normal"])
+    assert found.first == 1 and found.error == np.inf
+    assert compare(bad, bad, gradients=["normal"])[0].first is None
+
+
+def test_it_finds_that_amsgrad_differs_from_torch():
+    found = compare(optax.amsgrad(1e-2), jaxsgd.torch.Adam(lr=1e-2, amsgrad=True))
+    assert {c.gradients: c.first for c in found} == {"normal": 2, "sparse": 2, "heavy": 2, "constant": None}
+
+
+def test_it_finds_that_rprop_comes_a_step_late():
+    assert "first_step" in {b.law for b in laws_broken(optax.rprop(1e-2))}
+
+
+def test_it_finds_what_bf16_does_to_optax():
+    broken = {b.law: b.seen for b in laws_broken(optax.adam(1e-2))}
+    assert set(broken) == {"gradient_dtype", "moments"}
+    assert "bfloat16 became float32" in broken["gradient_dtype"] and "mu/cube" in broken["moments"]
+    check_laws(optax.adam(1e-2), without=("gradient_dtype", "moments"))
+    with pytest.raises(AssertionError, match="laws that do not hold:\n  gradient_dtype"):
+        check_laws(optax.adam(1e-2))
+
+
+def breaks(law):
+    """A transformation that breaks one law."""
+    sgd = optax.sgd(0.1)
+
+    def make(update, init=sgd.init):
+        return optax.GradientTransformation(init, update)
+
+    def grows(g, s, p=None):
+        return sgd.update(g, s[0])[0], (s[0], jnp.asarray(s[1], jnp.float32))
+
+    def late(g, s, p=None):
+        return jax.tree.map(jnp.zeros_like, g) if s is None else s, g
+
+    return {
+        "structure": make(grows, lambda p: (sgd.init(p), 0)),
+        "moments": make(lambda g, s, p=None: (g, s), lambda p: jax.tree.map(jnp.zeros_like, p)),
+        "gradient_dtype": make(lambda g, s, p=None: (g, g), lambda p: jax.tree.map(jnp.zeros_like, p)),
+        "responds": make(lambda g, s, p=None: (s, s), lambda p: p),
+        "first_step": make(late, lambda p: jax.tree.map(jnp.zeros_like, p)),
+        "zero": make(lambda g, s, p=None: (jax.tree.map(lambda x: x / jnp.abs(x), g), s)),
+        "empty": make(lambda g, s, p=None: (dict.fromkeys(g, 0.0), s)),
+        "isolation": make(lambda g, s, p=None: (jax.tree.map(lambda x: x * optax.tree.norm(g), g), s)),
+        "jit": make(lambda g, s, p=None: (jax.tree.map(
+            lambda x: x if isinstance(x, jax.core.Tracer) else 2 * x, g), s)),
+        "recompiles": make(lambda g, s, p=None: (g, s + jnp.float32(1)), lambda p: 0),
+    }[law]  # fmt: skip
+
+
+@pytest.mark.parametrize("law", testing.LAWS)
+def test_each_law_can_fail(law):
+    assert law in {b.law for b in laws_broken(breaks(law), [law])}
+    assert laws_broken(jaxsgd.momentum(0.1), [law]) == []
+
+
+WALK = testing.walk(jaxsgd.adamw(0.05))
+OPTAX_WALK = testing.walk(optax.adamw(0.05))
+
+
+@settings(deadline=None, max_examples=15)
+@given(drawn=testing.gradient_draws(steps=10))
+def test_drawn_gradients(drawn):
+    with jax.enable_x64(True):
+        ours, theirs = jax.device_get((WALK(*drawn), OPTAX_WALK(*drawn)))
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-12 * np.abs(theirs[name]).max())
+
+
+def test_bad_input_in_words():
+    with pytest.raises(ValueError, match="kind='norml': known are normal"):
+        testing.draw_gradients("norml", 0)
+    with pytest.raises(ValueError, match="laws: 'jet' is unknown"):
+        laws_broken(optax.sgd(0.1), ["jet"])
