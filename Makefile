@@ -1,16 +1,17 @@
 # Two commands, each does all its set-up in .venv from nothing and re-uses it when current.
 #   make train   train a Flax model on real digits through jaxsgd
 #   make test    lint, types, docs in step with the code, tests
+#   make slow    the tests that test leaves out; CI runs both
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: help train test lint format tables clean
+.PHONY: help train test slow lint format tables clean
 
 help:
-	@echo "make train | test | lint | format | tables | clean"
+	@echo "make train | test | slow | lint | format | tables | clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,7 +36,10 @@ lint: $(VENV)/.test
 	$(RUN) -m jaxsgd.catalog --check
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+
+slow: $(VENV)/.test
+	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .

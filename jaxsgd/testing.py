@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsgd.numerics import widest
 from jaxsgd.paths import leaf_names
 
 __all__ = [
@@ -79,7 +80,7 @@ def draw_gradients(
 def loss_of(params: Any) -> jax.Array:
     """The loss handed to transformations that ask for ``value``: positive, smooth, in the params' dtype."""
     leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(*(jnp.finfo(p.dtype).dtype for p in leaves)) if leaves else jnp.float32
+    dtype = widest(jnp.result_type(p) for p in leaves)
     return 2 + sum((jnp.mean(jnp.abs(p) ** 2).astype(dtype) for p in leaves), jnp.zeros((), dtype))
 
 

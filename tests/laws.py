@@ -21,40 +21,24 @@ from twins import TWINS
 
 import jaxsgd
 from jaxsgd.rule import DECAYS, Rule
+from jaxsgd.testing import SHAPES, draw_gradients, draw_params, loss_of
 
 STEPS = 50
 RATE = 0.05
-SHAPES = {"scalar": (), "vector": (7,), "matrix": (5, 3), "cube": (4, 3, 2)}
 
 
-def tree(seed: int, dtype: Any = np.float64, scale: float = 1.0) -> dict[str, np.ndarray]:
-    rng = np.random.RandomState(seed)
-    return {k: np.asarray(scale * rng.standard_normal(s), dtype) for k, s in SHAPES.items()}
+def tree(seed: int, dtype: Any = np.float64) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x, dtype) for name, x in draw_params(seed).items()}
 
 
 def gradients(seed: int, kind: str = "normal") -> dict[str, np.ndarray]:
-    """STEPS gradients of one of several temperaments, in float64."""
-    rng = np.random.RandomState(seed)
-    draw = {
-        "normal": lambda s: rng.standard_normal(s) + 0.2,
-        "sparse": lambda s: rng.standard_normal(s) * (rng.uniform(size=s) < 0.3),
-        "heavy": lambda s: np.clip(rng.standard_cauchy(s), -1e4, 1e4),
-        "constant": lambda s: np.broadcast_to(rng.standard_normal(s[1:]), s).copy(),
-    }[kind]
-    return {k: draw((STEPS, *s)) for k, s in SHAPES.items()}
-
-
-def loss_like(params: Any) -> jax.Array:
-    """A loss to hand to rules that ask for ``value``: positive and smooth in the parameters."""
-    dtype = jnp.result_type(*(jnp.finfo(p.dtype).dtype for p in jax.tree.leaves(params) or [np.ones((), np.float32)]))
-    total = sum(jnp.mean(jnp.abs(p) ** 2).astype(dtype) for p in jax.tree.leaves(params))
-    return 2 + jnp.asarray(total, dtype)
+    return draw_gradients(kind, seed, STEPS)
 
 
 def stepper(tx: Any) -> Any:
     """``(grads, state, params) -> (updates, state)`` with the loss given to whoever asks for it."""
     tx = optax.with_extra_args_support(tx)
-    return lambda grads, state, params: tx.update(grads, state, params, value=loss_like(params))
+    return lambda grads, state, params: tx.update(grads, state, params, value=loss_of(params))
 
 
 def walk(tx: Any) -> Any:
@@ -65,7 +49,7 @@ def walk(tx: Any) -> Any:
     def run(params, grads):
         def step(carry, g):
             params, state = carry
-            updates, state = tx.update(g, state, params, value=loss_like(params))
+            updates, state = tx.update(g, state, params, value=loss_of(params))
             params = optax.apply_updates(params, updates)
             return (params, state), params
 
@@ -249,7 +233,7 @@ def law_4_neighbours(rule: Rule) -> None:
     steps = optax.MultiSteps(tx, 2)
     state = steps.init(params)
     for _ in range(4):
-        updates, state = steps.update(grads, state, params, value=loss_like(params))
+        updates, state = steps.update(grads, state, params, value=loss_of(params))
     equal(updates)
     # inject_hyperparams passes each hyperparameter as a float32 array, 1 - 0.999 included.
     equal(tx_twice(optax.inject_hyperparams(rule)(learning_rate=RATE))[0], 2e-4)

@@ -46,8 +46,18 @@ def test_digits_reaches_its_accuracy(name, tmp_path, capsys):
     assert "test accuracy 0.9" in out and "compile" in out and "train" in out
 
 
+@pytest.mark.parametrize("name", ["torch_nadam", "adadelta", "muon", "prodigy", "polyak_sgd", "soap"])
+def test_digits_takes_rules_of_every_kind(name, tmp_path):
+    takes(name, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(RULES) - set(MAIN)))
 def test_digits_takes_any_rule(name, tmp_path):
+    takes(name, tmp_path)
+
+
+def takes(name, tmp_path):
     digits.main(["--rule", name, "--epochs", "4", "--batch-size", "256", "--out", str(tmp_path)])
     losses = [record["loss"] for record in records(tmp_path)[:-1]]
     assert len(losses) == 16 and np.isfinite(losses).all() and len(set(losses)) == 16

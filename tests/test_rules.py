@@ -9,9 +9,19 @@ from laws import LAWS
 
 from jaxsgd import RULES
 
+QUICK = {f"jaxsgd.rules.{family}" for family in ("adaptive", "averaging", "momentum", "sign", "torch")}
+COSTLY = ("2_transformations", "4_neighbours")
+"""Laws that compile a rule a dozen times in other company; outside QUICK families they run with the slow tests."""
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", sorted(RULES))
+
+def cases():
+    for name in sorted(RULES):
+        for law in LAWS:
+            slow = law in COSTLY and RULES[name].module not in QUICK
+            yield pytest.param(name, law, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("name", "law"), list(cases()))
 def test_law(name, law):
     LAWS[law](RULES[name])
 

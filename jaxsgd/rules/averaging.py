@@ -15,7 +15,7 @@ from jaxsgd.numerics import wide
 from jaxsgd.rule import Rule, register
 from jaxsgd.rules.adaptive import adam
 from jaxsgd.rules.momentum import sgd
-from jaxsgd.rules.wrappers import wrap
+from jaxsgd.rules.wrappers import titled, wrap
 from jaxsgd.state import find_states
 
 __all__ = ["eval_params", "lookahead", "schedule_free", "schedule_free_adamw", "schedule_free_sgd"]
@@ -66,7 +66,7 @@ def schedule_free(base: Rule, *, name: str | None = None, doc: str | None = None
         base,
         leaf,
         name=name or f"schedule_free_{base.name}",
-        doc=doc or _titled(schedule_free, base),
+        doc=doc or titled(schedule_free, base),
         slots=("z",),
         start={"z": lambda p: jnp.array(p, copy=True), "weight_sum": lambda: 0.0, "max_rate": lambda: 0.0},
         context=("ck",),
@@ -77,10 +77,6 @@ def schedule_free(base: Rule, *, name: str | None = None, doc: str | None = None
         prepare=_warm_up,
         **fields,
     )
-
-
-def _titled(wrapper: Any, base: Rule) -> str:
-    return (wrapper.__doc__ or "").split("\n\n")[0].replace(" (", f" {base.name} (", 1)
 
 
 def _rising(count: Any) -> Any:
@@ -160,7 +156,7 @@ def lookahead(base: Rule) -> Rule:
         base,
         leaf,
         name=f"lookahead_{base.name}",
-        doc=_titled(lookahead, base),
+        doc=titled(lookahead, base),
         slots=("slow",),
         start={"slow": lambda p: jnp.array(p, copy=True)},
         context=("t",),

@@ -111,7 +111,7 @@ def cautious(base: Rule) -> Rule:
         delta = jnp.where(agrees, delta / jnp.maximum(agrees.mean(dtype=delta.real.dtype), 1e-3), 0)
         return delta - available["learning_rate"] * available["weight_decay"] * available["p"], own, slots
 
-    return wrap(base, leaf, name=f"cautious_{base.name}", doc=_doc(cautious, base))
+    return wrap(base, leaf, name=f"cautious_{base.name}", doc=titled(cautious, base))
 
 
 def cautious_decay(base: Rule) -> Rule:
@@ -126,7 +126,7 @@ def cautious_decay(base: Rule) -> Rule:
         agrees = jnp.real(delta * jnp.conj(p)) <= 0
         return delta - available["learning_rate"] * available["weight_decay"] * jnp.where(agrees, p, 0), own, slots
 
-    return wrap(base, leaf, name=f"cautious_decay_{base.name}", doc=_doc(cautious_decay, base))
+    return wrap(base, leaf, name=f"cautious_decay_{base.name}", doc=titled(cautious_decay, base))
 
 
 def grokfast(base: Rule) -> Rule:
@@ -145,7 +145,7 @@ def grokfast(base: Rule) -> Rule:
         base,
         leaf,
         name=f"grokfast_{base.name}",
-        doc=_doc(grokfast, base),
+        doc=titled(grokfast, base),
         slots=("slow",),
         hyper={"alpha": 0.98, "lamb": 2.0},
         bounds={**base.bounds, "alpha": (0, 1)},
@@ -164,7 +164,7 @@ def centralized(base: Rule) -> Rule:
         delta, slots = inner.step(g, slots, available)
         return delta, own, slots
 
-    return wrap(base, leaf, name=f"centralized_{base.name}", doc=_doc(centralized, base))
+    return wrap(base, leaf, name=f"centralized_{base.name}", doc=titled(centralized, base))
 
 
 def adaptive_clip(base: Rule) -> Rule:
@@ -186,12 +186,12 @@ def adaptive_clip(base: Rule) -> Rule:
         base,
         leaf,
         name=f"adaptive_clip_{base.name}",
-        doc=_doc(adaptive_clip, base),
+        doc=titled(adaptive_clip, base),
         hyper={"clipping": 0.01, "eps_clip": 1e-3},
         alternatives={**base.alternatives, "eps_clip": 10.0},
     )
 
 
-def _doc(wrapper: Callable, base: Rule) -> str:
+def titled(wrapper: Callable, base: Rule) -> str:
     """The wrapper's docstring as that of the rule it makes."""
     return (wrapper.__doc__ or "").split("\n\n")[0].replace(" (", f" of {base.name} (", 1)
