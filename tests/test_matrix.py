@@ -13,6 +13,8 @@ import jaxsgd
 from jaxsgd.matrices import PRECONDITIONINGS, PRESETS, as_matrices, eigenbasis, newton_schulz, rotated, table_of
 from jaxsgd.rules.matrix import muon, muon_jordan, optax_muon, soap
 
+pytestmark = pytest.mark.slow  # a minute on two cores; CI runs it
+
 RATE = laws.RATE
 
 

@@ -10,7 +10,7 @@ from laws import LAWS
 from jaxsgd import RULES
 
 QUICK = {f"jaxsgd.rules.{family}" for family in ("adaptive", "averaging", "momentum", "sign", "torch")}
-COSTLY = ("2_transformations", "4_neighbours")
+COSTLY = ("2_transformations", "4_neighbours", "6_dtypes")
 """Laws that compile a rule a dozen times in other company; outside QUICK families they run with the slow tests."""
 
 

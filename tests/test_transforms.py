@@ -25,6 +25,8 @@ from jaxsgd.transforms import (
     resume,
 )
 
+pytestmark = pytest.mark.slow  # a minute on two cores; CI runs it
+
 PARAMS = {"a": {"w": jnp.asarray([[1.0, -2.0], [3.0, 0.5]])}, "b": jnp.asarray(0.5), "none": None}
 MAKERS = {
     "clip": lambda tx: optax.chain(clip_by_global_norm(0.5), tx),
