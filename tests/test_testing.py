@@ -11,6 +11,8 @@ import jaxsgd
 from jaxsgd import testing
 from jaxsgd.testing import check_laws, check_rule, compare, laws_broken
 
+pytestmark = pytest.mark.slow  # half a minute on two cores; CI runs it
+
 
 def off_from(step, size):
     """SGD whose step is too long by ``size`` from one step on."""

@@ -10,6 +10,8 @@ from laws import LAWS
 import jaxsgd
 from jaxsgd import RULES, adam, adaptive_clip, cautious, cautious_decay, centralized, grokfast, lookahead, sgd
 
+pytestmark = pytest.mark.slow  # half a minute on two cores; CI runs it
+
 WRAPPED = {
     rule.name: rule
     for rule in (
