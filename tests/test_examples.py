@@ -9,8 +9,6 @@ import sys
 import numpy as np
 import pytest
 
-from jaxsgd import RULES
-
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
@@ -48,12 +46,6 @@ def test_digits_reaches_its_accuracy(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["torch_nadam", "adadelta", "muon", "prodigy", "polyak_sgd", "soap"])
 def test_digits_takes_rules_of_every_kind(name, tmp_path):
-    takes(name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(RULES) - set(MAIN)))
-def test_digits_takes_any_rule(name, tmp_path):
     takes(name, tmp_path)
 
 
