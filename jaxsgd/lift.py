@@ -55,6 +55,7 @@ class Lift:
       storage: slot name -> how it rests.
       dynamic: further hyperparameters to keep in the state.
       norms: keep the norms of gradients and updates in the state.
+      routes: what a leaf has by its name and shape: a function of the params, overrides of each leaf.
     """
 
     spec: Spec
@@ -64,6 +65,7 @@ class Lift:
     storage: Mapping[str, Storage] = field(default_factory=dict)
     dynamic: tuple[str, ...] = ()
     norms: bool = False
+    routes: Callable[[Any], list[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         live = {"learning_rate", *self.dynamic, *self.spec.runtime}
@@ -85,14 +87,14 @@ class Lift:
     # -- what holds for each leaf ------------------------------------------------------------
 
     def overrides(self, params: Any) -> list[dict[str, Any]]:
-        """What each leaf has other than the call says: by the mask, then by its groups."""
+        """What each leaf has other than the call says: by the mask, then by its route, then by its groups."""
         leaves = jax.tree.leaves(params)
         groups = resolve_groups(self.groups, leaf_names(params), leaves)
-        if self.mask is None:
-            return groups
-        mask = jax.tree.broadcast(self.mask(params) if callable(self.mask) else self.mask, params)
-        unmasked = [{} if decays else {"weight_decay": 0.0} for decays in jax.tree.leaves(mask)]
-        return [masked | group for masked, group in zip(unmasked, groups, strict=True)]
+        routes = [{}] * len(leaves) if self.routes is None else self.routes(params)
+        mask: Any = True if self.mask is None else self.mask(params) if callable(self.mask) else self.mask
+        decays = jax.tree.leaves(jax.tree.broadcast(mask, params))
+        own = zip(decays, routes, groups, strict=True)
+        return [({} if decay else {"weight_decay": 0.0}) | route | group for decay, route, group in own]
 
     def _storage(self, slot: str, own: Mapping[str, Any]) -> Storage:
         return own.get("storage", self.storage).get(slot, plain)
@@ -184,7 +186,7 @@ class Lift:
             same_structure(params, updates)
         elif "p" in self.spec.context:
             raise ValueError(f"params: {self.spec.name} needs them: tx.update(grads, state, params)")
-        elif self.decays:
+        elif self.decays or any(not is_off(own.get("weight_decay")) for own in self.overrides(updates)):
             raise ValueError(
                 f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
             )

@@ -58,6 +58,10 @@ class Rule:
       aliases: other names of arguments, as optax has them: ``"mask"`` under another name, or
         ``{"mu_dtype": "mu"}``, the dtype that a slot rests in.
       prepare: optional, bound arguments -> arguments, for what is not of one array (a warmup).
+      routes: optional, ``(rule, bound arguments) -> (params -> overrides of each leaf)``, as groups have them: for
+        rules that treat a leaf by its name or shape.
+      hidden: hyperparameters that the call does not offer; ``prepare`` or ``routes`` sets them.
+      extras: further arguments of the call with their defaults, for ``prepare`` and ``routes`` to consume.
       oracle: the same rule by others, ``oracle(**arguments) -> GradientTransformation``, or None.
       needs: hyperparameter -> the other settings without which it has no effect.
       exceptions: part of a law -> the reason why it cannot hold for this rule: ``"zero"`` (no gradient, no
@@ -73,6 +77,9 @@ class Rule:
     positional: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    routes: Callable[[Rule, dict[str, Any]], Callable[[Any], list[dict[str, Any]]]] | None = None
+    hidden: tuple[str, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
     oracle: Callable[..., optax.GradientTransformation] | None = None
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
@@ -99,6 +106,11 @@ class Rule:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters that the call offers, with their defaults in the function's signature."""
+        return {name: default for name, default in self.spec.hyper.items() if name not in self.hidden}
 
     @property
     def module(self) -> str:
@@ -157,17 +169,19 @@ class Rule:
                 arguments["mask"] = value
             elif value is not None:
                 arguments["storage"] = {meaning: cast(value), **arguments["storage"]}
+        routes = None if self.routes is None else self.routes(self, arguments)
         if self.prepare is not None:
             arguments = self.prepare(arguments)
         if arguments["weight_decay"] is None:  # as some of optax's aliases say none
             arguments["weight_decay"] = 0.0
-        names = ("learning_rate", "weight_decay", *self.spec.hyper)
-        hyper = {name: self._checked(name, arguments[name]) for name in names}
+        names = ("learning_rate", "weight_decay", *self.hyper)
+        hyper = {name: self.checked(name, arguments[name]) for name in names}
+        hyper |= {name: arguments.get(name, self.spec.hyper[name]) for name in self.hidden}
         dynamic = arguments["dynamic"]
         dynamic = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
         for name in dynamic:
-            if name not in hyper or isinstance(hyper[name], bool | str | None):
-                numeric = [n for n, v in hyper.items() if not isinstance(v, bool | str | None)]
+            numeric = [n for n in names if not isinstance(hyper[n], bool | str | None)]
+            if name not in numeric:
                 raise ValueError(f"dynamic={name!r}: {self.name} has no such number{nearest(name, numeric)}")
         return Lift(
             self.spec,
@@ -177,6 +191,7 @@ class Rule:
             storage=arguments["storage"],
             dynamic=dynamic,
             norms=arguments["norms"],
+            routes=routes,
         ).transformation
 
     # -- making new rules --------------------------------------------------------------------
@@ -206,7 +221,7 @@ class Rule:
 
     # -- checks ------------------------------------------------------------------------------
 
-    def _checked(self, name: str, value: Any) -> Any:
+    def checked(self, name: str, value: Any) -> Any:
         """A hyperparameter's value if it is one, in words why not otherwise."""
         where, default = f"{self.name}: {name}={value!r}", self.defaults.get(name)
         if isinstance(default, bool):
@@ -238,15 +253,15 @@ class Rule:
             if key == "frozen":
                 out[key] = bool(value)
             elif key == "lr_mult":
-                out[key] = self._checked(key, value)
+                out[key] = self.checked(key, value)
             elif key == "storage":
                 out[key] = self._storage(value, {})
             elif key in self.spec.tree_wide:
                 raise ValueError(f"{self.name}: groups: {key!r} is one value for the whole tree")
-            elif key in ("learning_rate", "weight_decay", *self.spec.hyper):
-                out[key] = self._checked(key, value)
+            elif key in ("learning_rate", "weight_decay", *self.hyper):
+                out[key] = self.checked(key, value)
             else:
-                known = ("frozen", "lr_mult", "storage", "learning_rate", "weight_decay", *self.spec.hyper)
+                known = ("frozen", "lr_mult", "storage", "learning_rate", "weight_decay", *self.hyper)
                 raise ValueError(f"{self.name}: groups: unknown key {key!r}{nearest(str(key), known)}")
         return out
 
@@ -281,16 +296,18 @@ def make_rule(
     learning_rate: Any = REQUIRED,
     weight_decay: Any = 0.0,
     aliases: Mapping[str, str] | None = None,
+    hidden: tuple[str, ...] = (),
     extras: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Rule:
     """A `Rule` of ``spec``, not registered; see `rule` for the arguments."""
-    aliases = aliases or {}
-    defaults = {"learning_rate": learning_rate, **spec.hyper, **dict.fromkeys(aliases), **(extras or {}), **FRAME}
+    aliases, extras = aliases or {}, extras or {}
+    offered = {name: default for name, default in spec.hyper.items() if name not in hidden}
+    defaults = {"learning_rate": learning_rate, **offered, **dict.fromkeys(aliases), **extras, **FRAME}
     defaults["weight_decay"] = weight_decay
     if positional is None:
-        positional = ("learning_rate", *spec.hyper)
-    return Rule(spec, inspect.cleandoc(doc), defaults, positional, aliases, **fields)
+        positional = ("learning_rate", *offered)
+    return Rule(spec, inspect.cleandoc(doc), defaults, positional, aliases, hidden=hidden, extras=extras, **fields)
 
 
 def register(entry: Rule) -> Rule:
@@ -320,11 +337,10 @@ def rule(
     Args:
       start, sums, shared, coupled, runtime: see `jaxsgd.spec.Spec`.
       name: the rule's name; the function's by default.
-      oracle, needs, exceptions, bounds, alternatives, aliases, prepare: see `Rule`.
+      oracle, needs, exceptions, bounds, alternatives, aliases, prepare, routes, hidden, extras: see `Rule`.
       positional: arguments that may be given by position, in order; by default the learning rate, then
         all hyperparameters.
       learning_rate, weight_decay: their defaults; none and 0 by default.
-      extras: further arguments of the call with their defaults, for ``prepare`` to consume.
 
     Raises:
       TypeError: a signature that is not a rule's.

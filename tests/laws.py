@@ -93,7 +93,7 @@ def alternative(name: str, default: Any) -> Any:
 def settings_of(rule: Rule) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Hyperparameter -> (settings without the change, settings with it)."""
     out = {}
-    for name, default in {"weight_decay": rule.defaults["weight_decay"], **rule.spec.hyper}.items():
+    for name, default in {"weight_decay": rule.defaults["weight_decay"], **rule.hyper}.items():
         without = dict(rule.needs.get(name, {}))
         given = rule.defaults.get(name, default)
         other = rule.alternatives[name] if name in rule.alternatives else alternative(name, given)
@@ -122,7 +122,7 @@ def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> 
     if rule.name not in TWINS:
         assert decay and oracle is not None, f"{rule.name} with {settings}: nothing to compare with; add a twin"
         return _with_decay(oracle(**given), decay, params, grads)
-    kept = {k: rule.defaults[k] for k in rule.spec.hyper}
+    kept = {k: rule.defaults[k] for k in rule.hyper}
     given = {**kept, **given}
     out = {k: TWINS[rule.name](params[k], grads[k], weight_decay=decay, **given) for k in params}
     return {k: np.stack(v) for k, v in out.items()}

@@ -97,3 +97,16 @@ def test_cautious_decay_pulls_only_along():
     updates, _ = tx.update(jnp.asarray([1.0, -1.0]), tx.init(p), p)
     np.testing.assert_allclose(updates, [-0.15, 0.1])
     assert "weight_decay" in jaxsgd.metrics(tx.init(p))
+
+
+def test_a_wrapped_rule_keeps_its_own_arguments_and_its_routing_by_name():
+    params = {"embed": jnp.ones((6, 4)), "dense/kernel": jnp.ones((4, 4))}
+    grads = jax.tree.map(lambda p: p + jnp.arange(p.size, dtype=p.dtype).reshape(p.shape), params)
+    plain = jaxsgd.muon(0.1, ns_coeffs="polar_express", adam="embed")
+    wrapped = jaxsgd.grokfast(jaxsgd.muon)(0.1, lamb=0.0, ns_coeffs="polar_express", adam="embed")
+    expected, found = (tx.update(grads, tx.init(params), params)[0] for tx in (plain, wrapped))
+    for name in params:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+    assert "axes=None" in str(jaxsgd.describe(wrapped, params)), "the embedding goes to Adam"
+    with pytest.raises(ValueError, match="preconditioning='nothing'"):
+        jaxsgd.grokfast(jaxsgd.muon)(0.1, preconditioning="nothing")

@@ -7,11 +7,9 @@ has one optimizer, one state and one learning rate to set.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxsgd.lift import Lift
 from jaxsgd.matrices import (
     JORDAN,
     PRECONDITIONINGS,
@@ -35,10 +32,9 @@ from jaxsgd.matrices import (
     table_of,
 )  # fmt: skip
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq
-from jaxsgd.paths import leaf_names, nearest, resolve_groups
-from jaxsgd.rule import Rule, make_rule, register, rule
+from jaxsgd.paths import leaf_names, nearest
+from jaxsgd.rule import Rule, rule
 from jaxsgd.rules.adaptive import adam
-from jaxsgd.spec import Spec, is_off
 
 __all__ = ["NOT_HIDDEN", "muon", "muon_jordan", "optax_muon", "shampoo", "soap"]
 
@@ -53,50 +49,24 @@ PROJECTION_IN = re.compile(r"(?i)(^|[/_])(query|key|value|qkv)(_proj)?(/kernel)?
 """Attention's projections, (in, heads, size): the heads are outputs, not a batch."""
 
 
-@dataclass(frozen=True, eq=False)
-class MatrixRule(Rule):
-    """A rule for matrices that hands all other leaves to Adam: the call decides which, leaf by leaf."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        lift: Any = super().__call__(*args, **kwargs).update.__self__  # type: ignore[attr-defined]
-        signature: inspect.Signature = self.__signature__  # type: ignore[attr-defined]
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        chosen = {}
-        if given["adam_learning_rate"] is not None:
-            chosen["learning_rate"] = self._checked("adam_learning_rate", given["adam_learning_rate"])
-        chosen["weight_decay"] = self._checked("adam_weight_decay", given["adam_weight_decay"])
-        known = {f.name: getattr(lift, f.name) for f in fields(Lift)}
-        if given["preconditioning"] not in PRECONDITIONINGS:
-            known_ones = nearest(str(given["preconditioning"]), PRECONDITIONINGS)
-            raise ValueError(f"{self.name}: preconditioning={given['preconditioning']!r}{known_ones}")
-        routed = {**lift.spec.fixed, "coefficients": table_of(given["ns_coeffs"])}
-        routed["preconditioning"] = given["preconditioning"]
-        known["spec"] = replace(lift.spec, hyper={**lift.spec.hyper, **routed}, fixed={})
-        known["hyper"] = {**lift.hyper, **routed}
-        dimensions = given["muon_weight_dimension_numbers"]
-        return MatrixLift(**known, adam=given["adam"], dimensions=dimensions, for_adam=chosen).transformation
+def routed(rule: Rule, arguments: dict[str, Any]) -> Callable[[Any], list[dict[str, Any]]]:
+    """Tell each leaf its matrix axes, or None and the settings of Adam: for rules with the extras `ROUTING`."""
+    rest: dict[str, Any] = {
+        "axes": None,
+        "weight_decay": rule.checked("adam_weight_decay", arguments["adam_weight_decay"]),
+    }
+    if arguments["adam_learning_rate"] is not None:
+        rest["learning_rate"] = rule.checked("adam_learning_rate", arguments["adam_learning_rate"])
+    adam, dimensions = arguments["adam"], arguments["muon_weight_dimension_numbers"]
+    return lambda params: [rest if axes is None else {"axes": axes} for axes in _matrices(params, adam, dimensions)]
 
 
-@dataclass(eq=False)
-class MatrixLift(Lift):
-    """A lift that tells each leaf its matrix axes, or None and the settings of Adam."""
-
-    adam: Any = None
-    dimensions: Any = None
-    for_adam: Any = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.decays = self.decays or not is_off(self.for_adam["weight_decay"])
-
-    def overrides(self, params: Any) -> list[dict[str, Any]]:
-        matrices = _matrices(params, self.adam, self.dimensions)
-        rest = {"axes": None, **self.for_adam}
-        groups = resolve_groups(self.groups, leaf_names(params), jax.tree.leaves(params))
-        settings = zip(matrices, super().overrides(params), groups, strict=True)
-        return [{**rest, **group} if axes is None else {"axes": axes, **own} for axes, own, group in settings]
+def orthogonalized(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with ``ns_coeffs`` looked up: for rules with the extras `ROUTING`."""
+    kind = arguments["preconditioning"]
+    if kind not in PRECONDITIONINGS:
+        raise ValueError(f"preconditioning={kind!r}{nearest(str(kind), PRECONDITIONINGS)}")
+    return {**arguments, "coefficients": table_of(arguments["ns_coeffs"])}
 
 
 def _matrices(params: Any, adam: Any, dimensions: Any) -> list[Any]:
@@ -147,19 +117,55 @@ def _scale(shape: tuple[int, ...], consistent_rms: Any) -> Any:
     return math.sqrt(max(rows, columns)) * consistent_rms
 
 
-def _settled(x: Any, axes: Any) -> Any:
+def matrix_axes(x: Any, axes: Any) -> Any:
     """The matrix axes of ``x``: as told by the call, else (under a wrapper) the last two of any array that has two."""
     if axes != "last two":
         return axes
     return ((x.ndim - 2,), (x.ndim - 1,)) if x.ndim > 1 else None
 
 
-def _adam_zeros(p: Any, axes: Any) -> Any:
+def adam_zeros(p: Any, axes: Any) -> Any:
     """The second moment, which only Adam's leaves have."""
-    return real_zeros(p) if _settled(p, axes) is None else None
+    return real_zeros(p) if matrix_axes(p, axes) is None else None
 
 
-def _muon(
+def _last_two(params: Any) -> Any:
+    """The default of `muon` for leaves without names, as optax's dimension numbers."""
+    return jax.tree.map(lambda p: _LAST_TWO if p.ndim > 1 else None, params)
+
+
+def _optax_on_last_two(
+    learning_rate, ns_steps=5, beta=0.95, eps=1e-8, weight_decay=0.0, nesterov=True, adam_b1=0.9,
+    adam_b2=0.999, adam_eps_root=0.0, consistent_rms=None,
+):  # fmt: skip
+    """optax told to batch over leading axes; not ``adaptive``, where it takes one dual norm for a whole batch."""
+    return optax.contrib.muon(muon_weight_dimension_numbers=_last_two, **locals())
+
+
+ROUTING = {
+    "ns_coeffs": (3.4445, -4.7750, 2.0315), "preconditioning": "frobenius", "adam_weight_decay": 0.0,
+    "adam_learning_rate": None, "muon_weight_dimension_numbers": None, "adam": NOT_HIDDEN,
+}  # fmt: skip
+"""The arguments of a call that decide what is a matrix and how it is made orthogonal."""
+
+HIDDEN = ("axes", "coefficients", "preconditioning")
+
+
+@rule(
+    start={"nu": adam_zeros},
+    routes=routed,
+    prepare=orthogonalized,
+    hidden=HIDDEN,
+    extras=ROUTING,
+    positional=(
+        "learning_rate", "ns_coeffs", "ns_steps", "beta", "eps", "weight_decay", "weight_decay_mask", "mu_dtype",
+    ),
+    aliases={"weight_decay_mask": "mask", "mu_dtype": "mu"},
+    oracle=_optax_on_last_two,
+    bounds={"beta": (0, 1)},
+    alternatives={"adam_eps": 0.01},
+)  # fmt: skip
+def muon(
     g, mu, nu, *, t, axes="last two", coefficients=(JORDAN, False), preconditioning="frobenius",
     ns_steps=5, beta=0.95, eps=1e-8, nesterov=True, adaptive=False, bias_correction=True, consistent_rms=None,
     adam_b1=0.9, adam_b2=0.999, adam_eps=None, adam_eps_root=0.0, adam_nesterov=True,
@@ -183,7 +189,7 @@ def _muon(
     - ``bias_correction=False`` is Jordan's plain momentum; ``adam_eps`` is ``eps`` where None.
     - ``weight_decay`` and its mask are for the matrices, ``adam_weight_decay`` for all others; groups override both.
     """
-    if (axes := _settled(g, axes)) is None:
+    if (axes := matrix_axes(g, axes)) is None:
         same = {"eps": eps if adam_eps is None else adam_eps, "nesterov": nesterov and adam_nesterov}
         return adam.spec.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps_root=adam_eps_root, **same)
     mu, t = ema(mu, g, beta), t if bias_correction else jnp.inf
@@ -194,39 +200,6 @@ def _muon(
     dual = jnp.sum(x.conj() * u, (-2, -1), keepdims=True) if adaptive else 1.0
     return back(_scale(x.shape, consistent_rms) * dual * u), mu, nu
 
-
-def _last_two(params: Any) -> Any:
-    """The default of `muon` for leaves without names, as optax's dimension numbers."""
-    return jax.tree.map(lambda p: _LAST_TWO if p.ndim > 1 else None, params)
-
-
-def _optax_on_last_two(
-    learning_rate, ns_steps=5, beta=0.95, eps=1e-8, weight_decay=0.0, nesterov=True, adam_b1=0.9,
-    adam_b2=0.999, adam_eps_root=0.0, consistent_rms=None,
-):  # fmt: skip
-    """optax told to batch over leading axes; not ``adaptive``, where it takes one dual norm for a whole batch."""
-    return optax.contrib.muon(muon_weight_dimension_numbers=_last_two, **locals())
-
-
-_SPEC = Spec.read(_muon, name="muon", start={"nu": _adam_zeros})
-
-_RULE = make_rule(
-    _SPEC.fix(**{name: _SPEC.hyper[name] for name in ("axes", "coefficients", "preconditioning")}),
-    _muon.__doc__ or "",
-    extras={
-        "ns_coeffs": (3.4445, -4.7750, 2.0315), "preconditioning": "frobenius", "adam_weight_decay": 0.0,
-        "adam_learning_rate": None, "muon_weight_dimension_numbers": None, "adam": NOT_HIDDEN,
-    },
-    positional=(
-        "learning_rate", "ns_coeffs", "ns_steps", "beta", "eps", "weight_decay", "weight_decay_mask", "mu_dtype",
-    ),
-    aliases={"weight_decay_mask": "mask", "mu_dtype": "mu"},
-    oracle=_optax_on_last_two,
-    bounds={"beta": (0, 1)},
-    alternatives={"adam_eps": 0.01},
-)  # fmt: skip
-muon = MatrixRule(**{f.name: getattr(_RULE, f.name) for f in fields(Rule)})
-register(muon)
 
 optax_muon = muon.preset(
     "optax_muon",

@@ -6,6 +6,7 @@ the base's arguments and its own. All of them need ``params`` at update.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ def wrap(
     shared: Callable | None = None,
     fix: Mapping[str, Any] | None = None,
     runtime: tuple[str, ...] = (),
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    extras: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Rule:
     """A rule around a rule.
@@ -45,6 +48,7 @@ def wrap(
       slots, start, context, hyper, shared, runtime: what the wrapper itself keeps and asks for, as in
         `jaxsgd.spec.Spec`; its hyperparameters come first.
       fix: hyperparameters of the base that the wrapper settles.
+      prepare, extras: the wrapper's own, as in `jaxsgd.rule.Rule`; the base's come after.
       fields: see `jaxsgd.rule.make_rule`.
 
     Raises:
@@ -83,8 +87,20 @@ def wrap(
         "exceptions": base.exceptions,
         "bounds": base.bounds,
         "alternatives": base.alternatives,
+        "hidden": base.hidden,
+        "routes": base.routes,
+        "extras": {**(extras or {}), **base.extras},
+        "prepare": _in_turn(prepare, base.prepare),
     } | fields
     return make_rule(spec, doc, **fields)
+
+
+def _in_turn(*prepares: Callable | None) -> Callable | None:
+    """What the wrapper prepares, then what the base does; None where neither does."""
+    asked = [prepare for prepare in prepares if prepare is not None]
+    if not asked:
+        return None
+    return lambda arguments: functools.reduce(lambda given, prepare: prepare(given), asked, arguments)
 
 
 def _settled(spec: Spec, slot: str) -> Callable:
