@@ -184,7 +184,7 @@ class Lift:
                 )
         if params is not None:
             same_structure(params, updates)
-        elif "p" in self.spec.context:
+        elif "p" in self.spec.context or self.spec.trees is not None:
             raise ValueError(f"params: {self.spec.name} needs them: tx.update(grads, state, params)")
         elif self.decays or any(not is_off(own.get("weight_decay")) for own in self.overrides(updates)):
             raise ValueError(
@@ -192,7 +192,8 @@ class Lift:
             )
         extra = {name: extra_args[name] for name in self.spec.extra if name in extra_args}
         traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state)))
-        return (self._update if traced else self._jitted)(updates, state, params, extra)
+        as_it_is = traced or any(callable(value) for value in extra.values())  # a function is no argument of jit
+        return (self._update if as_it_is else self._jitted)(updates, state, params, extra)
 
     def _hyper(self, state: State) -> dict[str, jax.Array]:
         """The runtime hyperparameters of this step: constants from the state, the others made anew."""
@@ -227,6 +228,9 @@ class Lift:
         }
 
         scalar = next(iter(state.hyper.values())).dtype
+        for name, made in self._trees({**extra, **now}, updates, params, count, scalar).items():
+            for i, call in calls.items():
+                call[name] = wide(made[i], call["dtype"])
         shared = self._shared({**extra, **now}, calls, state, count, scalar)
         new_slots = [[None] * len(grads) for _ in self.slots]
         out: list[Any] = [g if p is None else p for g, p in zip(grads, ps, strict=True)]
@@ -276,6 +280,16 @@ class Lift:
             "p": None if p is None else wide(p),
             "dtype": real,
         }
+
+    def _trees(self, outside, updates, params, count, scalar) -> dict[str, list[Any]]:
+        """What the rule makes of the tree as a whole for each leaf, such as a diagonal of the Hessian."""
+        if self.spec.trees is None or not jax.tree.leaves(params):
+            return {}
+        hyper = {name: outside.get(name, value) for name, value in self.hyper.items()}
+        available = {**hyper, **outside, "params": params, "updates": updates, "t": count.astype(scalar)}
+        self._check_given(parameter_names(self.spec.trees), available)
+        made = by_name(self.spec.trees, available)
+        return {name: jax.tree.structure(params).flatten_up_to(tree) for name, tree in made.items()}
 
     def _shared(self, outside, calls, state, count, scalar) -> dict[str, jax.Array]:
         """Map, reduce, map: sums over the tree, then scalars made of them, once a step."""

@@ -327,6 +327,7 @@ def rule(
     start: Mapping[str, Callable] | None = None,
     sums: Callable | None = None,
     shared: Callable | None = None,
+    trees: Callable | None = None,
     coupled: bool = False,
     runtime: tuple[str, ...] = (),
     name: str | None = None,
@@ -335,7 +336,7 @@ def rule(
     """Decorate a function on one array: its signature is its spec (see `jaxsgd.spec`).
 
     Args:
-      start, sums, shared, coupled, runtime: see `jaxsgd.spec.Spec`.
+      start, sums, shared, trees, coupled, runtime: see `jaxsgd.spec.Spec`.
       name: the rule's name; the function's by default.
       oracle, needs, exceptions, bounds, alternatives, aliases, prepare, routes, hidden, extras: see `Rule`.
       positional: arguments that may be given by position, in order; by default the learning rate, then
@@ -348,9 +349,8 @@ def rule(
     """
 
     def decorate(fn: Callable) -> Rule:
-        spec = Spec.read(
-            fn, name=name or fn.__name__, start=start, sums=sums, shared=shared, coupled=coupled, runtime=runtime
-        )
+        roles = {"sums": sums, "shared": shared, "trees": trees, "coupled": coupled, "runtime": runtime}
+        spec = Spec.read(fn, name=name or fn.__name__, start=start, **roles)
         return register(make_rule(spec, fn.__doc__ or "", **fields))
 
     return decorate

@@ -76,6 +76,8 @@ class Spec:
         are added over the tree.
       shared: optional, once a step: kept scalars as positionals; sums, ``t``, ``learning_rate`` and
         hyperparameters as keywords -> dict of scalars for the rule to ask for by name.
+      trees: optional, once a step: ``params``, ``updates`` (the gradients), ``t``, hyperparameters and extra
+        arguments by name -> dict of trees like the params; the rule asks for its leaf of one by name.
       coupled: weight decay is added to the gradient (L2) instead of the direction.
       runtime: hyperparameters that always live in the state, one value for the whole tree.
       fixed: hyperparameters that a wrapper has settled; they are no longer asked of the caller.
@@ -89,6 +91,7 @@ class Spec:
     start: Mapping[str, Callable] = field(default_factory=dict)
     sums: Callable | None = None
     shared: Callable | None = None
+    trees: Callable | None = None
     coupled: bool = False
     runtime: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -140,9 +143,9 @@ class Spec:
     @property
     def extra(self) -> frozenset[str]:
         """The extra arguments of ``update`` that the rule, its sums or its tree-wide scalars ask for."""
-        functions = [fn for fn in (self.sums, self.shared) if fn is not None]
+        functions = [fn for fn in (self.sums, self.shared, self.trees) if fn is not None]
         asked = {*self.context, *(name for fn in functions for name in parameter_names(fn))}
-        made = {"g", "p", "t", "learning_rate", "weight_decay", "leaf_key"}
+        made = {"g", "p", "t", "learning_rate", "weight_decay", "leaf_key", "params", "updates"}
         return frozenset(asked - made - {*self.slots, *self.kept, *self.hyper})
 
     @property

@@ -92,7 +92,7 @@ def walk(tx: optax.GradientTransformation) -> Callable[[Any, Any], Any]:
     def run(params: Any, grads: Any) -> Any:
         def step(carry: Any, g: Any) -> Any:
             params, state = carry
-            updates, state = tx.update(g, state, params, value=loss_of(params))
+            updates, state = tx.update(g, state, params, value=loss_of(params), obj_fn=loss_of)
             params = optax.apply_updates(params, updates)
             return (params, state), params
 
@@ -222,7 +222,7 @@ def _shape_of(state: Any) -> Any:
 
 def _update(tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     extended = optax.with_extra_args_support(tx)
-    return lambda grads, state, params: extended.update(grads, state, params, value=loss_of(params))
+    return lambda grads, state, params: extended.update(grads, state, params, value=loss_of(params), obj_fn=loss_of)
 
 
 def _narrow(tree: Any, dtype: Any) -> Any:

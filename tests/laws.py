@@ -38,7 +38,7 @@ def gradients(seed: int, kind: str = "normal") -> dict[str, np.ndarray]:
 def stepper(tx: Any) -> Any:
     """``(grads, state, params) -> (updates, state)`` with the loss given to whoever asks for it."""
     tx = optax.with_extra_args_support(tx)
-    return lambda grads, state, params: tx.update(grads, state, params, value=loss_of(params))
+    return lambda grads, state, params: tx.update(grads, state, params, value=loss_of(params), obj_fn=loss_of)
 
 
 def walk(tx: Any) -> Any:
@@ -49,7 +49,7 @@ def walk(tx: Any) -> Any:
     def run(params, grads):
         def step(carry, g):
             params, state = carry
-            updates, state = tx.update(g, state, params, value=loss_of(params))
+            updates, state = tx.update(g, state, params, value=loss_of(params), obj_fn=loss_of)
             params = optax.apply_updates(params, updates)
             return (params, state), params
 
@@ -233,7 +233,7 @@ def law_4_neighbours(rule: Rule) -> None:
     steps = optax.MultiSteps(tx, 2)
     state = steps.init(params)
     for _ in range(4):
-        updates, state = steps.update(grads, state, params, value=loss_of(params))
+        updates, state = steps.update(grads, state, params, value=loss_of(params), obj_fn=loss_of)
     equal(updates)
     # inject_hyperparams passes each hyperparameter as a float32 array, 1 - 0.999 included.
     equal(tx_twice(optax.inject_hyperparams(rule)(learning_rate=RATE))[0], 2e-4)

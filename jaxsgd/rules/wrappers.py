@@ -78,6 +78,7 @@ def wrap(
         start={**starts, **(start or {})},
         sums=inner.sums,
         shared=shared or inner.shared,
+        trees=inner.trees,
         runtime=(*inner.runtime, *runtime),
     )
     fields = {
