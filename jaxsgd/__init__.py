@@ -32,7 +32,7 @@ from jaxsgd.rules.sign import *
 from jaxsgd.rules.torch import *
 from jaxsgd.rules.wrappers import *
 from jaxsgd.state import State, metrics, with_hyper
-from jaxsgd.storage import Storage, cast, plain
+from jaxsgd.storage import Storage, cast, int8, plain
 from jaxsgd.train import Step, TrainState, make_step
 from jaxsgd.transforms import *
 
@@ -47,6 +47,7 @@ __all__ = [
     "TrainState",
     "cast",
     "describe",
+    "int8",
     "make_step",
     "metrics",
     "plain",

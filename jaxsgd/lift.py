@@ -18,13 +18,17 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxsgd.numerics import global_norm, real_dtype, wide, widest
+from jaxsgd.numerics import compensated, global_norm, real_dtype, stochastic_round, wide, widest
 from jaxsgd.paths import Groups, leaf_names, resolve_groups, same_structure
 from jaxsgd.spec import Spec, by_name, is_off, parameter_names
 from jaxsgd.state import FOLLOW, PIN, State
-from jaxsgd.storage import Storage, plain
+from jaxsgd.storage import Blocks, Storage, plain
 
-__all__ = ["Lift", "describe", "is_constant"]
+__all__ = ["ROUNDINGS", "Lift", "describe", "is_constant"]
+
+ROUNDINGS = (None, "stochastic", "compensated")
+LOST = "rounded_off"
+"""The slot for what rounding took from 16-bit parameters so far."""
 
 
 def is_constant(value: Any) -> TypeGuard[float]:
@@ -55,6 +59,7 @@ class Lift:
       storage: slot name -> how it rests.
       dynamic: further hyperparameters to keep in the state.
       norms: keep the norms of gradients and updates in the state.
+      rounding: how 16-bit parameters take steps: one of `ROUNDINGS`.
       routes: what a leaf has by its name and shape: a function of the params, overrides of each leaf.
     """
 
@@ -66,6 +71,7 @@ class Lift:
     dynamic: tuple[str, ...] = ()
     norms: bool = False
     routes: Callable[[Any], list[dict[str, Any]]] | None = None
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         live = {"learning_rate", *self.dynamic, *self.spec.runtime}
@@ -104,6 +110,11 @@ class Lift:
         value = self.spec.begin(slot, {"p": p, **hyper})
         return None if value is None else self._pack(slot, value, own, key)
 
+    def _rounds(self, p: Any) -> bool:
+        """Whether the steps of ``p`` are rounded with care: to 16 bits, and somebody asked."""
+        narrow = jnp.bfloat16 if self.rounding == "stochastic" else jnp.floating
+        return self.rounding is not None and jnp.issubdtype(p.dtype, narrow) and p.dtype.itemsize == 2
+
     def _starts(self, slot: str, own: Mapping[str, Any]) -> bool:
         """Whether any leaf may have the slot: some rules keep one for matrices only, some for all others."""
         leaves = (jnp.zeros(shape, jnp.float32) for shape in ((), (2, 2)))
@@ -120,7 +131,7 @@ class Lift:
         return jax.tree.map(lambda x: self._storage(slot, own).pack(x, key), value)
 
     def _unpack(self, slot: str, value: Any, own: Mapping[str, Any]) -> Any:
-        return jax.tree.map(self._storage(slot, own).unpack, value)
+        return jax.tree.map(self._storage(slot, own).unpack, value, is_leaf=lambda x: isinstance(x, Blocks))
 
     # -- init --------------------------------------------------------------------------------
 
@@ -155,15 +166,26 @@ class Lift:
             )
             for j, slot in enumerate(self.slots)
         }
+        if self.rounding == "compensated":
+            zeros_like = lambda p, own: jnp.zeros_like(p) if self._rounds(p) and not own.get("frozen") else None  # noqa: E731
+            slots[LOST] = treedef.unflatten(zeros_like(p, own) for p, own in zip(leaves, overrides, strict=True))
         return State(count, hyper, slots, shared)
 
     def _keys(self, count: jax.Array, leaves: int) -> Callable[[int, int], Any]:
         """A key for each leaf and slot in this step, the same on every replica."""
         stores = [self.storage, *(own.get("storage", {}) for _, own in self.groups)]
-        if not any(storage.needs_key for store in stores for storage in store.values()):
+        stored = any(storage.needs_key for store in stores for storage in store.values())
+        if not stored and self.rounding != "stochastic":
             return lambda leaf, slot: None
         key = jax.random.fold_in(jax.random.key(0), count)
         return lambda leaf, slot: jax.random.fold_in(key, slot * leaves + leaf)
+
+    def _rounded(self, p: Any, delta: jax.Array, lost: Any, key: Any) -> tuple[jax.Array, Any]:
+        """``delta`` as the difference of two values of the parameter's dtype, and what that leaves out."""
+        if self.rounding == "compensated":
+            return compensated(p, delta, lost)
+        bits = jax.random.bits(key, p.shape, jnp.uint16)
+        return wide(stochastic_round(wide(p) + delta, p.dtype, bits)) - wide(p), None
 
     # -- update ------------------------------------------------------------------------------
 
@@ -176,7 +198,8 @@ class Lift:
         """
         if not isinstance(state, State):
             raise TypeError(f"state: {self.spec.name} needs its own State; got {type(state).__name__}")
-        for part, wanted, found in (("slots", self.slots, state.slots), ("hyper", self.runtime, state.hyper)):
+        slots = (*self.slots, LOST) if self.rounding == "compensated" else self.slots
+        for part, wanted, found in (("slots", slots, state.slots), ("hyper", self.runtime, state.hyper)):
             if set(wanted) != {name for name in found if not name.startswith(PIN)}:
                 raise ValueError(
                     f"state: made by another optimizer: {self.spec.name} keeps {part} {sorted(wanted)}, "
@@ -184,7 +207,7 @@ class Lift:
                 )
         if params is not None:
             same_structure(params, updates)
-        elif "p" in self.spec.context or self.spec.trees is not None:
+        elif "p" in self.spec.context or self.spec.trees is not None or self.rounding is not None:
             raise ValueError(f"params: {self.spec.name} needs them: tx.update(grads, state, params)")
         elif self.decays or any(not is_off(own.get("weight_decay")) for own in self.overrides(updates)):
             raise ValueError(
@@ -233,11 +256,15 @@ class Lift:
                 call[name] = wide(made[i], call["dtype"])
         shared = self._shared({**extra, **now}, calls, state, count, scalar)
         new_slots = [[None] * len(grads) for _ in self.slots]
+        lost = treedef.flatten_up_to(state.slots[LOST]) if LOST in state.slots else [None] * len(grads)
         out: list[Any] = [g if p is None else p for g, p in zip(grads, ps, strict=True)]
         out = [x if i in calls else jnp.zeros_like(x) for i, x in enumerate(out)]
         for i, call in calls.items():
             delta, slots = self._step(call, {**extra, **shared})
-            out[i] = delta.astype(out[i].dtype)
+            if self._rounds(out[i]):
+                out[i], lost[i] = self._rounded(ps[i], delta, lost[i], keys(i, len(self.slots)))
+            else:
+                out[i] = delta.astype(out[i].dtype)
             for j, (slot, held) in enumerate(zip(self.slots, (r[i] for r in rested), strict=True)):
                 if held is not None:
                     packed = self._pack(slot, slots[slot], overrides[i], keys(i, j))
@@ -249,6 +276,8 @@ class Lift:
             kept |= {name: norm.astype(scalar) for name, norm in norms.items()}
         pins = {name: pin for name, pin in state.hyper.items() if name.startswith(PIN)}
         slots = {s: treedef.unflatten(new) for s, new in zip(self.slots, new_slots, strict=True)}
+        if LOST in state.slots:
+            slots[LOST] = treedef.unflatten(lost)
         return treedef.unflatten(out), State(count, {**now, **pins}, slots, kept)
 
     def _leaf_key(self, count: jax.Array, name: str) -> dict[str, jax.Array]:

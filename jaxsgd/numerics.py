@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
+    "compensated",
     "debias",
     "ema",
     "filled",
@@ -117,3 +118,13 @@ def stochastic_round(x: jax.Array, dtype: DTypeLike, bits: jax.Array) -> jax.Arr
     truncated = jax.lax.bitcast_convert_type(raw & mask, jnp.float32)
     rounded = jnp.where(jnp.isfinite(raised), raised, truncated)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+
+
+def compensated(p: jax.Array, delta: jax.Array, lost: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Kahan's sum (1965, doi:10.1145/363707.363723): the step to the rounded ``p + delta + lost``, and what it lost.
+
+    ``p`` and ``lost`` are of the narrow dtype, ``delta`` and the step are wide.
+    """
+    wanted = delta + wide(lost)
+    step = wide((wide(p) + wanted).astype(p.dtype)) - wide(p)
+    return step, (wanted - step).astype(lost.dtype)

@@ -16,15 +16,23 @@ from typing import Any
 import jax
 import optax
 
-from jaxsgd.lift import Lift, is_constant
+from jaxsgd.lift import ROUNDINGS, Lift, is_constant
 from jaxsgd.paths import nearest
 from jaxsgd.spec import Spec
-from jaxsgd.storage import Storage, cast
+from jaxsgd.storage import Int8, Storage, cast
 
 __all__ = ["RULES", "Rule", "UnknownRule", "rule"]
 
 REQUIRED = inspect.Parameter.empty
-FRAME = {"weight_decay": 0.0, "mask": None, "groups": (), "storage": None, "dynamic": (), "norms": False}
+FRAME = {
+    "weight_decay": 0.0,
+    "mask": None,
+    "groups": (),
+    "storage": None,
+    "dynamic": (),
+    "norms": False,
+    "rounding": None,
+}
 DECAYS = re.compile(r"b\d|.*_b\d|decay|momentum|rho")
 """Hyperparameters that are the decay of an average: they lie in [0, 1), unless a rule's ``bounds`` say otherwise."""
 
@@ -143,6 +151,11 @@ class Rule:
           dynamic: names of further hyperparameters to keep in the state as runtime values. All others
             are compiled in as exact constants, unless they are schedules.
           norms: keep the norms of gradients and updates in the state, for `jaxsgd.metrics`.
+          rounding: what keeps steps below half a digit of 16-bit parameters from being lost: ``"stochastic"``
+            (bfloat16: to a neighbour at random, with the right mean, the same on every replica) or
+            ``"compensated"`` (Kahan's sum: what was rounded off is kept in a slot of the parameter's dtype).
+            Updates of such parameters are then float32, for `optax.apply_updates` to add exactly: nothing
+            may change them after. None rounds to nearest.
 
         Returns:
           An `optax.GradientTransformationExtraArgs`.
@@ -177,6 +190,9 @@ class Rule:
         names = ("learning_rate", "weight_decay", *self.hyper)
         hyper = {name: self.checked(name, arguments[name]) for name in names}
         hyper |= {name: arguments.get(name, self.spec.hyper[name]) for name in self.hidden}
+        if arguments["rounding"] not in ROUNDINGS:
+            known = ", ".join(map(repr, ROUNDINGS))
+            raise ValueError(f"{self.name}: rounding={arguments['rounding']!r}: known are {known}")
         dynamic = arguments["dynamic"]
         dynamic = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
         for name in dynamic:
@@ -192,6 +208,7 @@ class Rule:
             dynamic=dynamic,
             norms=arguments["norms"],
             routes=routes,
+            rounding=arguments["rounding"],
         ).transformation
 
     # -- making new rules --------------------------------------------------------------------
@@ -270,7 +287,8 @@ class Rule:
         if storage is None:
             return {}
         if isinstance(storage, Storage):
-            return {slot: storage for slot in self.spec.slots}
+            packs = [s for s in self.spec.slots if self.spec.is_moment(s) or not isinstance(storage, Int8)]
+            storage = dict.fromkeys(packs, storage)
         if not isinstance(storage, Mapping):
             raise TypeError(f"{self.name}: storage={storage!r}: a storage such as jaxsgd.cast('bfloat16') is needed")
         for slot, kept in storage.items():
@@ -278,7 +296,12 @@ class Rule:
                 raise ValueError(f"{self.name}: storage: no slot {slot!r}{nearest(str(slot), self.spec.slots)}")
             if not isinstance(kept, Storage):
                 raise TypeError(f"{self.name}: storage[{slot!r}]={kept!r}: a storage is needed")
-        return dict(storage)
+            if isinstance(kept, Int8) and not self.spec.is_moment(slot):
+                raise ValueError(f"{self.name}: storage[{slot!r}]: eight bits are for moments, and it is none")
+        return {
+            slot: kept.of_squares() if isinstance(kept, Int8) and self.spec.is_of_squares(slot) else kept
+            for slot, kept in storage.items()
+        }
 
 
 def _call_text(signature: inspect.Signature) -> str:

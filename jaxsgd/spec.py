@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxsgd.numerics import zeros
+from jaxsgd.numerics import real_zeros, zeros
 
 __all__ = ["Spec", "by_name", "is_off", "parameter_names", "signature_of", "without_when_off"]
 
@@ -46,6 +46,7 @@ def without_when_off(hyper: str, start: Callable = zeros) -> Callable:
         return None if is_off(hypers[hyper]) else start(p)
 
     begin.__signature__ = signature_of(("p", hyper))  # type: ignore[attr-defined]
+    begin.zeros = start  # type: ignore[attr-defined]
     return begin
 
 
@@ -147,6 +148,14 @@ class Spec:
         asked = {*self.context, *(name for fn in functions for name in parameter_names(fn))}
         made = {"g", "p", "t", "learning_rate", "weight_decay", "leaf_key", "params", "updates"}
         return frozenset(asked - made - {*self.slots, *self.kept, *self.hyper})
+
+    def is_moment(self, slot: str) -> bool:
+        """Whether a slot is an average of gradients: it starts at zero, with the shape of the parameter."""
+        return getattr(self.start.get(slot, zeros), "zeros", self.start.get(slot, zeros)) in (zeros, real_zeros)
+
+    def is_of_squares(self, slot: str) -> bool:
+        """Whether a slot is a moment that is never negative."""
+        return self.is_moment(slot) and getattr(self.start.get(slot), "zeros", self.start.get(slot)) is real_zeros
 
     @property
     def owns_step(self) -> bool:
