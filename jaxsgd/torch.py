@@ -22,21 +22,31 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from jaxsgd.paths import leaf_names
 from jaxsgd.rule import Rule
 from jaxsgd.rules.adaptive import adadelta, adam, adamax
 from jaxsgd.rules.torch import (
+    torch_adafactor,
     torch_adagrad,
     torch_amsgrad,
     torch_asgd,
+    torch_muon,
     torch_nadam,
     torch_radam,
     torch_rmsprop,
+    torch_rprop,
     torch_sgd,
+    torch_sparse_adam,
 )
 
-__all__ = ["ASGD", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"]
+__all__ = [
+    "ASGD", "SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam",
+    "RMSprop", "Rprop", "SparseAdam",
+]  # fmt: skip
 
 Transformation = optax.GradientTransformationExtraArgs
 
@@ -50,12 +60,17 @@ def _ascend_if(maximize: bool, tx: Transformation) -> Transformation:
     return optax.chain(optax.scale(-1.0), tx) if maximize else tx
 
 
-def _betas(betas: Any) -> dict[str, Any]:
+def _numbers(argument: str, given: Any, *names: str) -> dict[str, Any]:
+    """An argument of torch that holds several hyperparameters, by the names that they have here."""
     try:
-        b1, b2 = betas
+        return dict(zip(names, given, strict=True))
     except (TypeError, ValueError):
-        raise TypeError(f"betas={betas!r}: two numbers are needed, (b1, b2)") from None
-    return {"b1": b1, "b2": b2}
+        count = {2: "two", 3: "three"}[len(names)]
+        raise TypeError(f"{argument}={given!r}: {count} numbers are needed, ({', '.join(names)})") from None
+
+
+def _betas(betas: Any) -> dict[str, Any]:
+    return _numbers("betas", betas, "b1", "b2")
 
 
 def SGD(
@@ -263,3 +278,101 @@ def ASGD(
 ) -> Transformation:
     """torch.optim.ASGD: `jaxsgd.rules.torch.torch_asgd`; `jaxsgd.eval_params` gives the average."""
     return _ascend_if(maximize, torch_asgd(lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, **frame))
+
+
+def Rprop(
+    lr: Any = 1e-2,
+    etas: tuple[Any, Any] = (0.5, 1.2),
+    step_sizes: tuple[Any, Any] = (1e-6, 50.0),
+    *,
+    capturable: bool = False,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    differentiable: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Rprop: `jaxsgd.rules.torch.torch_rprop`; only the first step's ``lr`` counts."""
+    bounds = _numbers("step_sizes", step_sizes, "min_step_size", "max_step_size")
+    return _ascend_if(maximize, torch_rprop(lr, **_numbers("etas", etas, "eta_minus", "eta_plus"), **bounds, **frame))
+
+
+def Adafactor(
+    lr: Any = 1e-2,
+    beta2_decay: float = -0.8,
+    eps: tuple[Any, Any] = (None, 1e-3),
+    d: Any = 1.0,
+    weight_decay: Any = 0.0,
+    *,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Adafactor: `jaxsgd.rules.torch.torch_adafactor`, whose ``decay_rate`` is ``-beta2_decay``.
+
+    ``eps[0]`` None is the rounding unit of the parameter, and of float32 for narrower ones.
+
+    Raises:
+      ValueError: ``beta2_decay`` above 0.
+    """
+    if beta2_decay > 0:
+        raise ValueError(f"beta2_decay={beta2_decay!r}: it must be 0 or less")
+    made = torch_adafactor(
+        lr, decay_rate=-beta2_decay, **_numbers("eps", eps, "eps1", "eps2"), d=d, weight_decay=weight_decay, **frame
+    )
+    return _ascend_if(maximize, made)
+
+
+def Muon(
+    lr: Any = 1e-3,
+    weight_decay: Any = 0.1,
+    momentum: Any = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.Muon on matrices, and in their precision where torch rounds to bfloat16.
+
+    ``adjust_lr_fn`` reads the array as it is, (rows, columns), and "original" (None) scales by
+    ``sqrt(max(1, rows / columns))``. A weight in torch is (out, in), a Flax kernel (in, out): on the kernel of the
+    same layer the scale is ``sqrt(max(1, in / out))``, and `jaxsgd.muon` gives torch's ``sqrt(max(1, out / in))``.
+    "match_rms_adamw" is the same for both.
+
+    Raises:
+      ValueError: another ``adjust_lr_fn``; from ``init``, an array of other than two dimensions.
+    """
+    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+        raise ValueError(f'adjust_lr_fn={adjust_lr_fn!r}: "original" (or None) and "match_rms_adamw" are known')
+    coefficients = tuple(_numbers("ns_coefficients", ns_coefficients, "a", "b", "c").values())
+    spec = torch_muon.spec.fix(coefficients=coefficients, adjust=adjust_lr_fn or "original")
+    made = dataclasses.replace(torch_muon, spec=spec)(
+        lr, momentum=momentum, nesterov=nesterov, eps=eps, ns_steps=ns_steps, weight_decay=weight_decay, **frame
+    )
+    lift: Any = made.update.__self__  # type: ignore[attr-defined]
+
+    def init(params: Any) -> Any:
+        for name, leaf, own in zip(leaf_names(params), jax.tree.leaves(params), lift.overrides(params), strict=True):
+            if jnp.ndim(leaf) != 2 and not own.get("frozen"):
+                raise ValueError(
+                    f"Muon: {name!r} has the shape {jnp.shape(leaf)}, and matrices only are taken, as in torch; "
+                    "jaxsgd.muon takes whole trees, and updates by Adam what is no hidden matrix"
+                )
+        return made.init(params)
+
+    return made._replace(init=init)
+
+
+def SparseAdam(
+    lr: Any = 1e-3,
+    betas: tuple[Any, Any] = (0.9, 0.999),
+    eps: float = 1e-8,
+    maximize: bool = False,
+    **frame: Any,
+) -> Transformation:
+    """torch.optim.SparseAdam on dense gradients: `jaxsgd.rules.torch.torch_sparse_adam`.
+
+    The rows that torch is told by a sparse gradient's indices are here those whose gradient is not all zero.
+    """
+    return _ascend_if(maximize, torch_sparse_adam(lr, **_betas(betas), eps=eps, **frame))

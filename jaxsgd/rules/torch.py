@@ -5,20 +5,29 @@ Floor 3. `jaxsgd.torch` calls these under torch's names; here each stands beside
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
+from jaxsgd.matrices import JORDAN, frobenius, newton_schulz
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq, zeros
-from jaxsgd.rule import rule
-from jaxsgd.spec import without_when_off
+from jaxsgd.rule import make_rule, rule
+from jaxsgd.rules.layerwise import norm
+from jaxsgd.spec import Spec, without_when_off
 
 __all__ = [
+    "torch_adafactor",
     "torch_adagrad",
     "torch_amsgrad",
     "torch_asgd",
     "torch_nadam",
     "torch_radam",
     "torch_rmsprop",
+    "torch_rprop",
     "torch_sgd",
+    "torch_sparse_adam",
 ]
 
 
@@ -126,3 +135,94 @@ def torch_asgd(g, average, eta, *, t, p, learning_rate, lambd=1e-4, alpha=0.75, 
     delta = -eta * (g + lambd * p)
     average = average + (p + delta - average) / jnp.maximum(1, t - 1 - t0)
     return delta, average, learning_rate / (1 + lambd * learning_rate * t) ** alpha
+
+
+@rule(
+    start={"step": real_zeros},
+    bounds={"eta_minus": (0, 1), "eta_plus": (1, math.inf)},
+    alternatives={"eta_plus": 1.5, "min_step_size": 0.03, "max_step_size": 0.06},
+)
+def torch_rprop(
+    g, step, sign, *, t, learning_rate, eta_minus=0.5, eta_plus=1.2, min_step_size=1e-6, max_step_size=50.0
+):  # fmt: skip
+    r"""Rprop as in torch.optim (Riedmiller & Braun 1993, doi:10.1109/ICNN.1993.298623): $s_0 = \eta,\; s \leftarrow \operatorname{clip}(\eta^{\pm} s),\; x \leftarrow x - s \operatorname{sign}(g)$.
+
+    Each coordinate's step $s$ begins at the first step's learning rate and is clipped from the first step on; later
+    learning rates change nothing (in `rprop` they scale all steps). Where the gradient's sign turns, $s$ shrinks and
+    the coordinate rests for a step. Signs are compared, where torch multiplies gradients: no product underflows.
+    """
+    product = jnp.real(jnp.sign(g) * jnp.conj(sign))
+    factor = jnp.where(product > 0, eta_plus, jnp.where(product < 0, eta_minus, 1))
+    step = jnp.clip(jnp.where(t == 1, learning_rate, step) * factor, min_step_size, max_step_size)
+    sign = jnp.where(product < 0, 0, jnp.sign(g))
+    return -step * sign, step, sign
+
+
+def _mean_of(axis: int) -> Any:
+    """The start of Adafactor's second moments averaged over one of the last two axes; None where these are not two."""
+    return lambda p: real_zeros(jnp.sum(p, axis, keepdims=True)) if p.ndim > 1 else None
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return norm(x) / max(x.size, 1) ** 0.5
+
+
+@rule(
+    start={"row": _mean_of(-1), "col": _mean_of(-2), "nu": lambda p: real_zeros(p) if p.ndim < 2 else None},
+    bounds={"d": (1, math.inf)},
+    alternatives={"d": 2.0, "eps2": 5.0},
+)
+def torch_adafactor(
+    g, row, col, nu, *, t, p, learning_rate, decay_rate=0.8, eps1=None, eps2=1e-3, d=1.0
+):  # fmt: skip
+    r"""Adafactor as in torch.optim (Shazeer & Stern 2018, arXiv:1804.04235): $V = R C / \operatorname{mean}(R),\; u = g / \max(\sqrt V, \epsilon_1),\; x \leftarrow x - \min(\eta, t^{-1/2}) \max(\epsilon_2, \operatorname{rms}(x))\, u / \max(1, \operatorname{rms}(u) / d)$.
+
+    $R$ and $C$ are averages of $g^2$ over the last axis and the last but one of any matrix, where a new $g^2$ weighs
+    $t^{-c}$ with ``decay_rate`` $c$; below two dimensions $V$ is that average itself. The learning rate bounds the
+    relative step, and scales the decoupled weight decay. ``eps1`` None is the rounding unit of the precision that
+    is computed in. Against `adafactor`: the axes, no least size, and $\epsilon_1$ bounds $V$ instead of entering it.
+    """
+    weight, least = t**-decay_rate, float(jnp.finfo(g.dtype).eps) if eps1 is None else eps1
+    mixed = lambda mean, x: (1 - weight) * mean + weight * x  # noqa: E731
+    if nu is not None:
+        variance = nu = mixed(nu, sq(g))
+    else:
+        row, col = (mixed(m, jnp.mean(sq(g), axis, keepdims=True)) for m, axis in ((row, -1), (col, -2)))
+        variance = row * col / jnp.maximum(jnp.mean(row, -2, keepdims=True), least)
+    u = g / jnp.sqrt(jnp.maximum(variance, least**2))
+    step = jnp.minimum(learning_rate, t**-0.5) * jnp.maximum(eps2, _rms(p))
+    return -step * u / jnp.maximum(1, _rms(u) / d), row, col, nu
+
+
+@rule(start={"nu": real_zeros})
+def torch_sparse_adam(g, mu, nu, *, t, p, weight_decay, b1=0.9, b2=0.999, eps=1e-8):
+    r"""SparseAdam as in torch.optim (Kingma & Ba 2015, arXiv:1412.6980): $u_i = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \cdot \frac{m_i}{\sqrt{v_i} + \epsilon} \text{ in rows with } g_i \ne 0$.
+
+    A row is what an index along the first axis holds, such as the embedding of a token. Where all of its gradient
+    is exactly zero, nothing of it changes: parameters, moments, and no weight decay. $t$ counts all steps.
+    """
+    touched = jnp.any(g != 0, tuple(range(1, g.ndim)), keepdims=True)
+    mu = jnp.where(touched, ema(mu, g, b1), mu)
+    nu = jnp.where(touched, ema(nu, sq(g), b2), nu)
+    u = debias(mu, b1, t) * jnp.sqrt(filled(b2, t)) / (jnp.sqrt(nu) + eps)
+    return jnp.where(touched, u + weight_decay * p, 0), mu, nu
+
+
+def _muon(
+    g, mu, *, momentum=0.95, nesterov=True, eps=1e-7, ns_steps=5, coefficients=JORDAN[0], adjust="original"
+):  # fmt: skip
+    r"""Muon as in torch.optim (Jordan et al. 2024, kellerjordan.github.io/posts/muon): $M \leftarrow \mu M + (1-\mu) G,\; U = \sqrt{\max(1, \tfrac{rows}{columns})}\, \operatorname{orth}(\mu M + (1-\mu) G)$.
+
+    It computes in the parameters' precision (at least float32) where torch rounds to bfloat16. The matrix is divided
+    by its norm if that is above ``eps``, and by ``eps`` otherwise.
+    """
+    mu = ema(mu, g, momentum)
+    x = ema(mu, g, momentum) if nesterov else mu
+    # What `newton_schulz` adds to the norm lifts a smaller one to eps, and leaves all others.
+    u = newton_schulz(x, [coefficients], ns_steps, eps=jnp.maximum(eps - frobenius(x), 0))
+    rows, columns = g.shape[-2:]
+    return u * (0.2 * max(rows, columns) ** 0.5 if adjust == "match_rms_adamw" else max(1, rows / columns) ** 0.5), mu
+
+
+torch_muon = make_rule(Spec.read(_muon, name="torch_muon"), _muon.__doc__ or "", weight_decay=0.1)
+"""Not in `RULES`: it has no meaning below two dimensions, and unlike `jaxsgd.muon` hands nothing to Adam."""
