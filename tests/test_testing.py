@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxsgd
-from jaxsgd import testing
-from jaxsgd.testing import check_laws, check_rule, compare, laws_broken
+from jaxsgd import RULES, testing
+from jaxsgd.testing import check_draw, check_laws, check_rule, compare, each_law, laws_broken, strategies
 
 pytestmark = pytest.mark.slow  # half a minute on two cores; CI runs it
 
@@ -106,21 +107,75 @@ def test_each_law_can_fail(law):
     assert laws_broken(jaxsgd.momentum(0.1), [law]) == []
 
 
-WALK = testing.walk(jaxsgd.adamw(0.05))
-OPTAX_WALK = testing.walk(optax.adamw(0.05))
+OURS, THEIRS, OFF = jaxsgd.adamw(0.05), optax.adamw(0.05), off_from(3, 1e-6)
 
 
 @settings(deadline=None, max_examples=15)
-@given(drawn=testing.gradient_draws(steps=10))
-def test_drawn_gradients(drawn):
-    with jax.enable_x64(True):
-        ours, theirs = jax.device_get((WALK(*drawn), OPTAX_WALK(*drawn)))
-        for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-12 * np.abs(theirs[name]).max())
+@given(problem=strategies.problems(steps=10))
+def test_five_lines_of_hypothesis(problem):
+    check_draw(OURS, THEIRS, *problem)
+
+
+@settings(deadline=None, max_examples=5)
+@given(problem=strategies.problems(steps=10, kinds=["normal", "heavy"]))
+def test_drawn_gradients_find_a_difference(problem):
+    with pytest.raises(AssertionError, match="drawn     part at step 3; worst"):
+        check_draw(OFF, optax.sgd(0.1), *problem)
+
+
+@each_law(optax.adam(1e-2), without=("gradient_dtype", "moments"))
+def test_one_line_for_every_law(law):
+    law()
+
+
+def test_a_law_that_does_not_hold_fails_by_its_name():
+    (marked,) = [m for m in test_one_line_for_every_law.pytestmark if m.name == "parametrize"]
+    assert marked.kwargs["ids"] == [name for name in testing.LAWS if name not in ("gradient_dtype", "moments")]
+    mark = each_law(optax.adam(1e-2)).mark
+    for law, name in zip(mark.args[1], mark.kwargs["ids"], strict=True):
+        if name in ("gradient_dtype", "moments"):
+            with pytest.raises(AssertionError, match=f"{name}: "):
+                law()
+
+
+FACTORIES = {f"optax.{f.__name__}": f for f in (optax.adam, optax.sgd, optax.lion, optax.rmsprop)} | {
+    name: RULES[name] for name in ("adamw", "lion", "muon", "prodigy", "soap", "schedule_free_adamw")
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), name=st.sampled_from(sorted(FACTORIES)))
+def test_drawn_hyperparameters_are_valid_calls(data, name):
+    drawn = data.draw(strategies.hyperparameters(FACTORIES[name]))
+    assert 1e-4 <= drawn["learning_rate"] <= 0.1
+    FACTORIES[name](**drawn)
+
+
+def test_hyperparameters_may_be_settled():
+    with pytest.raises(TypeError, match="beta: adam has no such argument"):
+        strategies.hyperparameters(optax.adam, beta=0.9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    drawn=strategies.hyperparameters(optax.adamw, b1=0.5, b2=st.sampled_from([0.9, 0.99])),
+    params=strategies.param_trees(dtypes=strategies.dtypes()),
+    shaped=strategies.shapes().flatmap(strategies.param_trees),
+    grads=strategies.gradients(steps=3, kinds=["sparse"]),
+)
+def test_strategies_draw_what_they_say(drawn, params, shaped, grads):
+    assert drawn["b1"] == 0.5 and drawn["b2"] in (0.9, 0.99) and "mask" not in drawn
+    assert {k: x.shape for k, x in params.items()} == dict(testing.SHAPES)
+    assert {x.dtype for x in params.values()} < {np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16, "f8")}
+    assert 1 <= len(shaped) <= 4 and all(x.ndim <= 3 and max(x.shape, default=0) <= 5 for x in shaped.values())
+    assert {k: g.shape for k, g in grads.items()} == {k: (3, *shape) for k, shape in testing.SHAPES.items()}
 
 
 def test_bad_input_in_words():
     with pytest.raises(ValueError, match="kind='norml': known are normal"):
         testing.draw_gradients("norml", 0)
-    with pytest.raises(ValueError, match="laws: 'jet' is unknown"):
-        laws_broken(optax.sgd(0.1), ["jet"])
+    for ask in (lambda: laws_broken(optax.sgd(0.1), ["jet"]), lambda: each_law(optax.sgd(0.1), without=["jet"])):
+        with pytest.raises(ValueError, match="laws: 'jet' is unknown"):
+            ask()
+    with pytest.raises(ValueError, match="kinds: 'spares' is unknown; known are normal"):
+        strategies.gradients(kinds=["spares"])

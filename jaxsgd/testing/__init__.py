@@ -1,0 +1,48 @@
+"""Property tests for update rules: yours, optax's, ours. Public, for any optax gradient transformation.
+
+Floor 7. Five lines in your test file::
+
+    from jaxsgd.testing import check_laws, check_rule
+
+    def test_my_rule():
+        check_laws(my_rule(1e-2))
+        check_rule(my_rule(1e-2), like=optax.adam(1e-2))
+
+`check_rule` walks two transformations side by side in float64 over gradients of several temperaments and says
+where they part: the worst leaf, the step, the relative error. `check_laws` checks what every transformation
+owes its users: that jit changes nothing, that the state keeps its shape, that bf16 weights do not ruin it.
+`compare` and `laws_broken` give the same findings without raising; `each_law` makes a pytest test of every law, and
+`check_draw` is `check_rule` for gradients that Hypothesis draws (`jaxsgd.testing.strategies`, which needs it).
+"""
+
+from jaxsgd.testing.laws import LAWS, Broken, check_laws, each_law, laws_broken
+from jaxsgd.testing.walks import (
+    GRADIENTS,
+    SHAPES,
+    Comparison,
+    check_draw,
+    check_rule,
+    compare,
+    draw_gradients,
+    draw_params,
+    loss_of,
+    walk,
+)
+
+__all__ = [
+    "GRADIENTS",
+    "LAWS",
+    "SHAPES",
+    "Broken",
+    "Comparison",
+    "check_draw",
+    "check_laws",
+    "check_rule",
+    "compare",
+    "draw_gradients",
+    "draw_params",
+    "each_law",
+    "laws_broken",
+    "loss_of",
+    "walk",
+]
