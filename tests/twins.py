@@ -27,7 +27,7 @@ def adam(p, grads, learning_rate, weight_decay=0.0, *, b1=0.9, b2=0.999, eps=1e-
 
 
 def schedule_free_adamw(y, grads, learning_rate, weight_decay=0.0, *, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0,
-                        bias_correction=True, weight_lr_power=2.0):  # fmt: skip
+                        bias_correction=True, weight_lr_power=2.0, r=0.0):  # fmt: skip
     x, z, v, total, highest, out = y.copy(), y.copy(), np.zeros_like(y), 0.0, 0.0, []
     for t, g in enumerate(grads, start=1):
         v = b2 * v + (1 - b2) * g**2
@@ -35,9 +35,33 @@ def schedule_free_adamw(y, grads, learning_rate, weight_decay=0.0, *, b1=0.9, b2
         rate = learning_rate(t - 1) if callable(learning_rate) else learning_rate
         highest = max(highest, rate)
         z = z - rate * (g / (np.sqrt(corrected + eps_root) + eps) + weight_decay * y)
-        weight = highest**weight_lr_power
+        weight = t**r * highest**weight_lr_power
         total += weight
         x = (1 - weight / total) * x + weight / total * z
+        y = b1 * x + (1 - b1) * z
+        out.append(y)
+    return out
+
+
+def schedule_free_radam(y, grads, learning_rate, weight_decay=0.0, *, b1=0.9, b2=0.999, eps=1e-8,
+                        weight_lr_power=2.0, r=0.0, silent_sgd_phase=True):  # fmt: skip
+    x, z, v, total, highest, out = y.copy(), y.copy(), np.zeros_like(y), 0.0, 0.0, []
+    full = 2 / (1 - b2) - 1
+    for t, g in enumerate(grads, start=1):
+        v = b2 * v + (1 - b2) * g**2
+        rate = learning_rate(t - 1) if callable(learning_rate) else learning_rate
+        n, u = full - 2 * t * b2**t / (1 - b2**t), g
+        if n > 4:
+            rate *= np.sqrt((n - 4) * (n - 2) * full / ((full - 4) * (full - 2) * n))
+            u = g / (np.sqrt(v / (1 - b2**t)) + eps)
+        elif silent_sgd_phase:
+            rate = 0.0
+        highest = max(highest, rate)
+        z = z - rate * (u + weight_decay * y)
+        weight = t**r * highest**weight_lr_power
+        total += weight
+        c = weight / total if total else 0.0
+        x = (1 - c) * x + c * z
         y = b1 * x + (1 - b1) * z
         out.append(y)
     return out
@@ -125,6 +149,7 @@ def torch_asgd(p, grads, learning_rate, weight_decay=0.0, *, lambd=1e-4, alpha=0
 
 TWINS = {
     "adam": adam, "adamw": adam, "nadam": adam, "schedule_free_adamw": schedule_free_adamw,
+    "schedule_free_radam": schedule_free_radam,
     "torch_sgd": torch_sgd, "torch_amsgrad": torch_amsgrad, "torch_nadam": torch_nadam,
     "torch_rmsprop": torch_rmsprop, "torch_radam": torch_radam, "torch_asgd": torch_asgd,
     "torch_adagrad": torch_adagrad,

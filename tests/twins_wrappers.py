@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 
-def schedule_free_sgd(y, grads, learning_rate, weight_decay=0.0, *, b1=0.9, momentum=None, weight_lr_power=2.0):
+def schedule_free_sgd(y, grads, learning_rate, weight_decay=0.0, *, b1=0.9, momentum=None, weight_lr_power=2.0,
+                      r=0.0):  # fmt: skip
     x, z, b, total, highest, out = y.copy(), y.copy(), np.zeros_like(y), 0.0, 0.0, []
     for t, g in enumerate(grads):
         rate = learning_rate(t) if callable(learning_rate) else learning_rate
         highest = max(highest, rate)
         b = (momentum or 0.0) * b + g
         z = z - rate * (b + weight_decay * y)
-        weight = highest**weight_lr_power
+        weight = (t + 1) ** r * highest**weight_lr_power
         total += weight
         x = (1 - weight / total) * x + weight / total * z
         y = b1 * x + (1 - b1) * z
