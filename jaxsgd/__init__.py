@@ -15,6 +15,7 @@ from jaxsgd.rules import adaptive_lr as _adaptive_lr
 from jaxsgd.rules import averaging as _averaging
 from jaxsgd.rules import factored as _factored
 from jaxsgd.rules import layerwise as _layerwise
+from jaxsgd.rules import lowrank as _lowrank
 from jaxsgd.rules import matrix as _matrix
 from jaxsgd.rules import momentum as _momentum
 from jaxsgd.rules import sign as _sign
@@ -26,6 +27,7 @@ from jaxsgd.rules.adaptive_lr import *
 from jaxsgd.rules.averaging import *
 from jaxsgd.rules.factored import *
 from jaxsgd.rules.layerwise import *
+from jaxsgd.rules.lowrank import *
 from jaxsgd.rules.matrix import *
 from jaxsgd.rules.momentum import *
 from jaxsgd.rules.sign import *
@@ -57,6 +59,7 @@ __all__ = [
 ]
 __all__ += _adam_variants.__all__
 __all__ += _layerwise.__all__
+__all__ += _lowrank.__all__
 __all__ += _factored.__all__
 __all__ += _adaptive_lr.__all__
 __all__ += _matrix.__all__

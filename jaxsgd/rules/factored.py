@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.numerics import ema, real_dtype, real_zeros, sq
-from jaxsgd.rule import rule
+from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq
+from jaxsgd.paths import leaf_names, resolve_groups
+from jaxsgd.rule import Rule, rule
 from jaxsgd.rules.layerwise import norm
 from jaxsgd.spec import is_off, without_when_off
 
-__all__ = ["adafactor", "adalomo", "sm3"]
+__all__ = ["adafactor", "adalomo", "adam_mini", "sm3"]
 
 
 def _rms(x: jax.Array) -> jax.Array:
@@ -202,3 +205,98 @@ def sm3(g, accumulator, mu, *, momentum=0.9, eps=1e-8):
     u = g * jnp.where(nu > 0, 1 / jnp.sqrt(nu + eps), 0)
     mu = ema(mu, u, momentum)
     return mu, _maxima(nu), mu
+
+
+BIAS = re.compile(r"(?i)bias|(^|/)b$")
+NORM = re.compile(r"(?i)norm|(^|/)ln(_\w+|\d+)?(/|$)")
+EMBEDDING = re.compile(r"(?i)(embed|embd|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$))(?!.*kernel$)")
+QUERY_KEY = re.compile(r"(?i)(^|[/_.])(q|k|query|key|w[qk])(_proj)?([/.](kernel|weight))?$")
+VALUE = re.compile(r"(?i)(^|[/_.])(v|value|wv)(_proj)?([/.](kernel|weight))?$")
+
+
+def _blocks(rule: Rule, arguments: Mapping[str, Any]) -> Callable[[Any], list[dict[str, Any]]]:
+    """Tell each leaf what a block of it spans: by ``blocks``, or else by its name and shape."""
+    given, head_dim = [(pattern, {"span": span}) for pattern, span in arguments["blocks"]], arguments["head_dim"]
+    if head_dim is not None and (not isinstance(head_dim, int) or head_dim < 1):
+        raise TypeError(f"{rule.name}: head_dim={head_dim!r}: a whole number is needed, the columns of one head")
+
+    def block(name: str, leaf: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+        return {"span": _axes(name, leaf, own["span"])} if own else _usual_block(name, leaf, head_dim)
+
+    def told(params: Any) -> list[dict[str, Any]]:
+        names, leaves = leaf_names(params), jax.tree.leaves(params)
+        return [block(*leaf) for leaf in zip(names, leaves, resolve_groups(given, names, leaves), strict=True)]
+
+    return told
+
+
+def _axes(name: str, leaf: Any, span: Any) -> tuple[int, ...]:
+    """The axes that a block spans, counted from the end.
+
+    Raises:
+      ValueError: an axis that the leaf does not have, or has twice.
+    """
+    ndim = jnp.ndim(leaf)
+    if span == "all":
+        return tuple(range(-ndim, 0))
+    axes = tuple(axis - ndim if axis >= 0 else axis for axis in ((span,) if isinstance(span, int) else span))
+    if len({*axes}) != len(axes) or not {*axes} <= {*range(-ndim, 0)}:
+        raise ValueError(f"blocks: {name!r} of shape {jnp.shape(leaf)} has no axes {span}")
+    return axes
+
+
+def _usual_block(name: str, leaf: Any, head_dim: int | None) -> dict[str, Any]:
+    """What a block spans where nobody says: the smallest dense block of the Hessian, as the paper found it."""
+    ndim, span, columns = jnp.ndim(leaf), (-2,), None
+    if BIAS.search(name) or ndim == 0:
+        span = ()
+    elif ndim == 1 or NORM.search(name) or EMBEDDING.search(name):
+        span = (-1,)
+    elif QUERY_KEY.search(name):
+        width = jnp.shape(leaf)[-1]
+        columns = head_dim if head_dim is not None and (ndim == 2 or width != head_dim) else None
+        if columns is not None and width % columns:
+            raise ValueError(f"head_dim={columns}: {name!r} of shape {jnp.shape(leaf)} is not made of such heads")
+        span = (-3, -1) if columns is not None or ndim > 2 else (-2,)
+    elif VALUE.search(name) and ndim > 2:
+        span = (-3,)
+    return {"span": span} if columns is None else {"span": span, "columns": columns}
+
+
+def _in_heads(x: jax.Array, columns: int | None) -> jax.Array:
+    """``x`` with its last axis split into heads of so many columns, where they stand side by side."""
+    return x if columns is None else x.reshape(*x.shape[:-1], -1, columns)
+
+
+def _block_mean(x: jax.Array, span: tuple[int, ...] | None, columns: int | None) -> jax.Array:
+    """The mean over each block, every axis kept; by default a block for each output of a matrix."""
+    x = _in_heads(x, columns)
+    usual = (-2,) if x.ndim > 1 else (-1,) * x.ndim
+    total = jnp.sum(x, usual if span is None else span, keepdims=True)
+    return total * (total.size / max(x.size, 1))
+
+
+@rule(
+    start={"nu": lambda p, span, columns: real_zeros(_block_mean(p, span, columns))},
+    routes=_blocks,
+    hidden=("span", "columns"),
+    extras={"blocks": (), "head_dim": None},
+    learning_rate=1e-3,
+    positional=("learning_rate", "b1", "b2", "eps", "weight_decay"),
+)
+def adam_mini(g, mu, nu, *, t, span=None, columns=None, b1=0.9, b2=0.999, eps=1e-8):
+    r"""Adam-mini (Zhang et al. 2024, arXiv:2406.16793): $v_b \leftarrow \beta_2 v_b + (1-\beta_2) \operatorname{mean}(g_b^2),\; u_b = \hat m_b / (\sqrt{\hat v_b} + \epsilon)$.
+
+    Adam with one second moment for each block $b$ of a leaf. Kernels are (..., in, out), and by a leaf's name and
+    shape a block is: of query and key one head, of embeddings one token, of all other matrices (values, projections,
+    MLPs, heads) the weights into one output, of norms and vectors all of them; each coordinate of a bias is its own.
+    Axes before these are a batch. ``print(describe(tx, params))`` shows the axes that a block spans.
+
+    - ``head_dim``: the columns of one head, where query and key are (in, heads * head_dim). Flax's (in, heads,
+      head_dim) need no telling; without either, a block of query and key is the weights into one output.
+    - ``blocks``: ``[(pattern, axes), ...]`` for other names, with patterns as in ``groups``: the axes that a block
+      spans, ``()`` for Adam, ``"all"`` for one block, as the authors' code has it of names that it does not know.
+    """
+    mu, nu = ema(mu, g, b1), ema(nu, _block_mean(sq(g), span, columns), b2)
+    u = _in_heads(debias(mu, b1, t), columns) / (jnp.sqrt(debias(nu, b2, t)) + eps)
+    return u.reshape(g.shape), mu, nu

@@ -58,7 +58,7 @@ def routed(rule: Rule, arguments: dict[str, Any]) -> Callable[[Any], list[dict[s
     if arguments["adam_learning_rate"] is not None:
         rest["learning_rate"] = rule.checked("adam_learning_rate", arguments["adam_learning_rate"])
     adam, dimensions = arguments["adam"], arguments["muon_weight_dimension_numbers"]
-    return lambda params: [rest if axes is None else {"axes": axes} for axes in _matrices(params, adam, dimensions)]
+    return lambda params: [rest if axes is None else {"axes": axes} for axes in matrix_leaves(params, adam, dimensions)]
 
 
 def orthogonalized(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def orthogonalized(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "coefficients": table_of(arguments["ns_coeffs"])}
 
 
-def _matrices(params: Any, adam: Any, dimensions: Any) -> list[Any]:
+def matrix_leaves(params: Any, adam: Any, dimensions: Any) -> list[Any]:
     """For each leaf its axes ``(rows, columns)``, or None where it goes to Adam."""
     leaves, names = jax.tree.leaves(params), leaf_names(params)
     if dimensions is None:
