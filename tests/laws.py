@@ -59,20 +59,56 @@ def walk(tx: Any) -> Any:
     return run
 
 
+def floats(rule: Rule) -> dict[str, float]:
+    """The hyperparameters with a default that is a float: one program serves all of their values."""
+    known = {"learning_rate": RATE, "weight_decay": rule.defaults["weight_decay"], **rule.hyper}
+    known |= {name: rule.defaults[name] for name in rule.hyper}
+    return {name: value for name, value in known.items() if type(value) is float}
+
+
 @functools.cache
-def _walker(rule: Rule, settings: tuple) -> Any:
-    return walk(rule(**dict(settings)))
+def _family(make: Any, static: tuple, names: tuple[str, ...]) -> Any:
+    """A compiled ``(values of names, params, gradients) -> parameters after each step``, or None where ``make``
+    wants constants."""
+
+    @jax.jit
+    def run(values, params, grads):
+        return walk(make(**dict(static), **values))(params, grads)
+
+    try:
+        jax.eval_shape(run, dict.fromkeys(names, 0.5), tree(1), gradients(2))
+    except Exception:  # whatever a rule says to an array where it wants a number
+        return None
+    return run
+
+
+def walked(rule: Rule, make: Any, settings: dict[str, Any], takes: Any, params: Any, grads: Any) -> Any:
+    """``make(**settings)`` walked: defaults as constants, changed ones with all floats as arguments of one program."""
+    usual = {name: value for name, value in floats(rule).items() if name in takes}
+    changed = {name for name, value in settings.items() if name != "learning_rate" and type(value) is float}
+    if changed and changed <= usual.keys():
+        static = {name: value for name, value in settings.items() if name not in usual}
+        values = usual | {name: value for name, value in settings.items() if name in usual}
+        constants = {name: value for name, value in values.items() if type(value) is not float}
+        values = {name: value for name, value in values.items() if name not in constants}
+        run = _family(make, tuple(sorted((static | constants).items())), tuple(sorted(values)))
+        if run is not None:
+            return jax.device_get(run(values, params, grads))
+    return jax.device_get(_constants(make, tuple(sorted(settings.items())))(params, grads))
+
+
+@functools.cache
+def _constants(make: Any, settings: tuple) -> Any:
+    return walk(make(**dict(settings)))
 
 
 def run(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> Any:
-    settings = {"learning_rate": RATE, **settings}
-    return jax.device_get(_walker(rule, tuple(sorted(settings.items())))(params, grads))[0]
+    return walked(rule, rule, {"learning_rate": RATE, **settings}, rule.defaults, params, grads)[0]
 
 
 def kept(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> Any:
     """What the rule remembers at the end."""
-    settings = {"learning_rate": RATE, **settings}
-    return jax.device_get(_walker(rule, tuple(sorted(settings.items())))(params, grads))[1].slots
+    return walked(rule, rule, {"learning_rate": RATE, **settings}, rule.defaults, params, grads)[1].slots
 
 
 def alternative(name: str, default: Any) -> Any:
@@ -115,10 +151,9 @@ def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> 
     decay = given.pop("weight_decay", rule.defaults["weight_decay"])
     scheduled = any(callable(value) for value in given.values())
     if oracle is not None and all(name in takes for name in given) and not scheduled:
-        if "weight_decay" in takes:
-            return jax.device_get(_oracle_walker(rule, tuple(sorted(given.items())), decay)(params, grads))[0]
-        if not decay:
-            return jax.device_get(_oracle_walker(rule, tuple(sorted(given.items())), None)(params, grads))[0]
+        decaying = {"weight_decay": decay} if "weight_decay" in takes else {}
+        if decaying or not decay:
+            return walked(rule, oracle, {**given, **decaying}, takes, params, grads)[0]
     if rule.name not in TWINS:
         assert decay and oracle is not None, f"{rule.name} with {settings}: nothing to compare with; add a twin"
         return _with_decay(oracle(**given), decay, params, grads)
@@ -126,12 +161,6 @@ def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> 
     given = {**kept, **given}
     out = {k: TWINS[rule.name](params[k], grads[k], weight_decay=decay, **given) for k in params}
     return {k: np.stack(v) for k, v in out.items()}
-
-
-@functools.cache
-def _oracle_walker(rule: Rule, given: tuple, decay: float | None) -> Any:
-    arguments = dict(given) | ({} if decay is None else {"weight_decay": decay})
-    return walk(rule.oracle(**arguments))
 
 
 def _with_decay(tx: Any, decay: float, params: Any, grads: Any) -> Any:
@@ -212,31 +241,39 @@ def law_3_structure(rule: Rule) -> None:
 def law_4_neighbours(rule: Rule) -> None:
     """optax's combinators and Flax take it."""
     tx, params, grads = rule(RATE), tree(1, np.float32), tree(2, np.float32)
-    tx_twice = lambda t: stepper(t)(grads, stepper(t)(grads, t.init(params), params)[1], params)
-    plain, plain_state = tx_twice(tx)
+    twice = lambda t: stepper(t)(grads, stepper(t)(grads, t.init(params), params)[1], params)
+    labels = {"scalar": "a", "vector": "b", "matrix": "a", "cube": "b"}
+    everywhere, nowhere = dict.fromkeys(SHAPES, True), dict.fromkeys(SHAPES, False)
 
-    # Another program around the same arithmetic may round differently, once.
-    def equal(other, tolerance=1e-6):
-        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=tolerance, atol=tolerance)
+    structural = [name for name, default in rule.defaults.items() if isinstance(default, int)]
+    injected = optax.inject_hyperparams(rule, static_args=structural)
+
+    @jax.jit  # one program of all of them
+    def neighbours():
+        steps = optax.MultiSteps(tx, 2)
+        state = steps.init(params)
+        for _ in range(4):
+            updates, state = steps.update(grads, state, params, value=loss_of(params), obj_fn=loss_of)
+        out = {
+            "chain": twice(optax.chain(optax.identity(), tx))[0],
+            "masked": twice(optax.masked(tx, everywhere))[0],
+            "apply_if_finite": twice(optax.apply_if_finite(tx, 3))[0],
+            "MultiSteps": updates,
+            "inject_hyperparams": twice(injected(learning_rate=RATE))[0],
+        }
+        if rule.spec.sums is None:  # a part of a tree has other sums
+            out["partition"] = twice(optax.partition({"a": rule(RATE), "b": rule(RATE)}, labels))[0]
+        return twice(tx), twice(optax.masked(tx, nowhere))[0], out
 
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
-    equal(tx_twice(optax.chain(optax.identity(), tx))[0])
-    labels = {"scalar": "a", "vector": "b", "matrix": "a", "cube": "b"}
-    if rule.spec.sums is None:  # a part of a tree has other sums
-        equal(tx_twice(optax.partition({"a": rule(RATE), "b": rule(RATE)}, labels))[0])
-    everywhere, nowhere = dict.fromkeys(SHAPES, True), dict.fromkeys(SHAPES, False)
-    equal(tx_twice(optax.masked(tx, everywhere))[0])
-    untouched, _ = stepper(optax.masked(tx, nowhere))(grads, optax.masked(tx, nowhere).init(params), params)
+    (plain, plain_state), untouched, found = neighbours()
+    for name, other in found.items():
+        # Another program around the same arithmetic may round differently, once; inject_hyperparams passes each
+        # hyperparameter as a float32 array, 1 - 0.999 included.
+        close = 2e-4 if name == "inject_hyperparams" else 1e-6
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=close, atol=close, err_msg=name)
     assert untouched.keys() == grads.keys() and all(np.array_equal(untouched[k], grads[k]) for k in grads)
-    equal(tx_twice(optax.apply_if_finite(tx, 3))[0])
-    steps = optax.MultiSteps(tx, 2)
-    state = steps.init(params)
-    for _ in range(4):
-        updates, state = steps.update(grads, state, params, value=loss_of(params), obj_fn=loss_of)
-    equal(updates)
-    # inject_hyperparams passes each hyperparameter as a float32 array, 1 - 0.999 included.
-    equal(tx_twice(optax.inject_hyperparams(rule)(learning_rate=RATE))[0], 2e-4)
 
     assert int(optax.tree.get(plain_state, "count")) == 2
     assert float(optax.tree.get(plain_state, "learning_rate")) == np.float32(RATE)
