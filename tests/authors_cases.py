@@ -115,7 +115,7 @@ CASES: dict[str, Case] = {
     "prodigy-safeguard": Case(
         "prodigy", "prodigyopt", "Prodigy", {"d0": 1e-3, "safeguard_warmup": True, "use_bias_correction": True},
         {"estim_lr0": 1e-3, "safeguard_warmup": True}),
-    "prodigy-default": Case("prodigy", "prodigyopt", "Prodigy", {}, {}),
+    "prodigy-default": Case("prodigy", "prodigyopt", "Prodigy", {}, {"bias_correction": False}),
     # -- lion-pytorch
     "lion": Case("lion", "lion-pytorch", "Lion", {"lr": 0.01, **BETAS, **DECAY}, {"learning_rate": 0.01, **B, **DECAY}),
     "lion-decoupled": Case(  # its decay is not multiplied by the learning rate
@@ -361,8 +361,6 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 EXCEPTIONS: dict[str, tuple[str, int, float]] = {
-    "prodigy-default": (
-        "Adam's bias correction is off there unless use_bias_correction=True; ours always has it, as optax's.", 1, 2),
     "cautious_decay-lion-zeros": (
         "It does not decay where the step is 0 (u x > 0); ours does, with the paper's u x >= 0.", 1, 8e-03),
     "dowg-clip": (
@@ -375,9 +373,6 @@ EXCEPTIONS: dict[str, tuple[str, int, float]] = {
     "hb-adopt": (
         "It corrects the bias of both averages; the paper starts v at the square of the first gradient.", 2, 0.6),
     "hb-muon-nesterov": ("Its look-ahead is g + m; that of Jordan is (1 - beta) g + beta m.", 2, 0.1),
-    "po-adan": (
-        "Ours weighs the difference of gradients by 1 - b2 = 0.08, as optax does; the paper and its authors' code "
-        "weigh it by b2 = 0.92.", 2, 4e-02),
     "po-simplified_ademamix": (
         "It divides by the root of the bias correction where v calls for a product: steps are 1 / (1 - b2^t) as long.",
         1, 0.8),
@@ -393,8 +388,6 @@ EXCEPTIONS: dict[str, tuple[str, int, float]] = {
     "po-soap": (
         "A gradient of rank 3 leaves two directions of the 5 x 5 factor to the eigensolver; ours takes fixed ones.",
         2, 1e-02),
-    "po-grokfast": (
-        "Its slow mean starts at the first gradient, as in the authors' code; ours starts at 0.", 1, 1),
     "po-cautious": (
         "It scales what is left by n / (kept + 1); the paper, lion-pytorch and ours by n / kept.", 1, 0.1),
 }  # fmt: skip

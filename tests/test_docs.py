@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 import jaxsgd
 from jaxsgd import RULES, catalog
+from jaxsgd.testing import check_rule
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -102,7 +103,21 @@ def test_the_divergences_reproduce(capsys):
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert float(said["adadelta climbs"]) > 0 and float(said["schedule-free rests"]) == 0
     assert float(said["acprop's residual"]) == pytest.approx(1e-3)
+    assert float(said["adan's second step"]) == pytest.approx(-0.946, abs=1e-3)
     assert float(said["yogi moves without a gradient"]) != 0 and float(said["rprop's first update"].strip("[]")) == 0
     assert said["polyak scaled by 0.5"].split() == ["[-1.", "-2.", "-3.]"]
     assert said["momo with decay"].startswith("[0.459") and said["madgrad's root"] == "float32"
     assert said["prodigy under a warmup"] == said["adafactor before its offset"] == "[nan nan nan]"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (jaxsgd.adan(0.1, weight=1 - 0.92), optax.adan(0.1)),
+        (jaxsgd.acprop(0.1, stale_mean=True), optax.contrib.acprop(0.1)),
+        (jaxsgd.yogi(0.1, initial_mean=1e-6), optax.yogi(0.1)),
+    ],
+    ids=["adan", "acprop", "yogi"],
+)
+def test_optaxs_way_is_one_option_away(ours, theirs):
+    check_rule(ours, like=theirs)

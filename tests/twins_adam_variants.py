@@ -44,4 +44,18 @@ def grams(p, grads, learning_rate, weight_decay=0.0, *, b1=0.9, b2=0.999, eps=1e
     return out
 
 
-TWINS = {"nadamw": nadamw, "mars": mars, "grams": grams}
+def adan(p, grads, learning_rate, weight_decay=0.0, *, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, eps_root=1e-8,
+         weight=None):  # fmt: skip
+    m, d, v, last, out = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p), grads[0], []
+    weight = b2 if weight is None else weight
+    for t, g in enumerate(grads, start=1):
+        m = b1 * m + (1 - b1) * g
+        d = b2 * d + (1 - b2) * (g - last)
+        v = b3 * v + (1 - b3) * (g + weight * (g - last)) ** 2
+        u = (m / (1 - b1**t) + weight * d / (1 - b2**t)) / (np.sqrt(v / (1 - b3**t) + eps_root) + eps)
+        p, last = p - learning_rate * (u + weight_decay * p), g
+        out.append(p)
+    return out
+
+
+TWINS = {"adan": adan, "nadamw": nadamw, "mars": mars, "grams": grams}

@@ -69,7 +69,7 @@ def _sgd(momentum, nesterov):
 
 
 def grokfast_sgd(p, grads, learning_rate, weight_decay=0.0, *, alpha=0.98, lamb=2.0, momentum=None, nesterov=False):
-    slow, walk, raised = np.zeros_like(p), _sgd(momentum, nesterov), []
+    slow, walk, raised = grads[0], _sgd(momentum, nesterov), []
     for g in grads:
         slow = alpha * slow + (1 - alpha) * g
         raised.append(walk(g + lamb * slow))

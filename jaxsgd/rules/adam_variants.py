@@ -174,20 +174,20 @@ def radam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, threshold=5
 
 
 @rule(
-    start={"nu": real_zeros},
-    oracle=optax.adan,
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
     positional=("learning_rate", "b1", "b2", "b3", "eps", "eps_root", *DECAYED),
 )
-def adan(g, mu, change, nu, previous, *, t, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, eps_root=1e-8):
-    r"""Adan (Xie et al. 2022, arXiv:2208.06677): $\delta = g_t - g_{t-1},\; u = (\hat m_t + (1-\beta_2) \hat d_t) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
+def adan(g, mu, change, nu, previous, *, t, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, eps_root=1e-8, weight=None):
+    r"""Adan (Xie et al. 2022, arXiv:2208.06677): $\delta = g_t - g_{t-1},\; u = (\hat m_t + \beta_2 \hat d_t) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
 
-    $m$ averages $g$, $d$ averages $\delta$ (decay $\beta_2$) and $v$ averages $(g + (1-\beta_2) \delta)^2$
-    (decay $\beta_3$). The decays are those of averages; the paper's betas are one minus them.
+    $m$ averages $g$, $d$ averages $\delta$ (decay $\beta_2$) and $v$ averages $(g + \beta_2 \delta)^2$ (decay $\beta_3$).
+    The decays are those of averages, as in the authors' code; the paper's betas are one minus them. ``weight`` is
+    that of the differences, ``b2`` where None; optax's is ``1 - b2``.
     """
-    delta = jnp.where(t == 1, 0, g - previous)
+    delta, weight = jnp.where(t == 1, 0, g - previous), b2 if weight is None else weight
     mu, change = ema(mu, g, b1), ema(change, delta, b2)
-    nu = ema(nu, sq(g + (1 - b2) * delta), b3)
-    ahead = debias(mu, b1, t) + (1 - b2) * debias(change, b2, t)
+    nu = ema(nu, sq(g + weight * delta), b3)
+    ahead = debias(mu, b1, t) + weight * debias(change, b2, t)
     return ahead / (jnp.sqrt(debias(nu, b3, t) + eps_root) + eps), mu, change, nu, g
 
 

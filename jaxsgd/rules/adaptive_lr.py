@@ -283,9 +283,9 @@ def _betas(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments if given is BETAS else arguments | {"b1": b1, "b2": b2}
 
 
-def _adam_rate(d, learning_rate, t, b1, b2):
+def _adam_rate(d, learning_rate, t, b1, b2, corrected=True):
     r"""$d\,\eta \sqrt{1 - \beta_2^t} / (1 - \beta_1^t)$: both corrections of Adam in the step."""
-    return d * learning_rate * jnp.sqrt(filled(b2, t)) / filled(b1, t)
+    return d * learning_rate * (jnp.sqrt(filled(b2, t)) / filled(b1, t) if corrected else 1)
 
 
 def _prodigy_memory(g, s, d, rate, b2, beta3, estim_lr0, safeguard_warmup):
@@ -293,8 +293,8 @@ def _prodigy_memory(g, s, d, rate, b2, beta3, estim_lr0, safeguard_warmup):
     return decay * s + d / estim_lr0 * (d if safeguard_warmup else rate) * g
 
 
-def _prodigy_sums(g, s, x0, *, p, t, d, learning_rate, b1, b2, beta3, estim_lr0, safeguard_warmup):
-    rate = _adam_rate(d, learning_rate, t, b1, b2)
+def _prodigy_sums(g, s, x0, *, p, t, d, learning_rate, b1, b2, beta3, estim_lr0, safeguard_warmup, bias_correction):
+    rate = _adam_rate(d, learning_rate, t, b1, b2, bias_correction)
     s = _prodigy_memory(g, s, d, rate, b2, beta3, estim_lr0, safeguard_warmup)
     return {"gained": d / estim_lr0 * rate * _dot(g, x0 - p), "length": jnp.sum(jnp.abs(s))}
 
@@ -319,22 +319,21 @@ def _prodigy_shared(d, numerator, *, gained, length, b2, beta3, estim_lr_coef):
     learning_rate=1.0,
     bounds={"beta3": (0, 1), "estim_lr0": POSITIVE},
     needs=dict.fromkeys(
-        ("learning_rate", "b1", "b2", "beta3", "eps", "estim_lr0", "estim_lr_coef", "weight_decay", "safeguard_warmup"),
-        {"estim_lr0": 0.1, "estim_lr_coef": 100.0},
-    ),
+        ("learning_rate", "b1", "b2", "beta3", "eps", "estim_lr0", "estim_lr_coef", "weight_decay", "safeguard_warmup",
+         "bias_correction"), {"estim_lr0": 0.1, "estim_lr_coef": 100.0}),
     alternatives={"estim_lr0": 0.05, "estim_lr_coef": 50.0},
-    exceptions=FAR,
+    exceptions=FAR | {"oracle:bias_correction": "optax always corrects; without it the oracle is prodigyopt"},
 )  # fmt: skip
 def prodigy(
     g, mu, nu, s, x0, *, p, t, d, d_before, learning_rate, weight_decay, b1=0.9, b2=0.999, beta3=None, eps=1e-8,
-    estim_lr0=1e-6, estim_lr_coef=1.0, safeguard_warmup=False,
+    estim_lr0=1e-6, estim_lr_coef=1.0, safeguard_warmup=False, bias_correction=True,
 ):  # fmt: skip
     r"""Prodigy (Mishchenko & Defazio 2024, arXiv:2306.06101): $d \leftarrow \max\{d,\, \textstyle\sum_k w_k \langle g_k, x_0 - x_k \rangle / \lVert \sum_k w_k g_k \rVert_1\},\; x \leftarrow x - \eta d\, \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
 
     $d$ estimates the distance to the solution; the weights $w_k \propto d_k^2 \eta_k$ fade by ``beta3``, by default
     $\sqrt{\beta_2}$. ``safeguard_warmup`` leaves $\eta_k$ out of the denominator. Weight decay goes by $\eta d$.
     """
-    rate = _adam_rate(d_before, learning_rate, t, b1, b2)
+    rate = _adam_rate(d_before, learning_rate, t, b1, b2, bias_correction)
     mu, nu = ema(mu, d_before * g, b1), ema(nu, sq(d_before * g), b2)
     s = _prodigy_memory(g, s, d_before, rate, b2, beta3, estim_lr0, safeguard_warmup)
     return -rate * (mu / (jnp.sqrt(nu) + d * eps) + _decay(p, weight_decay)), mu, nu, s, x0

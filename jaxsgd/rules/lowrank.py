@@ -117,7 +117,7 @@ def leading_basis(x: jax.Array, rank: int, turned: bool) -> jax.Array:
     and to each other: the basis is always whole, and the same on every machine but for the others' signs.
     ``turned`` says that ``x`` is a transpose; the signs are then those of the matrix as it was.
     """
-    left, values, right = jnp.linalg.svd(jnp.swapaxes(x, -1, -2) if turned else x, fullmatrix_leaves=False)
+    left, values, right = jnp.linalg.svd(jnp.swapaxes(x, -1, -2) if turned else x, full_matrices=False)
     vectors = (jnp.swapaxes(right, -1, -2) if turned else left)[..., :rank]
     values = jnp.expand_dims(values, -2)
     null = values[..., :rank] <= max(x.shape[-2:]) * float(jnp.finfo(values.dtype).eps) * values[..., :1]

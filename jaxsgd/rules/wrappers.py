@@ -149,13 +149,13 @@ def cautious_decay(base: Rule) -> Rule:
 def grokfast(base: Rule) -> Rule:
     r"""Grokfast-EMA (Lee et al. 2024, arXiv:2405.20233): $h \leftarrow \alpha h + (1-\alpha) g,\; g \leftarrow g + \lambda h$.
 
-    Amplifies the slow part of the gradients. Its arguments are ``alpha`` (0.98) and ``lamb`` (2.0).
+    Amplifies the slow part of the gradients, which begins as the first of them. Its arguments are ``alpha`` (0.98) and ``lamb`` (2.0).
     """
 
-    def leaf(inner, g, own, slots, *, alpha, lamb, **available):
+    def leaf(inner, g, own, slots, *, t, alpha, lamb, **available):
         (slow,) = own
-        slow = alpha * slow + (1 - alpha) * g
-        delta, slots = inner.step(g + lamb * slow, slots, available)
+        slow = jnp.where(t == 1, g, alpha * slow + (1 - alpha) * g)
+        delta, slots = inner.step(g + lamb * slow, slots, {**available, "t": t})
         return delta, (slow,), slots
 
     return wrap(
@@ -164,6 +164,7 @@ def grokfast(base: Rule) -> Rule:
         name=f"grokfast_{base.name}",
         doc=titled(grokfast, base),
         slots=("slow",),
+        context=("t",),
         hyper={"alpha": 0.98, "lamb": 2.0},
         bounds={**base.bounds, "alpha": (0, 1)},
     )
