@@ -46,6 +46,7 @@ format: $(VENV)/.test
 	$(RUN) -m ruff format .
 
 tables: $(VENV)/.test
+	$(RUN) tests/agreement.py
 	$(RUN) -m jaxsgd.catalog --write
 
 clean:

@@ -1,5 +1,6 @@
 """What the README and the notebook say is so."""
 
+import json
 import pathlib
 import re
 
@@ -49,16 +50,38 @@ def test_every_other_block_runs(index, forget_rules):
         names["tx"].init(params)
 
 
-def test_the_table_of_rules_is_current(tmp_path, capsys):
-    assert catalog.main(["--check", "--readme", str(ROOT / "README.md")]) == 0
-    stale = tmp_path / "README.md"
-    stale.write_text(README.replace("| `adam` |", "| `adan` |"))
-    assert catalog.main(["--check", "--readme", str(stale)]) == 1
-    assert catalog.main(["--write", "--readme", str(stale)]) == 0 and stale.read_text() == README
+def test_table_and_page_of_rules_are_current(tmp_path, capsys):
+    agreement, page = ROOT / "docs" / "agreement.json", ROOT / "docs" / "rules.md"
+    real = ["--readme", str(ROOT / "README.md"), "--page", str(page), "--agreement", str(agreement)]
+    assert catalog.main(["--check", *real]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{name}: " in f"\n{said}" for name in RULES), "each is listed with its agreement"
+
+    stale, wrong = tmp_path / "README.md", tmp_path / "agreement.json"
+    stale.write_text(README.replace("[`adam`]", "[`adan`]"))
+    copies = ["--readme", str(stale), "--page", str(tmp_path / "rules.md"), "--agreement", str(agreement)]
+    assert catalog.main(["--check", *copies]) == 1
+    assert catalog.main(["--write", *copies]) == 0 and stale.read_text() == README
+    assert (tmp_path / "rules.md").read_text() == page.read_text()
     stale.write_text("no markers")
-    assert catalog.main(["--check", "--readme", str(stale)]) == 2
+    assert catalog.main(["--check", *copies]) == 2
     assert "markers" in capsys.readouterr().err
-    assert catalog.main([]) == 0 and "| `adam` | Adam |" in capsys.readouterr().out
+
+    held = json.loads(agreement.read_text())
+    held["adam"]["optax"], held["nobody"] = 2e-12, {"optax": 0.0}
+    wrong.write_text(json.dumps({k: v for k, v in held.items() if k != "lion"}))
+    assert catalog.main(["--check", *real[:4], "--agreement", str(wrong)]) == 1
+    said = capsys.readouterr().err
+    for fault in ("lion: not measured", "nobody: measured, but no rule", "adam: 2.0e-12 from optax, the bar is 1e-12"):
+        assert fault in said
+    assert catalog.main([]) == 0 and "[`adam`](docs/rules.md#adam) | Adam |" in capsys.readouterr().out
+
+
+def test_measured_agreement_is_within_its_bars():
+    held = json.loads((ROOT / "docs" / "agreement.json").read_text())
+    assert catalog.faults(held) == []
+    packages = {package for row in held.values() for package in row}
+    assert {"optax", "torch", "schedulefree", "prodigyopt", "lion-pytorch", "pytorch-optimizer"} <= packages
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -68,8 +91,8 @@ def test_a_rule_reads_like_its_equation(name):
     import inspect
     import textwrap
 
-    entry = catalog.entry(RULES[name])
-    assert re.search(r"\d{4}", entry["source"]) and entry["update"].count("$") == 2
+    entry = catalog.entry(RULES[name], {})
+    assert re.search(r"\d{4}", entry["source"]) and entry["update"].count("$") in (2, 4, 6)
     function = ast.parse(textwrap.dedent(inspect.getsource(RULES[name].spec.fn))).body[0]
     body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     assert sum(node.end_lineno - node.lineno + 1 for node in body) <= 12
