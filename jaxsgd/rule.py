@@ -85,7 +85,7 @@ class Rule:
     positional: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    routes: Callable[[Rule, dict[str, Any]], Callable[[Any], list[dict[str, Any]]]] | None = None
+    routes: Callable[[Rule, dict[str, Any]], Callable[[Any], list[dict[str, Any]]] | None] | None = None
     hidden: tuple[str, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
     oracle: Callable[..., optax.GradientTransformation] | None = None

@@ -6,6 +6,7 @@ $\lVert x \rVert / \lVert u \rVert$, which is 1 where either norm is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq
-from jaxsgd.rule import rule
+from jaxsgd.rule import Rule, rule
 from jaxsgd.spec import without_when_off
 
 __all__ = ["fromage", "lamb", "lars", "novograd"]
@@ -48,15 +49,20 @@ def lamb(g, mu, nu, *, p, t, weight_decay, b1=0.9, b2=0.999, eps=1e-6, eps_root=
     return trust_ratio(p, r) * r, mu, nu
 
 
-def _only_a_flag(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a mask that differs between leaves where only a flag can be kept."""
+def _by_mask(rule: Rule, arguments: dict[str, Any]) -> Callable[[Any], list[dict[str, Any]]] | None:
+    """``trust_ratio_mask`` as a tree of booleans (or a prefix, or a function of the params), leaf by leaf."""
     mask = arguments["trust_ratio_mask"]
-    if not isinstance(mask, bool):
-        raise TypeError(
-            f"lars: trust_ratio_mask={mask!r}: True or False is needed; to leave some parameters out, "
-            'groups=[(r"bias|scale", {"trust_ratio_mask": False})]'
-        )
-    return arguments
+    if isinstance(mask, bool):
+        return None
+    tree = mask if callable(mask) else lambda params: mask
+    return lambda params: [
+        {"trust_ratio_mask": bool(scaled)} for scaled in jax.tree.leaves(jax.tree.broadcast(tree(params), params))
+    ]
+
+
+def _flag(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A mask by leaf is its routes'; what is left is the flag."""
+    return arguments if isinstance(arguments["trust_ratio_mask"], bool) else {**arguments, "trust_ratio_mask": True}
 
 
 @rule(
@@ -67,7 +73,8 @@ def _only_a_flag(arguments: dict[str, Any]) -> dict[str, Any]:
         "momentum", "nesterov",
     ),
     aliases={"weight_decay_mask": "mask"},
-    prepare=_only_a_flag,
+    routes=_by_mask,
+    prepare=_flag,
     coupled=True,
     exceptions={"narrow": "the trace holds steps, which are scaled by the norm of the bf16 parameters"},
 )  # fmt: skip
@@ -79,7 +86,7 @@ def lars(
 
     Weight decay $\lambda$ is added to the gradient, and the norm is of their sum, as in optax; the paper adds
     up their norms, $\lVert g \rVert + \lambda \lVert x \rVert$. ``trust_ratio_mask=False`` takes $u$ as it is,
-    for all parameters or by ``groups``; so does a norm of 0.
+    for all parameters, or by a tree of booleans or a function of the params; so does a norm of 0.
     """
     scale = trust_ratio(p, g, coefficient=trust_coefficient, eps=eps) if trust_ratio_mask else 1
     step = -learning_rate * (scale * g)
