@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import sq
 
 __all__ = [
     "JORDAN",
+    "USUAL",
+    "NewtonSchulz",
     "PRECONDITIONINGS",
     "PRESETS",
     "adjoint",
@@ -154,6 +158,36 @@ def newton_schulz(
             known = gram if i == 0 and gram is not None else x @ adjoint(x)
             x = step(x, known, table[min(i, len(table) - 1)])
     return adjoint(x) if tall else x
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """How to orthogonalise: `newton_schulz` with its settings, and where.
+
+    Attributes:
+      table, whole: see `table_of`; the number of steps counts unless the table is whole.
+      preconditioning: see `newton_schulz`.
+      mesh: if given, the steps run without communication: matrices of a stack that divides among all devices are
+        computed each on a device of its own, any other matrix is gathered once and computed on each.
+    """
+
+    table: Sequence[Triple] = JORDAN
+    whole: bool = False
+    preconditioning: str = "frobenius"
+    mesh: Mesh | None = None
+
+    def orthogonal(self, x: jax.Array, steps: Any, eps: Any) -> jax.Array:
+        """The nearest orthogonal matrices, nearly."""
+        if self.mesh is not None:
+            owned = x.ndim > 2 and x.shape[0] % self.mesh.size == 0
+            spec = PartitionSpec(self.mesh.axis_names) if owned else PartitionSpec()
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        steps = len(self.table) if self.whole else steps
+        return newton_schulz(x, self.table, steps, eps=eps, preconditioning=self.preconditioning)
+
+
+USUAL = NewtonSchulz()
+"""Jordan's quintic, from the Frobenius norm."""
 
 
 def as_matrices(

@@ -1,5 +1,7 @@
 """Rules on matrices: what is orthogonalised, what goes to Adam, and optax.contrib.muon's every argument."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import laws
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import twins_matrix
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 import jaxsgd
@@ -178,7 +181,7 @@ def adams(tx, params):
     return {k for k, nu in tx.init(params).slots["nu"].items() if nu is not None}
 
 
-def test_names_decide_for_matrices():
+def test_pain_12_names_decide_for_matrices():
     params = {name: jnp.ones((3, 2)) for name in (*HIDDEN, *OTHERS)}
     assert adams(muon(RATE), params) == set(OTHERS)
     assert adams(optax_muon(RATE), params) == set()
@@ -188,7 +191,7 @@ def test_names_decide_for_matrices():
     assert adams(muon(RATE), {"kernel": jnp.ones((0, 2))}) == {"kernel"}
 
 
-def test_the_heads_of_query_key_and_value_are_outputs():
+def test_pain_12_the_heads_of_query_key_and_value_are_outputs():
     g = jnp.asarray(np.random.RandomState(0).standard_normal((8, 2, 4)), jnp.float32)
     tx = muon(1.0, ns_coeffs="polar_express", ns_steps=8, adam="^$")
     for name, shape in [("attn/query/kernel", (8, 8)), ("attn/out/kernel", (8, 2, 4))]:
@@ -198,7 +201,7 @@ def test_the_heads_of_query_key_and_value_are_outputs():
         np.testing.assert_allclose(gram, np.broadcast_to(np.eye(shape[-2]), gram.shape), atol=2e-2)
 
 
-def test_groups_and_describe_see_the_routing():
+def test_pain_12_groups_and_describe_see_the_routing():
     params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "head": {"kernel": jnp.ones((2, 2))}}
     tx = muon(0.02, weight_decay=0.1, adam_learning_rate=1e-3, groups=[("head", {"lr_mult": 2.0, "weight_decay": 0.5})])
     rows = {line.split()[0]: line for line in str(jaxsgd.describe(tx, params)).splitlines()[1:-1]}
@@ -214,6 +217,28 @@ def test_groups_and_describe_see_the_routing():
     np.testing.assert_allclose(updates["head"]["kernel"], -2e-3 * 0.5, rtol=1e-6)
     np.testing.assert_allclose(updates["Dense_0"]["kernel"], -0.02 * 0.1, rtol=1e-6)
     assert np.all(updates["Dense_0"]["bias"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "split"), [((256, 512), ("data", None)), ((64, 64), ("data", None)), ((16, 32, 64), (None, "data", None))]
+)
+def test_pain_12_a_split_matrix_is_gathered_once(shape, split):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    there = NamedSharding(mesh, PartitionSpec(*split))
+    params = jax.device_put(
+        {"kernel": jnp.asarray(np.random.RandomState(0).standard_normal(shape), jnp.float32)}, there
+    )
+
+    def moved(tx):
+        state = jax.device_put(tx.init(params), jax.tree.map(lambda x: there if x.ndim else None, tx.init(params)))
+        compiled = jax.jit(tx.update).lower(params, state, params).compile()
+        counted = len(re.findall(r" = \S+ (?:all-gather|all-to-all)(?:-start)?\(", compiled.as_text()))
+        return counted, compiled(params, state, params)[0]["kernel"]
+
+    many, without = moved(muon(RATE))
+    few, gathered = moved(muon(RATE, mesh=mesh))
+    assert many == 15 and few <= 2, "three a step of five; one on the way in, and at most one on the way out"
+    np.testing.assert_allclose(gathered, without, rtol=1e-4, atol=1e-5)
 
 
 def test_a_frozen_matrix_and_a_new_learning_rate():

@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers
 
 from jaxsgd.matrices import (
-    JORDAN,
     PRECONDITIONINGS,
+    USUAL,
+    NewtonSchulz,
     adjoint,
     as_matrices,
     eigenbasis,
     frobenius,
     inverse_root,
-    newton_schulz,
     reordered_basis,
     rotated,
     rotated_back,
@@ -62,11 +63,14 @@ def routed(rule: Rule, arguments: dict[str, Any]) -> Callable[[Any], list[dict[s
 
 
 def orthogonalized(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with ``ns_coeffs`` looked up: for rules with the extras `ROUTING`."""
-    kind = arguments["preconditioning"]
+    """The arguments with ``how`` to orthogonalise: for rules with the extras `ROUTING`."""
+    kind, mesh = arguments["preconditioning"], arguments["mesh"]
     if kind not in PRECONDITIONINGS:
         raise ValueError(f"preconditioning={kind!r}{nearest(str(kind), PRECONDITIONINGS)}")
-    return {**arguments, "coefficients": table_of(arguments["ns_coeffs"])}
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh={mesh!r}: a jax.sharding.Mesh is needed")
+    table, whole = table_of(arguments["ns_coeffs"])
+    return {**arguments, "how": NewtonSchulz(table, whole, kind, mesh)}
 
 
 def matrix_leaves(params: Any, adam: Any, dimensions: Any) -> list[Any]:
@@ -144,11 +148,11 @@ def _optax_on_last_two(
 
 ROUTING = {
     "ns_coeffs": (3.4445, -4.7750, 2.0315), "preconditioning": "frobenius", "adam_weight_decay": 0.0,
-    "adam_learning_rate": None, "muon_weight_dimension_numbers": None, "adam": NOT_HIDDEN,
+    "adam_learning_rate": None, "muon_weight_dimension_numbers": None, "adam": NOT_HIDDEN, "mesh": None,
 }  # fmt: skip
 """The arguments of a call that decide what is a matrix and how it is made orthogonal."""
 
-HIDDEN = ("axes", "coefficients", "preconditioning")
+HIDDEN = ("axes", "how")
 
 
 @rule(
@@ -166,9 +170,9 @@ HIDDEN = ("axes", "coefficients", "preconditioning")
     alternatives={"adam_eps": 0.01},
 )  # fmt: skip
 def muon(
-    g, mu, nu, *, t, axes="last two", coefficients=(JORDAN, False), preconditioning="frobenius",
-    ns_steps=5, beta=0.95, eps=1e-8, nesterov=True, adaptive=False, bias_correction=True, consistent_rms=None,
-    adam_b1=0.9, adam_b2=0.999, adam_eps=None, adam_eps_root=0.0, adam_nesterov=True,
+    g, mu, nu, *, t, axes="last two", how=USUAL, ns_steps=5, beta=0.95, eps=1e-8, nesterov=True, adaptive=False,
+    bias_correction=True, consistent_rms=None, adam_b1=0.9, adam_b2=0.999, adam_eps=None, adam_eps_root=0.0,
+    adam_nesterov=True,
 ):  # fmt: skip
     r"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): $U = \sqrt{\max(1, \tfrac{out}{in})}\, \operatorname{orth}(\beta \hat M_{t+1} + (1-\beta) \hat G_t)$.
 
@@ -185,6 +189,8 @@ def muon(
       prefix, or a function of the params), None for Adam; by default a leaf is (..., in, out), and attention's
       query, key and value kernels (in, heads, size). A convolution's (h, w, in, out) is one matrix under
       ``MuonDimensionNumbers((0, 1, 2), 3)``, and a matrix for each tap by default.
+    - ``mesh``: a mesh over whose devices stacked matrices are computed, each on its own, and any other matrix gathered
+      once; without it every Newton-Schulz step of a matrix split by rows gathers three times.
     - ``consistent_rms``: 0.2 is the scaling of Moonshot (Liu et al. 2025, arXiv:2502.16982).
     - ``bias_correction=False`` is Jordan's plain momentum; ``adam_eps`` is ``eps`` where None.
     - ``weight_decay`` and its mask are for the matrices, ``adam_weight_decay`` for all others; groups override both.
@@ -195,8 +201,7 @@ def muon(
     mu, t = ema(mu, g, beta), t if bias_correction else jnp.inf
     mean = ema(debias(mu, beta, t + 1), debias(g, beta, t), beta) if nesterov else debias(mu, beta, t)
     x, back = as_matrices(mean, *axes)
-    table, whole = coefficients
-    u = newton_schulz(x, table, len(table) if whole else ns_steps, eps=eps, preconditioning=preconditioning)
+    u = how.orthogonal(x, ns_steps, eps)
     dual = jnp.sum(x.conj() * u, (-2, -1), keepdims=True) if adaptive else 1.0
     return back(_scale(x.shape, consistent_rms) * dual * u), mu, nu
 
