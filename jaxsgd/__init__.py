@@ -13,11 +13,14 @@ from jaxsgd.rules import adam_variants as _adam_variants
 from jaxsgd.rules import adaptive as _adaptive
 from jaxsgd.rules import adaptive_lr as _adaptive_lr
 from jaxsgd.rules import averaging as _averaging
+from jaxsgd.rules import curvature as _curvature
 from jaxsgd.rules import factored as _factored
 from jaxsgd.rules import layerwise as _layerwise
 from jaxsgd.rules import lowrank as _lowrank
 from jaxsgd.rules import matrix as _matrix
 from jaxsgd.rules import momentum as _momentum
+from jaxsgd.rules import muon_kin as _muon_kin
+from jaxsgd.rules import psgd as _psgd
 from jaxsgd.rules import sign as _sign
 from jaxsgd.rules import torch as _torch
 from jaxsgd.rules import wrappers as _wrappers
@@ -25,11 +28,14 @@ from jaxsgd.rules.adam_variants import *
 from jaxsgd.rules.adaptive import *
 from jaxsgd.rules.adaptive_lr import *
 from jaxsgd.rules.averaging import *
+from jaxsgd.rules.curvature import *
 from jaxsgd.rules.factored import *
 from jaxsgd.rules.layerwise import *
 from jaxsgd.rules.lowrank import *
 from jaxsgd.rules.matrix import *
 from jaxsgd.rules.momentum import *
+from jaxsgd.rules.muon_kin import *
+from jaxsgd.rules.psgd import *
 from jaxsgd.rules.sign import *
 from jaxsgd.rules.torch import *
 from jaxsgd.rules.wrappers import *
@@ -66,6 +72,9 @@ __all__ += _matrix.__all__
 __all__ += _adaptive.__all__
 __all__ += _averaging.__all__
 __all__ += _momentum.__all__
+__all__ += _curvature.__all__
+__all__ += _muon_kin.__all__
+__all__ += _psgd.__all__
 __all__ += _sign.__all__
 __all__ += _torch.__all__
 __all__ += _wrappers.__all__

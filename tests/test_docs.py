@@ -119,6 +119,7 @@ def test_notebooks_are_kept_with_their_pictures():
         assert "image/png" in path.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 def test_the_divergences_reproduce(capsys):
     """If one no longer prints what its comment says, optax was mended: follow it again."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "divergences.md").read_text(), re.DOTALL)
@@ -130,6 +131,12 @@ def test_the_divergences_reproduce(capsys):
     assert float(said["yogi moves without a gradient"]) != 0 and float(said["rprop's first update"].strip("[]")) == 0
     assert said["polyak scaled by 0.5"].split() == ["[-1.", "-2.", "-3.]"]
     assert said["momo with decay"].startswith("[0.459") and said["madgrad's root"] == "float32"
+    three = "[3. 3. 3.]"
+    assert said["mechanize after 50 steps"] == three and float(said["sam of period 1"]) == pytest.approx(0.8)
+    nans = ("mechanize in float16", "sam where the second gradient is 0", "normalize", "sophia, eps=0")
+    assert all(said[name] == "[nan nan nan]" for name in nans)
+    plateaus = {name: float(value) for name, value in said.items() if name.startswith("plateau")}
+    assert list(plateaus.values()) == pytest.approx([1, 0.25, 0.5, 0.5, 0.1])
     assert said["prodigy under a warmup"] == said["adafactor before its offset"] == "[nan nan nan]"
 
 

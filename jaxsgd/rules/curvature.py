@@ -1,0 +1,233 @@
+r"""Rules that divide by an estimate of the Hessian's diagonal.
+
+Floor 3. The estimate needs the objective itself: ``tx.update(grads, state, params, obj_fn=loss)``, where ``loss`` is a
+function of the params. It is made of the tree as a whole, once in several steps. Under `jax.jit` over a mesh nothing
+more is needed. Inside `jax.shard_map` the objective must be that of all devices: let it end in `jax.lax.pmean`, and
+leave ``check_vma`` on. In `jax.pmap`, average in a ``hessian_diagonal_fn`` of your own.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from jaxsgd.lift import is_constant
+from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq, wide
+from jaxsgd.paths import leaf_names
+from jaxsgd.rule import rule
+from jaxsgd.spec import is_off, without_when_off
+
+__all__ = ["gauss_newton_bartlett", "hutchinson", "sophia"]
+
+
+def hutchinson(random_seed: jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Hutchinson's estimate of the Hessian's diagonal: $r \odot \nabla^2 f\, r$ with random signs $r$.
+
+    The signs of an array depend on the key and on the array's name: they are the same on every replica. Exact where
+    the Hessian is diagonal. It costs one Hessian-vector product, in the dtype of the params; complex params get the
+    mean curvature of both axes. Arrays that are not floating get zeros.
+
+    Args:
+      random_seed: a key.
+
+    Returns:
+      A transformation without state that gives the estimate in place of the gradients.
+    """
+
+    def estimate(params: Any, obj_fn: Callable[[Any], jax.Array]) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        names = leaf_names(params)
+        points = {i: jnp.asarray(p) for i, p in enumerate(leaves) if _is_smooth(p)}
+        keys = {i: jax.random.fold_in(random_seed, zlib.crc32(names[i].encode())) for i in points}
+        signs = {i: _signs(keys[i], p) for i, p in points.items()}
+
+        def objective(points: dict[int, jax.Array]) -> jax.Array:
+            return obj_fn(treedef.unflatten([points.get(i, p) for i, p in enumerate(leaves)]))
+
+        along = jax.jvp(jax.grad(objective), (points,), (signs,))[1]
+        # A product with ones is exact in any dtype; it is widened for the average that it enters.
+        found = {i: jnp.real(wide(h) * wide(signs[i])) for i, h in along.items()}
+        return treedef.unflatten([found.get(i, _nothing(p)) for i, p in enumerate(leaves)])
+
+    return _stateless(estimate)
+
+
+def gauss_newton_bartlett(batch_size: int) -> Callable[[jax.Array], optax.GradientTransformationExtraArgs]:
+    r"""The Gauss-Newton-Bartlett estimate (Liu et al. 2023, arXiv:2305.14342): $B\, \hat g \odot \hat g$.
+
+    $\hat g$ is the gradient of the mean loss over a batch of $B$ examples whose labels are drawn from the model. It
+    needs no second derivative and is never negative. ``sophia(1e-4, hessian_diagonal_fn=gauss_newton_bartlett(64))``
+    is Sophia-G. Its objective takes a key too::
+
+        def loss(params, key):
+            logits = model(params, x)
+            labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+            return cross_entropy(logits, labels).mean()
+
+    Args:
+      batch_size: $B$, the number of labels in the mean (for a language model: of tokens).
+
+    Raises:
+      ValueError: ``batch_size`` below 1.
+    """
+    if not batch_size >= 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
+
+    def factory(random_seed: jax.Array) -> optax.GradientTransformationExtraArgs:
+        def estimate(params: Any, obj_fn: Callable[[Any, jax.Array], jax.Array]) -> Any:
+            gradient = jax.grad(obj_fn, allow_int=True)(params, random_seed)
+            return jax.tree.map(
+                lambda p, g: batch_size * sq(wide(g)) if _is_smooth(p) else _nothing(p), params, gradient
+            )
+
+        return _stateless(estimate)
+
+    return factory
+
+
+def _is_smooth(p: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+
+
+def _nothing(p: Any) -> jax.Array:
+    """A diagonal of zeros, in the dtype that the state of ``p`` is kept in."""
+    return real_zeros(p) if _is_smooth(p) else jnp.zeros(jnp.shape(p), jnp.float32)
+
+
+def _signs(key: jax.Array, p: jax.Array) -> jax.Array:
+    if not jnp.iscomplexobj(p):
+        return jax.random.rademacher(key, p.shape, p.dtype)
+    real, imaginary = jax.random.rademacher(key, (2, *p.shape), real_dtype(p.dtype))
+    return jax.lax.complex(real, imaginary) * 0.5**0.5
+
+
+def _stateless(estimate: Callable[[Any, Any], Any]) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del updates
+        if "obj_fn" not in extra_args:
+            raise ValueError("obj_fn: the estimate needs the objective: tx.update(grads, state, params, obj_fn=...)")
+        return estimate(params, extra_args["obj_fn"]), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@dataclass(frozen=True)
+class _Estimator:
+    """How the diagonal is estimated. Not callable, or it would pass for a schedule."""
+
+    make: Callable[..., Any]
+    seed: Any
+
+
+def _diagonal(params, updates, *, t, update_interval, estimator, obj_fn):
+    """A new estimate of the diagonal where one is due, else zeros, which the rule does not look at."""
+
+    def rest() -> Any:
+        return jax.tree.map(_nothing, params)
+
+    def estimate() -> Any:
+        key = jax.random.fold_in(jax.random.key(estimator.seed), t.astype(jnp.int32))
+        tx = optax.with_extra_args_support(estimator.make(key))
+        found, _ = tx.update(updates, tx.init(params), params, obj_fn=obj_fn)
+        return jax.tree.map(lambda zero, h: jnp.real(h).astype(zero.dtype), rest(), found)
+
+    due = (t - 1) % update_interval == 0
+    if isinstance(due, Tracer):
+        return {"hessian": jax.lax.cond(due, estimate, rest)}
+    return {"hessian": estimate() if due else rest()}
+
+
+def _win(g, mu, nu, *, t, b1, eps, gamma, clip_threshold, print_every):
+    """How many entries of the step are not clipped, for those who print it."""
+    if is_off(print_every):
+        return {"won": jnp.zeros(()), "entries": jnp.zeros(())}
+    mean, root = debias(ema(mu, g, b1), b1, t), jnp.maximum(gamma * nu, eps)
+    won = jnp.abs(mean) < clip_threshold * root
+    return {"won": jnp.sum(won, dtype=root.dtype), "entries": jnp.full((), won.size, root.dtype)}
+
+
+def _print_win_rate(*, t, won, entries, print_every):
+    if not is_off(print_every):
+        show = functools.partial(jax.debug.print, "sophia: step {}, win rate {}", t.astype(jnp.int32), won / entries)
+        jax.lax.cond(t % print_every == 0, show, lambda: None)
+    return {}
+
+
+def _as_in_optax(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What is no number: how to estimate, whether to clip, whether to print."""
+    own = {"hessian_diagonal_fn", "key", "verbose", "print_win_rate_every_n_steps"}
+    rest = {name: value for name, value in arguments.items() if name not in own}
+    make = arguments["hessian_diagonal_fn"]
+    if make is None:
+        make = hutchinson
+    seed, clip, every = (arguments[name] for name in ("key", "clip_threshold", "print_win_rate_every_n_steps"))
+    if isinstance(make, optax.GradientTransformation):
+        raise TypeError(
+            "sophia: hessian_diagonal_fn: a ready-made transformation keeps a state of its own; give the function that "
+            "makes one from a key, such as optax.contrib.hutchinson_estimator_diag_hessian without its parentheses"
+        )
+    if not callable(make):
+        raise TypeError(f"sophia: hessian_diagonal_fn={make!r}: a function of a key that makes a transformation")
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if not whole and not (isinstance(seed, jax.Array) and jnp.isdtype(seed.dtype, "integral")):
+        raise TypeError(f"sophia: key={seed!r}: a whole number is needed, the seed of the estimate")
+    for name, least in (("update_interval", 1), ("print_win_rate_every_n_steps", 0)):
+        value = arguments[name]
+        if is_constant(value) and not (value >= least and value == int(value)):
+            raise ValueError(f"sophia: {name}={value!r}: a whole number from {least} is needed")
+    clips = clip is not None
+    return rest | {
+        "estimator": _Estimator(make, seed),
+        "clip_threshold": clip if clips else 1.0,
+        "clips": clips,
+        "print_every": every if arguments["verbose"] and clips else 0,
+    }
+
+
+@rule(
+    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    trees=_diagonal,
+    sums=_win,
+    shared=_print_win_rate,
+    oracle=optax.contrib.sophia,
+    positional=(
+        "learning_rate", "b1", "b2", "eps", "weight_decay", "weight_decay_mask", "gamma", "clip_threshold",
+        "update_interval", "hessian_diagonal_fn", "mu_dtype", "verbose", "print_win_rate_every_n_steps",
+    ),
+    aliases={"weight_decay_mask": "mask", "mu_dtype": "mu"},
+    extras={"hessian_diagonal_fn": None, "key": 0, "verbose": False, "print_win_rate_every_n_steps": 0},
+    hidden=("estimator", "clips", "print_every"),
+    prepare=_as_in_optax,
+    weight_decay=1e-4,
+    needs={"gamma": {"clip_threshold": 20.0}, "update_interval": {"clip_threshold": 20.0}},
+    exceptions={"flax": "the objective must be given to the update, and Flax's own train states do not pass it on"},
+)  # fmt: skip
+def sophia(
+    g, mu, nu, *, t, hessian, b1=0.965, b2=0.99, eps=1e-8, gamma=0.01, clip_threshold=1.0, update_interval=10,
+    estimator=None, clips=True, print_every=0,
+):  # fmt: skip
+    r"""Sophia (Liu et al. 2023, arXiv:2305.14342): $u = \operatorname{clip}(\hat m_t / \max(\gamma h, \epsilon), \rho),\; h \leftarrow \beta_2 h + (1-\beta_2)\, r \odot \nabla^2 f\, r$.
+
+    The update needs the objective, a function of the params: ``obj_fn=``. Every ``update_interval`` steps, the first
+    included, the diagonal of its Hessian is estimated, by default with random signs $r$ (`hutchinson`, Sophia-H); the
+    step is made with the average $h$ as it was before, as in optax and in the authors' training loop.
+
+    ``hessian_diagonal_fn`` is another way to estimate it: a function of a key that makes a gradient transformation,
+    such as `gauss_newton_bartlett(batch_size)` (Sophia-G) or ``optax.contrib.hutchinson_estimator_diag_hessian``. It
+    is called anew for each estimate, with a key made of the seed ``key`` and the step. ``clip_threshold`` is $\rho$, or
+    None. ``verbose`` with ``print_win_rate_every_n_steps=n`` prints the share of entries that are not clipped.
+    """
+    mu = ema(mu, g, b1)
+    mean, root = debias(mu, b1, t), jnp.maximum(gamma * nu, eps)
+    u = mean / root
+    if clips:  # without a division where there may be none
+        u = jnp.where(jnp.abs(mean) < clip_threshold * root, u, clip_threshold * jnp.sign(mean))
+    return u, mu, jnp.where((t - 1) % update_interval == 0, ema(nu, hessian, b2), nu)
