@@ -136,8 +136,9 @@ class Lift:
     # -- init --------------------------------------------------------------------------------
 
     def init(self, params: Any) -> State:
-        """The state before the first step; its slots lie where ``params`` lie."""
+        """The state before the first step; its slots lie where ``params`` lie. Shapes in place of params will do."""
         leaves, treedef = jax.tree.flatten(params)
+        leaves = [jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
         overrides = self.overrides(params)
         for name, leaf, own in zip(leaf_names(params), leaves, overrides, strict=True):
             if not own.get("frozen") and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):

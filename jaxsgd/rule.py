@@ -25,7 +25,7 @@ __all__ = ["RULES", "Rule", "UnknownRule", "rule"]
 
 REQUIRED = inspect.Parameter.empty
 FRAME = {
-    "weight_decay": 0.0,
+    "weight_decay": None,
     "mask": None,
     "groups": (),
     "storage": None,
@@ -102,6 +102,7 @@ class Rule:
                 name,
                 by_position if name in self.positional else inspect.Parameter.KEYWORD_ONLY,
                 default=self.defaults[name],
+                annotation=optax.ScalarOrSchedule if name == "learning_rate" else inspect.Parameter.empty,
             )
             for name in names
         ]
@@ -140,7 +141,7 @@ class Rule:
           learning_rate: a number, or a schedule of the 0-based step. It lives in the state:
             `jaxsgd.with_hyper` sets it without a new compile, `jaxsgd.metrics` reads it.
           weight_decay: decoupled: the update is ``-learning_rate * (direction + weight_decay * p)``
-            (rules that say so add it to the gradient instead). A number or a schedule.
+            (rules that say so add it to the gradient instead). A number or a schedule; None is none.
           mask: where weight decay applies: a tree of booleans like the params, a prefix of one, or a
             function of the params that makes one.
           groups: ``[(pattern, overrides), ...]`` with a regular expression on the leaf's name
@@ -305,7 +306,8 @@ class Rule:
 
 
 def _call_text(signature: inspect.Signature) -> str:
-    return str(signature.replace(return_annotation=inspect.Signature.empty))
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(plain))
 
 
 _SHARED_ARGUMENTS = inspect.cleandoc(Rule.__call__.__doc__ or "").split("\n\n", 1)[1]
@@ -317,7 +319,7 @@ def make_rule(
     *,
     positional: tuple[str, ...] | None = None,
     learning_rate: Any = REQUIRED,
-    weight_decay: Any = 0.0,
+    weight_decay: Any = REQUIRED,
     aliases: Mapping[str, str] | None = None,
     hidden: tuple[str, ...] = (),
     extras: Mapping[str, Any] | None = None,
@@ -327,9 +329,11 @@ def make_rule(
     aliases, extras = aliases or {}, extras or {}
     offered = {name: default for name, default in spec.hyper.items() if name not in hidden}
     defaults = {"learning_rate": learning_rate, **offered, **dict.fromkeys(aliases), **extras, **FRAME}
-    defaults["weight_decay"] = weight_decay
     if positional is None:
         positional = ("learning_rate", *offered)
+    # None, not 0, where it is only ours: what injects hyperparameters makes arrays of numbers, which are never off.
+    none = 0.0 if "weight_decay" in positional else None
+    defaults["weight_decay"] = none if weight_decay is REQUIRED else weight_decay
     return Rule(spec, inspect.cleandoc(doc), defaults, positional, aliases, hidden=hidden, extras=extras, **fields)
 
 
@@ -364,7 +368,7 @@ def rule(
       oracle, needs, exceptions, bounds, alternatives, aliases, prepare, routes, hidden, extras: see `Rule`.
       positional: arguments that may be given by position, in order; by default the learning rate, then
         all hyperparameters.
-      learning_rate, weight_decay: their defaults; none and 0 by default.
+      learning_rate, weight_decay: their defaults; by default there is none, and no decay.
 
     Raises:
       TypeError: a signature that is not a rule's.

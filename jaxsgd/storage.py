@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxsgd.numerics import stochastic_round, wide
+from jaxsgd.numerics import real_dtype, stochastic_round, wide
 
 __all__ = ["Blocks", "Storage", "cast", "int8", "plain"]
 
@@ -180,8 +180,8 @@ def cast(dtype: DTypeLike, *, stochastic: bool = False) -> Storage:
     """Keep a slot in ``dtype`` between steps, for example ``storage={"mu": cast("bfloat16")}``.
 
     Args:
-      dtype: a floating dtype. A bfloat16 second moment with ``b2=0.999`` stops moving at half its value
-        when rounded to nearest; use ``stochastic=True`` there.
+      dtype: a floating dtype, or a complex one, which means that of its real part. A bfloat16 second moment
+        with ``b2=0.999`` stops moving at half its value when rounded to nearest; use ``stochastic=True`` there.
       stochastic: round at random (to bfloat16) with the right mean, with bits drawn from the step,
         the slot and the leaf, so that every replica draws the same.
 
@@ -189,6 +189,8 @@ def cast(dtype: DTypeLike, *, stochastic: bool = False) -> Storage:
       ValueError: ``dtype`` is not a floating dtype, or ``stochastic`` with other than bfloat16.
     """
     resolved = jnp.dtype(dtype)
+    if jnp.issubdtype(resolved, jnp.complexfloating):
+        resolved = real_dtype(resolved)
     if not jnp.issubdtype(resolved, jnp.floating):
         raise ValueError(f"dtype={resolved.name}: a slot is stored in a floating dtype")
     if stochastic and resolved != jnp.bfloat16:

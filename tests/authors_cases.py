@@ -288,7 +288,8 @@ CASES: dict[str, Case] = {
         leaves=NOT_CUBE, turned="swap", wide=True),
     "po-normuon": Case(
         "normuon", PO, "muon:NorMuon", {"lr": 0.05, "eps": TINY, "adamw_lr": 0.01, "update_scale": "match_rms"},
-        {"learning_rate": 0.05, "eps": TINY, "eps_nu": TINY, "adam_learning_rate": 0.01}, NOT_CUBE, "swap", wide=True),
+        {"learning_rate": 0.05, "eps": TINY, "eps_nu": TINY, "adam_learning_rate": 0.01, "consistent_rms": 0.2},
+        NOT_CUBE, "swap", wide=True),
     "po-adamuon": Case(  # the norm of the step is given, so that it matters not that v is corrected
         "adamuon", PO, "muon:AdaMuon", {"lr": 0.05, "betas": (0.8, 0.9), "eps": TINY, "adamw_lr": 0.01},
         {"learning_rate": 0.05, "beta": 0.8, "beta2": 0.9, "sign": False, "eps": TINY, "eps_nu": TINY,

@@ -61,7 +61,7 @@ def walk(tx: Any) -> Any:
 
 def floats(rule: Rule) -> dict[str, float]:
     """The hyperparameters with a default that is a float: one program serves all of their values."""
-    known = {"learning_rate": RATE, "weight_decay": rule.defaults["weight_decay"], **rule.hyper}
+    known = {"learning_rate": RATE, "weight_decay": rule.defaults["weight_decay"] or 0.0, **rule.hyper}
     known |= {name: rule.defaults[name] for name in rule.hyper}
     return {name: value for name, value in known.items() if type(value) is float}
 
@@ -129,9 +129,10 @@ def alternative(name: str, default: Any) -> Any:
 def settings_of(rule: Rule) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Hyperparameter -> (settings without the change, settings with it)."""
     out = {}
-    for name, default in {"weight_decay": rule.defaults["weight_decay"], **rule.hyper}.items():
+    for name, default in {"weight_decay": 0.0, **rule.hyper}.items():
         without = dict(rule.needs.get(name, {}))
         given = rule.defaults.get(name, default)
+        given = given or 0.0 if name == "weight_decay" else given
         other = rule.alternatives[name] if name in rule.alternatives else alternative(name, given)
         out[name] = (without, {**without, name: other})
     return out
@@ -148,7 +149,7 @@ def reference(rule: Rule, settings: dict[str, Any], params: Any, grads: Any) -> 
     oracle = rule.oracle
     given = {"learning_rate": RATE, **settings}
     takes = inspect.signature(oracle).parameters if oracle is not None else {}
-    decay = given.pop("weight_decay", rule.defaults["weight_decay"])
+    decay = given.pop("weight_decay", rule.defaults["weight_decay"]) or 0.0
     scheduled = any(callable(value) for value in given.values())
     if oracle is not None and all(name in takes for name in given) and not scheduled:
         decaying = {"weight_decay": decay} if "weight_decay" in takes else {}

@@ -43,8 +43,9 @@ def test_one_file_is_enough(define, law):
 
 def test_it_is_in_the_catalogue_and_callable(define):
     toy = define(SOURCE)
-    assert "| `toy` | Toy | $m" in catalog.table()
-    assert "optax" in catalog.entry(toy)["agrees with"]
+    assert "[`toy`](docs/rules.md#toy) | Toy | $m" in catalog.table({})
+    assert catalog.entry(toy, {"toy": {"optax": 1e-15}})["agrees with"] == "optax"
+    assert "### toy" in catalog.page({}) and "toy: not measured" in str(catalog.faults({}))
     assert list(inspect.signature(toy).parameters)[:2] == ["learning_rate", "b1"]
     assert toy.__doc__.startswith("Toy (Nobody 2026") and toy.module == "one_file"
 

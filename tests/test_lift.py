@@ -12,6 +12,7 @@ import pytest
 
 import jaxsgd
 from jaxsgd import RULES, cast, describe, metrics, with_hyper
+from jaxsgd.testing import loss_of
 
 PARAMS = {
     "encoder": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)},
@@ -424,6 +425,10 @@ OTHER_DEFAULTS = {
     ("adopt", "clip_value_fn"): "None is the same function, the fourth root of the step",
     ("lars", "weight_decay_mask"): "None is everywhere, as True is",
     ("noisy_sgd", "key"): "a seed of 0; optax's None asks for its deprecated seed=",
+    (
+        "sophia",
+        "hessian_diagonal_fn",
+    ): "None is Hutchinson's estimator; optax's has a state of its own",
     ("noisy_sgd", "seed"): "deprecated in optax in favour of key=",
 }
 """Arguments whose default is spelled otherwise than in optax, and why."""
@@ -453,7 +458,7 @@ def test_rules_show_real_arguments_and_docs():
 
     text = pydoc.render_doc(jaxsgd.adamw, renderer=pydoc.plaintext)
     assert "AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)" in text
-    assert "adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-08" in text and "groups:" in text
+    assert "Call: adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-08" in text and "groups:" in text
     assert jaxsgd.adamw.__name__ == "adamw" and repr(jaxsgd.adamw) == "<rule adamw>"
 
 
@@ -474,4 +479,4 @@ def test_nothing_warns():
         warnings.simplefilter("error")
         for rule in RULES.values():
             tx = rule(0.1)
-            tx.update(GRADS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
+            tx.update(GRADS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0), obj_fn=loss_of)

@@ -9,25 +9,16 @@ from laws import LAWS
 
 from jaxsgd import RULES
 
-QUICK = {f"jaxsgd.rules.{family}" for family in ("adaptive", "averaging", "momentum", "sign", "torch")}
-"""Families whose laws run in make test; those of the others run in make slow, and CI runs both."""
 
-
-def cases():
-    for name in sorted(RULES):
-        for law in LAWS:
-            slow = RULES[name].module not in QUICK
-            yield pytest.param(name, law, marks=[pytest.mark.slow] if slow else [])
-
-
-@pytest.mark.parametrize(("name", "law"), list(cases()))
+@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("law", LAWS)
 def test_law(name, law):
     LAWS[law](RULES[name])
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    name=st.sampled_from([n for n in sorted(RULES) if RULES[n].oracle is not None and RULES[n].module in QUICK]),
+    name=st.sampled_from([n for n in sorted(RULES) if RULES[n].oracle is not None]),
     kind=st.sampled_from(["normal", "sparse", "heavy", "constant"]),
     seed=st.integers(0, 2**31 - 1),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),

@@ -166,7 +166,14 @@ def _maxima(nu: jax.Array) -> jax.Array:
     """The maximum of each slice along each axis, one after another in a vector."""
     axes = range(max(nu.ndim, 1))
     nu = jnp.atleast_1d(nu)
-    return jnp.concatenate([jnp.max(nu, tuple(a for a in axes if a != axis), initial=0) for axis in axes])
+    maxima = [jnp.max(nu, tuple(a for a in axes if a != axis), initial=0) for axis in axes]
+    return jnp.concatenate([_replicated(x) for x in maxima])
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """``x`` whole on every device, where its type says that it is split: what is joined has to lie alike."""
+    held = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, held.update(spec=jax.P())) if any(held.spec) else x
 
 
 def _optax_sm3(learning_rate, momentum=0.9, eps=1e-8):

@@ -209,7 +209,7 @@ def _low_rank(base: Rule, name: str, doc: str, **fields: Any) -> Rule:
     spec = Spec.read(fn, name=name, start=starts, runtime=inner.runtime)
     fields = {
         "learning_rate": base.defaults.get("learning_rate", REQUIRED),
-        "weight_decay": base.defaults["weight_decay"],
+        "weight_decay": base.defaults["weight_decay"] or 0.0,
         "positional": ("learning_rate", "rank", "update_proj_gap", "scale"),
         "routes": _told,
         "hidden": tuple(hidden),
