@@ -24,7 +24,13 @@ RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
         "lion", "nadam", "nadamw", "noisy_sgd", "novograd", "optimistic_adam_v2", "optimistic_gradient_descent",
         "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "sm3", "yogi",
     )
-} | {"adadelta": optax.adadelta, "adafactor": optax.adafactor}  # fmt: skip
+} | {"adadelta": optax.adadelta, "adafactor": optax.adafactor} | {
+    f"contrib.{name}": lambda name=name: getattr(optax.contrib, name)(1e-2)
+    for name in (
+        "acprop", "ademamix", "simplified_ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "galore",
+        "madgrad", "momo", "momo_adam", "muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "sophia",
+    )
+}  # fmt: skip
 
 TORCH: dict[str, tuple[optax.GradientTransformation, optax.GradientTransformation]] = {
     "sgd with momentum": (optax.sgd(1e-2, 0.9), jaxsgd.torch.SGD(lr=1e-2, momentum=0.9)),

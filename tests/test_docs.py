@@ -77,6 +77,28 @@ def test_table_and_page_of_rules_are_current(tmp_path, capsys):
     assert catalog.main([]) == 0 and "[`adam`](docs/rules.md#adam) | Adam |" in capsys.readouterr().out
 
 
+NAMES = {
+    "optax": """adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lion nadam
+        nadamw noisy_sgd novograd optimistic_gradient_descent optimistic_adam optimistic_adam_v2 polyak_sgd radam
+        rmsprop rprop sgd sign_sgd signum sm3 yogi""",
+    "optax.contrib": """acprop ademamix simplified_ademamix adopt cocob dadapt_adamw dog dowg galore madgrad momo
+        momo_adam muon prodigy schedule_free_sgd schedule_free_adamw sophia""",
+    "elsewhere": """momentum nesterov velocity schedule_free_radam mars soap shampoo kron normuon adamuon muon_jordan
+        dion adam_mini grams apollo apollo_mini adalomo""",
+}
+
+
+def test_every_name_is_there():
+    for names in NAMES.values():
+        assert [name for name in names.split() if name not in RULES] == []
+    functions = """mechanize sam normalize reduce_on_plateau clip_by_global_norm accumulate accumulate_gradients guard
+        ema eval_params monitor schedule_free cautious cautious_decay lookahead grokfast centralized adaptive_clip
+        low_rank"""
+    assert [name for name in functions.split() if not callable(getattr(jaxsgd, name, None))] == []
+    torch = "SGD Adam AdamW NAdam Adamax RMSprop Adagrad Adadelta RAdam ASGD Rprop Adafactor Muon SparseAdam"
+    assert sorted(torch.split()) == sorted(jaxsgd.torch.__all__)
+
+
 def test_measured_agreement_is_within_its_bars():
     held = json.loads((ROOT / "docs" / "agreement.json").read_text())
     assert catalog.faults(held) == []

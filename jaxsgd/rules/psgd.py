@@ -20,7 +20,7 @@ from jaxsgd.paths import nearest
 from jaxsgd.rule import rule
 from jaxsgd.spec import without_when_off
 
-__all__ = ["kron", "seeded"]
+__all__ = ["kron"]
 
 SAVING = ("one_diag", "smart_one_diag", "all_diag")
 """Which sides have a diagonal factor whatever their size: the longer one, the longer one if there is one, both."""
