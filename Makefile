@@ -7,6 +7,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
+# Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 .PHONY: help train test slow lint format tables clean
 
@@ -36,7 +38,7 @@ lint: $(VENV)/.test
 	$(RUN) -m jaxsgd.catalog --check
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 slow: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -29,3 +30,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "name" in callspec.params:
             item.add_marker(pytest.mark.xdist_group(str(callspec.params["name"])))
+
+
+PROGRAMS = 60
+"""Tests after which a worker drops its compiled programs: they are memory maps, of which a process has 65,530."""
+
+
+def _group(item: pytest.Item | None) -> object:
+    return getattr(getattr(item, "callspec", None), "params", {}).get("name")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drop compiled programs now and then, between two rules."""
+    item.config.stash[COUNT] = item.config.stash.get(COUNT, 0) + 1
+    if item.config.stash[COUNT] >= PROGRAMS and _group(item) != _group(nextitem):
+        item.config.stash[COUNT] = 0
+        forget = sys.modules.get("laws")
+        if forget is not None:
+            forget._family.cache_clear()
+            forget._constants.cache_clear()
+        jax.clear_caches()
+
+
+COUNT: pytest.StashKey[int] = pytest.StashKey()

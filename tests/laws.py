@@ -205,7 +205,8 @@ def law_2_transformations(rule: Rule) -> None:
         assert relative(compiled[1].slots, eager[1].slots) < 1e-14
 
         rates = jnp.asarray([0.01, 0.02, 0.3])
-        many = jax.vmap(lambda r: update(second, jaxsgd.with_hyper(state, learning_rate=r), params)[0])(rates)
+        at = jax.jit(jax.vmap(lambda r: update(second, jaxsgd.with_hyper(state, learning_rate=r), params)[0]))
+        many = at(rates)
         for i, rate in enumerate((0.01, 0.02, 0.3)):
             one = update(second, jaxsgd.with_hyper(state, learning_rate=rate), params)[0]
             assert relative(after(jax.tree.map(lambda x, i=i: x[i], many)), after(one)) < 1e-14
@@ -214,7 +215,7 @@ def law_2_transformations(rule: Rule) -> None:
             return
         direction = tree(5)
         moved = lambda s: update(jax.tree.map(lambda g, d: g + s * d, second, direction), state, params)[0]
-        _, tangent = jax.jvp(moved, (0.0,), (1.0,))
+        tangent = jax.jit(lambda s: jax.jvp(moved, (s,), (1.0,))[1])(0.0)
         # Central differences with step 1e-6 in float64: truncation and rounding both near 1e-10.
         difference = jax.tree.map(lambda a, b: (a - b) / 2e-6, moved(1e-6), moved(-1e-6))
         for a, b in zip(jax.tree.leaves(tangent), jax.tree.leaves(difference), strict=True):
@@ -345,7 +346,6 @@ def law_6_dtypes(rule: Rule) -> None:
     tx = rule(1e-3)
     constant = jnp.linspace(0.5, 1.5, 8)
 
-    @functools.partial(jax.jit, static_argnums=0)
     def march(dtype):
         def step(carry, _):
             p, s = carry
@@ -355,7 +355,7 @@ def law_6_dtypes(rule: Rule) -> None:
         p = jnp.ones(8, dtype)
         return jax.lax.scan(step, (p, tx.init(p)), length=5000)[0][1]
 
-    narrow, full = march(jnp.bfloat16), march(jnp.float32)
+    narrow, full = jax.jit(lambda: (march(jnp.bfloat16), march(jnp.float32)))()
     for slot, held in narrow.slots.items():
         # bf16 rounds the gradient once (2**-9, squared in nu: 2**-8).
         if held is not None:  # a factor that a vector does not have

@@ -16,6 +16,8 @@ from jaxsgd.rules import psgd
 from jaxsgd.rules.muon_kin import adamuon, dion, normuon
 from jaxsgd.rules.psgd import kron
 
+pytestmark = pytest.mark.slow  # most of a minute; CI runs it
+
 RATE = 0.05
 RULES = {"normuon": normuon, "adamuon": adamuon, "dion": dion, "kron": kron}
 

@@ -1,7 +1,5 @@
 """optax's own test files pass with jaxsgd's functions in place of optax's: see `optax_suite`."""
 
-import re
-
 import optax_suite as suite
 import pytest
 
@@ -9,15 +7,6 @@ import jaxsgd
 
 UPDATED = 1385
 """Tests of optax that run an update of jaxsgd, of all its test files."""
-
-UPDATED_AT_ONCE = 742
-"""The same, of those that `make test` runs."""
-
-LATER = re.compile(
-    r"shard_stability|inject_hyperparams\d|mixed_precision|ContribTest::test_optimizers_accept_extra_args"
-    r"|_aggregating_test|linesearch_test|_sam_test"
-)
-"""Tests that take more than half of the time: run by `make slow`."""
 
 
 def passes(results, held, at_least):
@@ -42,14 +31,6 @@ def test_nothing_of_optax_is_left_out_in_silence():
     assert set(suite.OTHER_CALLS) <= set(jaxsgd.__all__)
     both = set(jaxsgd.__all__) & set(suite.their_functions())
     assert both <= set(suite.replacements()) | set(suite.OTHER_CALLS)
-
-
-def test_with_jaxsgd():
-    held = suite.Record.load()
-    if held.optax != suite.installed():
-        pytest.skip("another optax than recorded: make slow runs its tests in optax first")
-    wanted = [name for name in held.touched() if not LATER.search(name)]
-    passes(suite.run(patched=True, files=suite.files_of(wanted), wanted=wanted), held, UPDATED_AT_ONCE)
 
 
 @pytest.mark.slow
