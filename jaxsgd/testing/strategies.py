@@ -94,8 +94,8 @@ def hyperparameters(
     """Keyword arguments for ``factory``, read off its signature: ``factory(**drawn)`` is a valid call.
 
     What has a number or a flag as its default, and the learning rate, is drawn: decays (``b1``, ``momentum``, ``rho``)
-    from [0, 0.999], epsilons and rates over decades, other numbers between half and double their default, but below 1
-    what is below 1. Arguments of other kinds keep their defaults.
+    from [0.01, 0.999], epsilons and rates over decades, other numbers between half and double their default, but below
+    1 what is below 1. Arguments of other kinds keep their defaults.
 
     Args:
       factory: such as `optax.adam` or a rule of `jaxsgd.RULES`.
@@ -126,7 +126,7 @@ def _values(name: str, default: Any) -> SearchStrategy | None:
     if name.endswith("weight_decay"):
         return st.one_of(st.just(0.0), _decades(-4, -1))
     if DECAYS.fullmatch(name):
-        return st.floats(0.0, 0.999)
+        return st.floats(0.01, 0.999)
     if isinstance(default, int):
         return st.integers(max(1, default // 2), max(1, 2 * default))
     largest = (1 + default) / 2 if default < 1 else 2 * default  # what lies below 1 may have to
