@@ -18,9 +18,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jaxsgd.numerics import real_zeros, zeros
 
-__all__ = ["Spec", "by_name", "is_off", "parameter_names", "signature_of", "without_when_off"]
+__all__ = ["Spec", "by_name", "is_off", "parameter_names", "seed", "signature_of", "without_when_off"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -37,6 +41,18 @@ def by_name(fn: Callable, available: Mapping[str, Any]) -> Any:
 def is_off(value: Any) -> bool:
     """Whether a hyperparameter is known, while tracing, to switch its term off."""
     return value is None or value is False or (isinstance(value, int | float) and value == 0)
+
+
+def seed(key: Any, what: str) -> Any:
+    """``key`` if it is a seed: a whole number, or an array of one (as `optax.inject_hyperparams` hands it over).
+
+    Raises:
+      TypeError: it is something else; ``what`` says whose seed is needed.
+    """
+    whole = isinstance(key, int) and not isinstance(key, bool)
+    if not whole and not (isinstance(key, jax.Array | np.ndarray) and jnp.isdtype(key.dtype, "integral")):
+        raise TypeError(f"{what}: key={key!r}: a whole number is needed, a seed")
+    return key
 
 
 def without_when_off(hyper: str, start: Callable = zeros) -> Callable:
@@ -149,13 +165,18 @@ class Spec:
         made = {"g", "p", "t", "learning_rate", "weight_decay", "leaf_key", "params", "updates"}
         return frozenset(asked - made - {*self.slots, *self.kept, *self.hyper})
 
+    def _zeros(self, slot: str) -> Callable:
+        """The function that a slot starts by; one around it says so by its attribute ``zeros``."""
+        start = self.start.get(slot, zeros)
+        return getattr(start, "zeros", start)
+
     def is_moment(self, slot: str) -> bool:
         """Whether a slot is an average of gradients: it starts at zero, with the shape of the parameter."""
-        return getattr(self.start.get(slot, zeros), "zeros", self.start.get(slot, zeros)) in (zeros, real_zeros)
+        return self._zeros(slot) in (zeros, real_zeros)
 
     def is_of_squares(self, slot: str) -> bool:
-        """Whether a slot is a moment that is never negative."""
-        return self.is_moment(slot) and getattr(self.start.get(slot), "zeros", self.start.get(slot)) is real_zeros
+        """Whether a slot is a moment that is never negative: it starts as `real_zeros`."""
+        return self._zeros(slot) is real_zeros
 
     @property
     def owns_step(self) -> bool:

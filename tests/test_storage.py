@@ -113,6 +113,17 @@ def test_pain_9_what_is_no_moment_stays_whole():
         int8(min_size=-1)
 
 
+def test_an_average_that_may_be_negative_keeps_its_sign():
+    """Sophia's estimate of the Hessian's diagonal is real, and no second moment."""
+    p = jnp.linspace(-1, 1, 300)
+    loss = lambda p: jnp.sum(jnp.sin(3 * p))
+    whole, packed = jaxsgd.sophia(0.1), jaxsgd.sophia(0.1, storage=int8(min_size=0, stochastic=False))
+    truth, held = (tx.update(jax.grad(loss)(p), tx.init(p), p, obj_fn=loss)[1].slots["nu"] for tx in (whole, packed))
+    assert isinstance(held, Blocks) and float(truth.min()) < -0.08
+    # Neighbours are at most 0.9 / 64 of the block's largest apart.
+    np.testing.assert_allclose(int8(min_size=0).unpack(held), truth, atol=0.9 / 64 * 0.09)
+
+
 def marched(tx, dtype=jnp.bfloat16, steps=1000):
     """Ones that are to lose 1e-3 a step."""
 

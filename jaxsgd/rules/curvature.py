@@ -20,10 +20,10 @@ import optax
 from jax.core import Tracer
 
 from jaxsgd.lift import is_constant
-from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq, wide
+from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq, wide, zeros
 from jaxsgd.paths import leaf_names
 from jaxsgd.rule import rule
-from jaxsgd.spec import is_off, without_when_off
+from jaxsgd.spec import is_off, seed, without_when_off
 
 __all__ = ["gauss_newton_bartlett", "hutchinson", "sophia"]
 
@@ -168,7 +168,7 @@ def _as_in_optax(arguments: dict[str, Any]) -> dict[str, Any]:
     make = arguments["hessian_diagonal_fn"]
     if make is None:
         make = hutchinson
-    seed, clip, every = (arguments[name] for name in ("key", "clip_threshold", "print_win_rate_every_n_steps"))
+    clip, every = arguments["clip_threshold"], arguments["print_win_rate_every_n_steps"]
     if isinstance(make, optax.GradientTransformation):
         raise TypeError(
             "sophia: hessian_diagonal_fn: a ready-made transformation keeps a state of its own; give the function that "
@@ -176,24 +176,29 @@ def _as_in_optax(arguments: dict[str, Any]) -> dict[str, Any]:
         )
     if not callable(make):
         raise TypeError(f"sophia: hessian_diagonal_fn={make!r}: a function of a key that makes a transformation")
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if not whole and not (isinstance(seed, jax.Array) and jnp.isdtype(seed.dtype, "integral")):
-        raise TypeError(f"sophia: key={seed!r}: a whole number is needed, the seed of the estimate")
     for name, least in (("update_interval", 1), ("print_win_rate_every_n_steps", 0)):
         value = arguments[name]
         if is_constant(value) and not (value >= least and value == int(value)):
             raise ValueError(f"sophia: {name}={value!r}: a whole number from {least} is needed")
     clips = clip is not None
     return rest | {
-        "estimator": _Estimator(make, seed),
+        "estimator": _Estimator(make, seed(arguments["key"], "sophia")),
         "clip_threshold": clip if clips else 1.0,
         "clips": clips,
         "print_every": every if arguments["verbose"] and clips else 0,
     }
 
 
+def _start_curvature(p):
+    """Real zeros, but no second moment: an estimate of the diagonal may be negative, and so may its average."""
+    return real_zeros(p)
+
+
+_start_curvature.zeros = zeros  # type: ignore[attr-defined]  # a storage must keep its sign
+
+
 @rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
+    start={"mu": without_when_off("b1"), "nu": _start_curvature},
     trees=_diagonal,
     sums=_win,
     shared=_print_win_rate,
