@@ -210,7 +210,7 @@ class Lift:
             same_structure(params, updates)
         elif "p" in self.spec.context or self.spec.trees is not None or self.rounding is not None:
             raise ValueError(f"params: {self.spec.name} needs them: tx.update(grads, state, params)")
-        elif self.decays or any(not is_off(own.get("weight_decay")) for own in self.overrides(updates)):
+        elif self.decays or self.routes and any(not is_off(own.get("weight_decay")) for own in self.overrides(updates)):
             raise ValueError(
                 f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
             )

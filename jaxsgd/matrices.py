@@ -24,6 +24,7 @@ __all__ = [
     "PRESETS",
     "adjoint",
     "as_matrices",
+    "completed",
     "eigenbasis",
     "frobenius",
     "inverse_root",
@@ -205,6 +206,18 @@ def as_matrices(
     return x.transpose(order).reshape(flat), lambda matrices: matrices.reshape(there).transpose(back)
 
 
+def completed(vectors: jax.Array, null: jax.Array) -> jax.Array:
+    """The columns ``vectors``, those that are ``null`` replaced by cosines orthogonal to the others.
+
+    ``null`` broadcasts along the columns' axis. A QR decomposition makes the result a basis.
+    """
+    known, (n, count) = jnp.where(null, 0, vectors), vectors.shape[-2:]
+    places = jnp.arange(n, dtype=jnp.finfo(vectors.dtype).dtype)
+    cosines = jnp.cos(math.pi / n * jnp.outer(places + 0.5, places[:count])).astype(vectors.dtype)
+    cosines = jnp.broadcast_to(cosines, vectors.shape)
+    return jnp.where(null, cosines - known @ (adjoint(known) @ cosines), vectors)
+
+
 def eigenbasis(x: jax.Array) -> jax.Array:
     """Eigenvectors of a positive semidefinite matrix in columns, those of the largest eigenvalues first.
 
@@ -216,11 +229,7 @@ def eigenbasis(x: jax.Array) -> jax.Array:
     values, vectors = jnp.flip(values, -1), jnp.flip(vectors, -1)
     largest = values[..., :1]
     null = jnp.expand_dims(values <= 8 * n * float(jnp.finfo(real).eps) * largest, -2)
-    known = jnp.where(null, 0, vectors)
-    places = jnp.arange(n, dtype=real)
-    cosines = jnp.cos(math.pi / n * jnp.outer(places + 0.5, places)).astype(x.dtype)
-    rest = jnp.broadcast_to(cosines, x.shape) - known @ (adjoint(known) @ jnp.broadcast_to(cosines, x.shape))
-    basis = jnp.linalg.qr(jnp.where(null, rest, vectors))[0]
+    basis = jnp.linalg.qr(completed(vectors, null))[0]
     return jnp.where(jnp.expand_dims(largest, -1) > 0, basis, jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), x.shape))
 
 

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 from optax.contrib import GaLoreDimensionNumbers
 
-from jaxsgd.matrices import adjoint, as_matrices, frobenius, rotated, rotated_back
+from jaxsgd.matrices import as_matrices, completed, frobenius, rotated, rotated_back
 from jaxsgd.numerics import ema, filled, real_dtype, real_zeros, sq
 from jaxsgd.paths import leaf_names
 from jaxsgd.rule import REQUIRED, Rule, make_rule, register, rule
 from jaxsgd.rules.adaptive import adam
-from jaxsgd.rules.matrix import NOT_HIDDEN, matrix_leaves
+from jaxsgd.rules.matrix import NOT_HIDDEN, axes_of, matrix_leaves, spread
 from jaxsgd.rules.wrappers import titled
-from jaxsgd.spec import Spec, is_off, signature_of
+from jaxsgd.spec import Spec, is_off, seed, signature_of
 
 __all__ = ["apollo", "apollo_mini", "galore", "low_rank"]
 
@@ -69,28 +69,13 @@ def _told(rule: Rule, arguments: Mapping[str, Any]) -> Callable[[Any], list[dict
 
 def _dimensions(params: Any, given: Any) -> list[Any]:
     """Each leaf's ``(rows, columns)`` by dimension numbers: one for all, a tree of them, or a function of the params."""
-    tree, found = given(params) if callable(given) else given, []
-    one = isinstance(tree, tuple) and hasattr(tree, "reduction_axis")
-    spread = lambda d, part: found.extend([d] * len(jax.tree.leaves(part)))  # noqa: E731
-    jax.tree.map(spread, tree, params, is_leaf=lambda d: d is None or isinstance(d, GaLoreDimensionNumbers))
-    leaves = zip(leaf_names(params), jax.tree.leaves(params), found, strict=True)
-    return [_axes(name, leaf, None if one and jnp.ndim(leaf) < 2 else numbers) for name, leaf, numbers in leaves]
-
-
-def _axes(name: str, leaf: Any, numbers: Any) -> Any:
-    """Dimension numbers as two tuples of axes from 0.
-
-    Raises:
-      ValueError: an axis that the leaf does not have, or has twice.
-    """
-    if numbers is None:
-        return None
-    ndim = jnp.ndim(leaf)
-    groups = [(group,) if isinstance(group, int) else tuple(group) for group in numbers]
-    rows, columns = (tuple(axis % ndim if -ndim <= axis < ndim else ndim for axis in group) for group in groups)
-    if len({*rows, *columns, ndim}) != len(rows) + len(columns) + 1 or not rows or not columns:
-        raise ValueError(f"weight_dimension_numbers: {name!r} of shape {jnp.shape(leaf)} has no {numbers}")
-    return rows, columns
+    numbers = given(params) if callable(given) else given
+    one = isinstance(numbers, GaLoreDimensionNumbers)  # for all leaves that are matrices
+    leaves = zip(
+        leaf_names(params), jax.tree.leaves(params), spread(numbers, params, GaLoreDimensionNumbers), strict=True
+    )
+    argument = "weight_dimension_numbers"
+    return [axes_of(argument, name, leaf, None if one and jnp.ndim(leaf) < 2 else d) for name, leaf, d in leaves]
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -121,11 +106,7 @@ def leading_basis(x: jax.Array, rank: int, turned: bool) -> jax.Array:
     vectors = (jnp.swapaxes(right, -1, -2) if turned else left)[..., :rank]
     values = jnp.expand_dims(values, -2)
     null = values[..., :rank] <= max(x.shape[-2:]) * float(jnp.finfo(values.dtype).eps) * values[..., :1]
-    known, n = jnp.where(null, 0, vectors), x.shape[-2]
-    places = jnp.arange(n, dtype=values.dtype)
-    cosines = jnp.cos(math.pi / n * jnp.outer(places + 0.5, places[:rank])).astype(x.dtype)
-    cosines = jnp.broadcast_to(cosines, vectors.shape)
-    made, triangle = jnp.linalg.qr(jnp.where(null, cosines - known @ (adjoint(known) @ cosines), vectors))
+    made, triangle = jnp.linalg.qr(completed(vectors, null))
     signs = jnp.sign(jnp.expand_dims(jnp.diagonal(triangle, axis1=-2, axis2=-1), -2))
     return jnp.where(null, made * signs, vectors)
 
@@ -306,9 +287,7 @@ def grown(x: jax.Array, size: jax.Array | None, growth: Any) -> tuple[jax.Array,
 def _apollo_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     _one_of("scale_type", arguments["scale_type"], ("channel", "tensor"))
     _whole(arguments)
-    key = arguments["key"]
-    if isinstance(key, bool) or not (isinstance(key, int) or hasattr(key, "dtype") and key.dtype.kind in "iu"):
-        raise TypeError(f"key={key!r}: a whole number is needed, the seed of the projections")
+    seed(arguments["key"], "apollo")
     return {**arguments, "growth": 0.0} if arguments["growth"] is None else arguments
 
 

@@ -79,11 +79,18 @@ def matrix_leaves(params: Any, adam: Any, dimensions: Any) -> list[Any]:
     if dimensions is None:
         found = [_dimensions(name, leaf, adam) for name, leaf in zip(names, leaves, strict=True)]
     else:
-        found = []
-        prefix = dimensions(params) if callable(dimensions) else dimensions
-        spread = lambda d, part: found.extend([d] * len(jax.tree.leaves(part)))  # noqa: E731
-        jax.tree.map(spread, prefix, params, is_leaf=lambda d: d is None or isinstance(d, MuonDimensionNumbers))
-    return [_axes(name, leaf, d) for name, leaf, d in zip(names, leaves, found, strict=True)]
+        found = spread(dimensions, params, MuonDimensionNumbers)
+    argument = "muon_weight_dimension_numbers"
+    return [axes_of(argument, name, leaf, d) for name, leaf, d in zip(names, leaves, found, strict=True)]
+
+
+def spread(given: Any, params: Any, kind: type) -> list[Any]:
+    """One of ``given`` for each leaf: it is a ``kind`` or None, a tree (or a prefix) of them, or a function of params."""
+    found: list[Any] = []
+    prefix = given(params) if callable(given) else given
+    to_leaves = lambda one, part: found.extend([one] * len(jax.tree.leaves(part)))  # noqa: E731
+    jax.tree.map(to_leaves, prefix, params, is_leaf=lambda one: one is None or isinstance(one, kind))
+    return found
 
 
 def _dimensions(name: str, leaf: Any, adam: Any) -> MuonDimensionNumbers | None:
@@ -97,8 +104,8 @@ def _dimensions(name: str, leaf: Any, adam: Any) -> MuonDimensionNumbers | None:
 _LAST_TWO = MuonDimensionNumbers(-2, -1)
 
 
-def _axes(name: str, leaf: Any, dimensions: Any) -> Any:
-    """Dimension numbers as two tuples of axes from 0.
+def axes_of(argument: str, name: str, leaf: Any, dimensions: Any) -> Any:
+    """Dimension numbers as two tuples of axes from 0; None for none, and for a leaf without elements.
 
     Raises:
       ValueError: an axis that the leaf does not have, or has twice.
@@ -109,7 +116,7 @@ def _axes(name: str, leaf: Any, dimensions: Any) -> Any:
     pair = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in dimensions]
     rows, columns = (tuple(a % ndim if -ndim <= a < ndim else ndim for a in axes) for axes in pair)
     if len({*rows, *columns, ndim}) != len(rows) + len(columns) + 1 or not rows or not columns:
-        raise ValueError(f"muon_weight_dimension_numbers: {name!r} of shape {jnp.shape(leaf)} has no {dimensions}")
+        raise ValueError(f"{argument}: {name!r} of shape {jnp.shape(leaf)} has no {dimensions}")
     return rows, columns
 
 
@@ -152,15 +159,15 @@ ROUTING = {
 }  # fmt: skip
 """The arguments of a call that decide what is a matrix and how it is made orthogonal."""
 
-HIDDEN = ("axes", "how")
+BY_NAME: dict[str, Any] = {
+    "routes": routed, "prepare": orthogonalized, "hidden": ("axes", "how"), "extras": ROUTING,
+}  # fmt: skip
+"""What makes a rule one of hidden matrices, with Adam for the rest; its function asks for ``axes`` and ``how``."""
 
 
 @rule(
     start={"nu": adam_zeros},
-    routes=routed,
-    prepare=orthogonalized,
-    hidden=HIDDEN,
-    extras=ROUTING,
+    **BY_NAME,
     positional=(
         "learning_rate", "ns_coeffs", "ns_steps", "beta", "eps", "weight_decay", "weight_decay_mask", "mu_dtype",
     ),

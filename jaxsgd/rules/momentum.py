@@ -16,7 +16,7 @@ import optax
 
 from jaxsgd.numerics import wide
 from jaxsgd.rule import rule
-from jaxsgd.spec import without_when_off
+from jaxsgd.spec import seed, without_when_off
 from jaxsgd.state import PIN, find_states
 
 __all__ = [
@@ -124,12 +124,8 @@ def optimistic_gradient_descent(g, g_prev, *, t, alpha=1.0, beta=1.0):
 
 
 def _seeded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A seed is a whole number, or an array of one (as `optax.inject_hyperparams` hands it over); None is 0."""
-    key = 0 if arguments["key"] is None else arguments["key"]
-    whole = isinstance(key, int) and not isinstance(key, bool)
-    if not whole and not (isinstance(key, jax.Array) and jnp.isdtype(key.dtype, "integral")):
-        raise TypeError(f"noisy_sgd: key={key!r}: a whole number is needed, the seed of the noise")
-    return {**arguments, "key": key}
+    """As in optax, a key of None is 0."""
+    return {**arguments, "key": seed(0 if arguments["key"] is None else arguments["key"], "noisy_sgd")}
 
 
 @rule(

@@ -17,8 +17,8 @@ from jaxsgd.matrices import USUAL, adjoint, as_matrices, frobenius
 from jaxsgd.numerics import ema, real_zeros, sq
 from jaxsgd.rule import rule
 from jaxsgd.rules.adaptive import adam
-from jaxsgd.rules.matrix import HIDDEN, ROUTING, adam_zeros, matrix_axes, orthogonalized, routed
-from jaxsgd.rules.psgd import seeded
+from jaxsgd.rules.matrix import BY_NAME, ROUTING, adam_zeros, matrix_axes, routed
+from jaxsgd.spec import seed
 
 __all__ = ["adamuon", "dion", "normuon"]
 
@@ -50,10 +50,7 @@ def _neurons(p: Any, axes: Any) -> Any:
 
 @rule(
     start={"nu": _neurons},
-    routes=routed,
-    prepare=orthogonalized,
-    hidden=HIDDEN,
-    extras=ROUTING,
+    **BY_NAME,
     positional=("learning_rate", "ns_coeffs", "ns_steps", "beta", "beta2", "weight_decay"),
     bounds=DECAYS,
     alternatives={"adam_eps": 0.01},
@@ -85,10 +82,7 @@ def normuon(
 
 @rule(
     start={"nu": real_zeros},
-    routes=routed,
-    prepare=orthogonalized,
-    hidden=HIDDEN,
-    extras=ROUTING,
+    **BY_NAME,
     positional=("learning_rate", "ns_coeffs", "ns_steps", "beta", "beta2", "weight_decay"),
     bounds=DECAYS,
     weight_decay=0.01,
@@ -166,7 +160,7 @@ def _unit_columns(r: jax.Array, clear: jax.Array, eps: Any) -> jax.Array:
 @rule(
     start={"nu": adam_zeros, "q": _start_basis},
     routes=routed,
-    prepare=seeded,
+    prepare=lambda arguments: {**arguments, "key": seed(arguments["key"], "dion")},
     hidden=("axes",),
     extras={k: v for k, v in ROUTING.items() if k not in ("ns_coeffs", "preconditioning", "mesh")},
     positional=("learning_rate", "rank_fraction", "beta", "weight_decay"),

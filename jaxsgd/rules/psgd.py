@@ -18,7 +18,7 @@ from jaxsgd.matrices import adjoint, frobenius
 from jaxsgd.numerics import debias, ema, sq
 from jaxsgd.paths import nearest
 from jaxsgd.rule import rule
-from jaxsgd.spec import without_when_off
+from jaxsgd.spec import seed, without_when_off
 
 __all__ = ["kron"]
 
@@ -29,20 +29,11 @@ DAMPING = math.sqrt(np.finfo(np.float32).eps)
 """Noise added to what a preconditioner is fitted to, in units of its mean magnitude."""
 
 
-def seeded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Check that ``key`` is a seed: a whole number, or an array of one (as `optax.inject_hyperparams` gives it)."""
-    key = arguments["key"]
-    whole = isinstance(key, int) and not isinstance(key, bool)
-    if not whole and not (isinstance(key, jax.Array) and jnp.isdtype(key.dtype, "integral")):
-        raise TypeError(f"key={key!r}: a whole number is needed, a seed")
-    return arguments
-
-
 def _prepared(arguments: dict[str, Any]) -> dict[str, Any]:
     mode = arguments["memory_save_mode"]
     if mode is not None and mode not in SAVING:
         raise ValueError(f"memory_save_mode={mode!r}: known are None, {', '.join(SAVING)}{nearest(str(mode), SAVING)}")
-    return {**seeded(arguments), "saving": mode}
+    return {**arguments, "key": seed(arguments["key"], "kron"), "saving": mode}
 
 
 # -- what a leaf is, and what it has -------------------------------------------------------------
