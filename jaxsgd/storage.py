@@ -15,14 +15,15 @@ from jax.typing import DTypeLike
 
 from jaxsgd.numerics import real_dtype, stochastic_round, wide
 
-__all__ = ["Blocks", "Storage", "cast", "int8", "plain"]
+__all__ = ["Blocks", "Storage", "cast", "decode", "encode_like", "int8", "plain"]
 
 
 class Blocks(NamedTuple):
     """An array at eight bits, as ordinary arrays that shard, checkpoint and donate like the rest.
 
     Attributes:
-      codes: uint8 of the array's shape: indices of `dynamic_map`, from 0 up.
+      codes: of the array's shape, indices of `dynamic_map`: uint8 where no value is negative, else int8, less 1
+        (so that -127 to 128 fit).
       scale: what each block is a multiple of, its largest magnitude: shape ``(*shape[:-1], blocks)``.
     """
 
@@ -148,12 +149,7 @@ class Int8:
         drawn = jax.random.uniform(key, unit.shape, jnp.float32) if self.stochastic and key is not None else 0.5
         up = share > drawn
         index = jnp.minimum(low + up, jnp.where(unit < 0, 127, 128) if self.signed else 255)
-        return (jnp.where(unit < 0, -index, index) + self._zero).astype(jnp.uint8)
-
-    @property
-    def _zero(self) -> int:
-        """The code of zero."""
-        return 127 if self.signed else 0
+        return (jnp.where(unit < 0, -index, index) - 1).astype(jnp.int8) if self.signed else index.astype(jnp.uint8)
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
         if x.size < max(self.min_size, 1) or x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -167,9 +163,28 @@ class Int8:
     def unpack(self, packed: Any) -> jax.Array:
         if not isinstance(packed, Blocks):
             return wide(packed)
-        unit = dynamic_map(packed.codes.astype(jnp.int32) - self._zero, self.signed).astype(packed.scale.dtype)
+        codes = packed.codes.astype(jnp.int32)
+        unit = dynamic_map(codes + 1 if self.signed else codes, self.signed).astype(packed.scale.dtype)
         scaled = self._blocks(unit) * packed.scale[..., None]
         return scaled.reshape(*unit.shape[:-1], -1)[..., : unit.shape[-1]]
+
+
+def _storage_of(packed: Blocks) -> Int8:
+    """What packed it: the length of a block is the power of two that gives so many scales."""
+    size, count = packed.codes.shape[-1], packed.scale.shape[-1]
+    block = next(b for b in (2**i for i in range(size.bit_length() + 1)) if -(-size // b) == count)
+    return Int8(block, 0, stochastic=False, signed=packed.codes.dtype == jnp.int8)
+
+
+def decode(packed: Blocks) -> jax.Array:
+    """The wide array that was packed, from its blocks alone."""
+    return _storage_of(packed).unpack(packed)
+
+
+def encode_like(example: Blocks, x: jax.Array) -> Blocks:
+    """``x``, of the shape of ``example.codes``, packed the way ``example`` is, rounded to nearest."""
+    packed = _storage_of(example).pack(jnp.maximum(x, 0) if example.codes.dtype == jnp.uint8 else x)
+    return Blocks(packed.codes, packed.scale.astype(example.scale.dtype))
 
 
 plain = Plain()
@@ -206,16 +221,16 @@ def int8(*, block: int = 256, min_size: int = 4096, stochastic: bool = True) -> 
     basis); embeddings opt out by ``groups=[("embed", {"storage": {}})]``.
 
     Args:
-      block: how many elements share a scale.
+      block: how many elements share a scale, a power of two (so that the arrays alone say it).
       min_size: the smallest array that is packed.
       stochastic: round to one of the two neighbours at random, with the right mean. To nearest, the second moment of
         normal gradients is 5% too large after 5,000 steps of ``b2=0.999``.
 
     Raises:
-      ValueError: ``block`` below 1, or ``min_size`` below 0.
+      ValueError: ``block`` is no power of two, or ``min_size`` below 0.
     """
-    if block < 1:
-        raise ValueError(f"block={block}: at least 1 element shares a scale")
+    if block < 1 or block & (block - 1):
+        raise ValueError(f"block={block}: a power of two is needed, such as 128 or 256")
     if min_size < 0:
         raise ValueError(f"min_size={min_size}: it must be 0 or more")
     return Int8(block, min_size, stochastic)

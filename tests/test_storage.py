@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
 from jaxsgd import RULES, int8
-from jaxsgd.storage import Blocks, dynamic_map
+from jaxsgd.storage import Blocks, decode, dynamic_map, encode_like
 
 WIDE = jax.random.normal(jax.random.key(0), (64, 600))
 
@@ -27,7 +27,7 @@ def test_the_map_is_that_of_the_paper(signed):
     np.testing.assert_allclose(dynamic_map(index, signed), table, rtol=1e-6)
     # Nearest means nearest, for values of all sizes.
     x = np.concatenate([np.linspace(0, 1, 9999), 10.0 ** np.linspace(-8, 0, 9999)]).astype(np.float32)
-    kept = int8(min_size=0, block=10**6, stochastic=False)
+    kept = int8(min_size=0, block=2**20, stochastic=False)
     back = (kept if signed else kept.of_squares()).unpack((kept if signed else kept.of_squares()).pack(jnp.asarray(x)))
     nearest = np.abs(x[:, None] - table).min(axis=1)
     np.testing.assert_allclose(np.abs(back - x), nearest, rtol=1e-3, atol=1e-7)
@@ -84,7 +84,7 @@ def test_pain_9_eight_bits_are_a_quarter_of_the_state_and_train_alike():
     assert losses[-1] < 1e-3 * losses[0] and truth[-1] < 1e-3 * truth[0]
     for slot in ("mu", "nu"):
         held = packed.slots[slot]
-        assert held["kernel"].codes.dtype == jnp.uint8
+        assert held["kernel"].codes.dtype == (jnp.int8 if slot == "mu" else jnp.uint8)
         # One byte an element, and a scale of four for each row of 128.
         assert sum(leaf.nbytes for leaf in held["kernel"]) == 64 * 128 + 64 * 4
         assert held["embed"].dtype == held["bias"].dtype == jnp.float32, "groups and small arrays opt out"
@@ -201,3 +201,15 @@ def test_any_rule_with_eight_bits_and_compensated_weights(name):
     # Steps of some rules begin far below a digit of bf16: they are in what was rounded off.
     lost = state.slots["rounded_off"]
     assert any(bool(jnp.any(end[k] != params[k]) | jnp.any(lost[k] != 0)) for k in params)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("size, block", [(600, 256), (512, 256), (100, 256), (257, 1), (7, 2)])
+def test_blocks_say_what_packed_them(signed, size, block):
+    packer = int8(block=block, min_size=0, stochastic=False)
+    packer = packer if signed else packer.of_squares()
+    x = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32)
+    x = x if signed else x * x
+    packed = packer.pack(jnp.asarray(x))
+    np.testing.assert_array_equal(decode(packed), packer.unpack(packed))
+    jax.tree.map(np.testing.assert_array_equal, encode_like(packed, jnp.asarray(x)), packed)
