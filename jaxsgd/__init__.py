@@ -8,6 +8,7 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
+from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
 from jaxsgd.rules import adam_variants as _adam_variants
 from jaxsgd.rules import adaptive as _adaptive
@@ -39,27 +40,36 @@ from jaxsgd.rules.psgd import *
 from jaxsgd.rules.sign import *
 from jaxsgd.rules.torch import *
 from jaxsgd.rules.wrappers import *
+from jaxsgd.sharding import assert_sharded, init_sharded, shard_batch, state_sharding
 from jaxsgd.state import State, metrics, with_hyper
 from jaxsgd.storage import Storage, cast, int8, plain
-from jaxsgd.train import Step, TrainState, make_step
+from jaxsgd.train import Step, check_donation, checked, make_step
+from jaxsgd.train_state import TrainState
 from jaxsgd.transforms import *
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Recorder",
     "Rule",
     "State",
     "Step",
     "Storage",
     "TrainState",
+    "assert_sharded",
     "cast",
+    "check_donation",
+    "checked",
     "describe",
+    "init_sharded",
     "int8",
     "make_step",
     "metrics",
     "plain",
     "rule",
+    "shard_batch",
+    "state_sharding",
     "torch",
     "with_hyper",
 ]

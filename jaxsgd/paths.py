@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Groups", "leaf_names", "nearest", "resolve_groups", "same_structure"]
+__all__ = ["Groups", "leaf_names", "name_parts", "nearest", "owner", "resolve_groups", "same_structure"]
+
+T = TypeVar("T")
 
 Groups = Sequence[tuple[str | Callable[[str, Any], bool], Mapping[str, Any]]]
 """``[(pattern, overrides), ...]``: ``pattern`` is a regular expression searched in the leaf's name,
@@ -27,13 +29,34 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def path_name(path: Sequence[Any]) -> str:
-    """One tree path as text. The ``value`` that an `nnx.Variable` puts at the end is left out,
+def name_parts(path: Sequence[Any]) -> tuple[str, ...]:
+    """The names along one tree path. The ``value`` that an `nnx.Variable` puts at the end is left out,
     so that a leaf has one name whether it is wrapped (``init``) or bare (``update``)."""
     keys = list(path)
     if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
         keys.pop()
-    return "/".join(_key_name(key) for key in keys)
+    return tuple(_key_name(key) for key in keys)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """One tree path as text."""
+    return "/".join(name_parts(path))
+
+
+def owner(path: Sequence[Any], params: Mapping[tuple[str, ...], T]) -> T | None:
+    """What ``params`` has of the parameter that a leaf of a state belongs to: that whose name stands in its path.
+
+    Of several the longest name counts, then the last place. In the slots of a `jaxsgd.State` the name begins right
+    behind the slot's. None where there is none.
+    """
+    parts = name_parts(path)
+    if "slots" in parts[:-1]:
+        parts = parts[parts.index("slots") + 2 :]
+        places = [(0, length) for length in range(len(parts), -1, -1)]
+    else:
+        lengths = sorted({len(name) for name in params}, reverse=True)
+        places = [(i, n) for n in lengths for i in range(len(parts) - n, -1, -1)]
+    return next((params[parts[i : i + n]] for i, n in places if parts[i : i + n] in params), None)
 
 
 def leaf_names(tree: Any) -> list[str]:

@@ -5,6 +5,8 @@ Floor 5.
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,76 +14,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import nnx
+from jax.sharding import Mesh
 
+from jaxsgd.batches import batch_size, check_divides
 from jaxsgd.numerics import global_norm
 from jaxsgd.paths import leaf_names
-from jaxsgd.rules.averaging import eval_params
+from jaxsgd.sharding import check_axes, moment_sharding, shard_batch
 from jaxsgd.state import find_states, metrics
+from jaxsgd.train_state import TrainState, refuse_deleted
+from jaxsgd.transforms.accumulate import carrying_gradients
+from jaxsgd.transforms.clip import AxisName
 
-__all__ = ["Step", "TrainState", "make_step"]
+__all__ = ["Step", "TrainState", "check_donation", "checked", "make_step"]
 
 
-@struct.dataclass
-class TrainState:
-    """All that changes in training, as one pytree.
+def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn(state, ...)`` that refuses a state whose memory an earlier call took: ``checked(jax.pmap(step.fn, ...))``.
 
-    Attributes:
-      step: int32 scalar, completed steps.
-      params: what is trained.
-      opt_state: the transformation's state.
-      key: the base PRNG key; step ``i`` uses ``jax.random.fold_in(key, i)``.
-      model_state: what the model changes by itself (batch statistics, NNX variables other than
-        ``nnx.Param``), or None.
-      graphdef: the static half of an NNX model, or None.
+    Without it, jaxlib ends the process when a program over several devices gets a donated array again.
+    `Step` itself does not need it.
+
+    Raises:
+      RuntimeError: at the call, in words.
     """
 
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    key: jax.Array
-    model_state: Any = None
-    graphdef: Any = struct.field(pytree_node=False, default=None)
+    @functools.wraps(fn)
+    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_deleted("state", state)
+        return fn(state, *args, **kwargs)
 
-    @classmethod
-    def create(
-        cls, model: Any, tx: optax.GradientTransformation, *, key: int | jax.Array = 0, model_state: Any = None
-    ) -> TrainState:
-        """The state before the first step. Arrays are copied: the step donates its own, never the caller's.
-
-        Args:
-          model: an ``nnx.Module``, or a tree of parameters (of Flax linen's ``init``, or any other).
-          tx: any optax gradient transformation.
-          key: a seed or a PRNG key.
-          model_state: with a tree of parameters, what else the model carries; then the loss takes and
-            returns it (see `make_step`).
-
-        Raises:
-          ValueError: what ``tx.init`` refuses: integer parameters, group patterns that match nothing.
-        """
-        graphdef = None
-        if isinstance(model, nnx.Module):
-            if model_state is not None:
-                raise ValueError("model_state: an nnx.Module carries its own; leave it out")
-            graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
-        else:
-            params = model
-        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
-        key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
-        return cls(jnp.zeros((), jnp.int32), params, tx.init(params), key, model_state, graphdef)
-
-    @property
-    def eval_params(self) -> Any:
-        """The parameters to evaluate: those of `jaxsgd.eval_params`."""
-        return eval_params(self.opt_state, self.params)
-
-    @property
-    def model(self) -> Any:
-        """The NNX model with the parameters to evaluate. Its arrays are copies: the next step donates its own."""
-        if self.graphdef is None:
-            raise ValueError("model: this state was not made from an nnx.Module; use state.eval_params")
-        parts = jax.tree.map(lambda x: jnp.array(x, copy=True), (self.eval_params, self.model_state))
-        return nnx.merge(self.graphdef, *parts)
+    return call
 
 
 Loss = Callable[..., Any]
@@ -93,53 +56,114 @@ def make_step(
     *,
     gradient_at: Callable[[Any, Any], Any] | None = None,
     donate: bool = True,
+    axis_name: AxisName = None,
+    mesh: Mesh | None = None,
+    batch_axes: str | tuple[str, ...] = "data",
+    accumulate: int = 1,
+    weight: str | Callable[[Any], Any] | None = None,
 ) -> Step:
-    """A compiled train step: ``state, metrics = step(state, batch)``.
+    """A train step: ``state, metrics = step(state, batch)``. The same on one device and on many:
+
+    - on one device, compiled, as it stands;
+    - on a mesh, compiled: ``make_step(loss_fn, tx, mesh=mesh)`` with a state of ``TrainState.create(..., mesh=mesh)``.
+      The state says by where it lies what is split: data parallel, ZeRO-1, FSDP, tensor parallel;
+    - inside `jax.pmap` or `jax.shard_map`: ``step = make_step(loss_fn, tx, axis_name="batch")`` is pure there, and
+      averages the gradients, the loss, metrics and model state: ``checked(jax.pmap(step.fn, "batch",
+      donate_argnums=0))``.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``. With an NNX model, ``params`` is the
-        model itself, whose other variables (batch statistics, counters) are carried along. With a
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, a mean over the batch. With an NNX model,
+        ``params`` is the model itself, whose other variables (batch statistics, counters) are carried along. With a
         ``model_state`` of its own: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
-      tx: any optax gradient transformation; it receives the loss as the extra argument ``value``.
+      tx: any optax gradient transformation; it receives the loss as the extra argument ``value``. It sees the whole
+        batch's gradients, so that `jaxsgd.guard` and `jaxsgd.clip_by_global_norm` in it decide alike on all devices.
       gradient_at: optional ``(opt_state, params) -> params`` where the gradient is taken, for example
         `jaxsgd.look_ahead`.
       donate: give the state's memory to the next state. The old state cannot be used again then.
+      axis_name: the axis, or axes, of the `jax.pmap` or `jax.shard_map` that the step is called in.
+      mesh: the mesh, with Auto axes, whose devices share the work.
+      batch_axes: the axes of ``mesh`` over which the examples are split.
+      accumulate: microbatches per step, see `jaxsgd.accumulate_gradients`; the batch is split into so many.
+      weight: by what the mean of a microbatch, or of a device's part of the batch, counts: ``"tokens"`` (by
+        ``aux["tokens"]``) or a function of the batch, see `jaxsgd.accumulate_gradients`. On a mesh without
+        accumulation the loss is of the whole batch and nothing is weighed.
 
     Returns:
       A `Step`. Its metrics are device scalars: ``loss``, ``gradient_norm``, ``update_norm``, what
-      `jaxsgd.metrics` reads in the optimizer's state (``step``, ``learning_rate``, ...), and ``aux``.
+      `jaxsgd.metrics` reads in the optimizer's state (``step``, ``learning_rate``, ...), and ``aux``. Random numbers
+      come from ``fold_in(state.key, state.step)``; inside pmap and shard_map each device folds in its index too.
+
+    Raises:
+      ValueError: ``accumulate`` below 1; an axis that the mesh lacks; both ``mesh`` and ``axis_name``.
     """
-    return Step(loss_fn, optax.with_extra_args_support(tx), gradient_at, donate)
+    return Step(
+        loss_fn, optax.with_extra_args_support(tx), gradient_at, donate, axis_name, mesh, batch_axes, accumulate, weight
+    )
 
 
 class Step:
-    """One train step. Call it, or use the pure function ``step.fn`` under scan, vmap or a jit of your own.
+    """One train step. Call it, or use the pure function ``step.fn`` under scan, vmap, pmap, shard_map or your own jit.
 
     Attributes:
       fn: ``(state, batch) -> (state, metrics)``, pure and not compiled.
-      jitted: ``fn`` compiled, donating the state.
+      jitted: ``fn`` compiled, donating the state (on a mesh: for where the last state lay).
       compiles: how often ``fn`` was traced.
     """
 
-    def __init__(self, loss_fn: Loss, tx: Any, gradient_at: Any, donate: bool) -> None:
+    def __init__(
+        self,
+        loss_fn: Loss,
+        tx: Any,
+        gradient_at: Any,
+        donate: bool,
+        axis_name: AxisName,
+        mesh: Mesh | None,
+        batch_axes: str | tuple[str, ...],
+        accumulate: int,
+        weight: Any,
+    ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate}: at least one microbatch is needed")
+        if mesh is not None and axis_name is not None:
+            raise ValueError(f"axis_name={axis_name!r}: on a mesh the step is whole; leave out one of the two")
+        if mesh is not None:
+            check_axes("batch_axes", batch_axes, mesh)
         self.loss_fn, self.tx, self.gradient_at = loss_fn, tx, gradient_at
+        self.axis_name, self.mesh, self.batch_axes = axis_name, mesh, batch_axes
+        self.accumulate, self.weight = accumulate, weight
         self.compiles = 0
-        self.jitted = jax.jit(self._counted, donate_argnums=(0,) if donate else ())
+        self._donated = (0,) if donate else ()
+        self._home: Any = None
+        self._moments: list[Any] | None = None
         self._sizes: set[int] = set()
+        self.jitted = jax.jit(self._counted, donate_argnums=self._donated)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One step.
 
+        Args:
+          state: a `TrainState`; on a mesh, one that lies there.
+          batch: a tree of arrays that share their first axis. On a mesh this process's part of the batch (all of it
+            where there is one process), or arrays that lie there already, see `jaxsgd.shard_batch`.
+
         Raises:
-          ValueError: the batch is empty, or its arrays disagree on their first axis; the loss is no scalar.
-          RuntimeError: the state was given to an earlier step, which reused its memory.
+          ValueError: the batch is empty, its arrays disagree on their first axis, or it does not divide by the
+            devices and microbatches; the loss is no scalar; the state lies elsewhere than on the mesh.
+          RuntimeError: the state was given to an earlier step, which reused its memory; the step is of a pmap or
+            shard_map and not called in one.
         """
-        if isinstance(state.step, jax.Array) and state.step.is_deleted():
-            raise RuntimeError(
-                "state: an earlier step took this state's memory; go on with the state it returned, "
-                "or build the step with donate=False"
-            )
+        if self.axis_name is not None:
+            try:
+                return self.fn(state, batch)
+            except NameError:
+                raise RuntimeError(
+                    f"axis_name={self.axis_name!r}: this step is for the inside of jax.pmap or jax.shard_map over such "
+                    "an axis; on one device, or with mesh=, leave it out"
+                ) from None
+        refuse_deleted("state", state)
         size = batch_size(batch)
+        if self.mesh is None:
+            check_divides(batch, self.accumulate, f"accumulate={self.accumulate} microbatches")
         if size is not None and size not in self._sizes:
             if self._sizes:
                 seen = ", ".join(map(str, sorted(self._sizes)))
@@ -149,7 +173,33 @@ class Step:
                     stacklevel=2,
                 )
             self._sizes.add(size)
+        batch = self._settle(state, batch)
         return self.jitted(state, batch)
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """The step lowered for this state and batch, to compile or to look at: `jax.stages.Lowered`."""
+        batch = self._settle(state, batch)
+        return self.jitted.lower(state, batch)
+
+    def _settle(self, state: TrainState, batch: Any) -> Any:
+        """The batch on the mesh; the compiled function for where the state lies."""
+        if self.mesh is None:
+            return batch
+        home = [x.sharding for x in jax.tree.leaves(state)]
+        if home != self._home:
+            names = leaf_names(state)
+            for name, sharding in zip(names, home, strict=True):
+                if getattr(sharding, "mesh", None) != self.mesh:
+                    raise ValueError(
+                        f"state: {name!r} lies on {sharding}, not on the step's mesh {dict(self.mesh.shape)}; "
+                        "make the state by TrainState.create(..., mesh=mesh)"
+                    )
+            self._home, self._moments = home, moment_sharding(state.opt_state, state.params)
+            where = jax.tree.unflatten(jax.tree.structure(state), home)
+            self.jitted = jax.jit(
+                self._counted, donate_argnums=self._donated, in_shardings=(where, None), out_shardings=(where, None)
+            )
+        return shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
 
     def _counted(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         self.compiles += 1
@@ -157,15 +207,28 @@ class Step:
 
     def fn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
-        key = jax.random.fold_in(state.key, state.step)
+        key, carried = jax.random.fold_in(state.key, state.step), state.model_state
+        if self.axis_name is not None:  # other random numbers on each device
+            index = jax.lax.axis_index(self.axis_name)
+            key = jax.random.fold_in(key, index)
+            carried = jax.tree.map(lambda x: jax.random.fold_in(x, index) if _is_key(x) else x, carried)
         at = state.params if self.gradient_at is None else self.gradient_at(state.opt_state, state.params)
-        (loss, (model_state, aux)), grads = jax.value_and_grad(self._loss, has_aux=True)(at, state, batch, key)
+        loss_fn = functools.partial(self._loss, state.graphdef)
+        gradients = carrying_gradients(loss_fn, self.accumulate, weight=self.weight, axis_name=self.axis_name)
+        (loss, (carried, aux)), grads = gradients(at, carried, batch, key)
+        carried = jax.tree.map(lambda new, old: old if _is_key(old) else new, carried, state.model_state)
+        if self._moments is not None:
+            # Where the moments lie: under ZeRO-1 the sum over devices is then a reduce-scatter.
+            leaves, treedef = jax.tree.flatten(grads)
+            pairs = zip(leaves, self._moments, strict=True)
+            place = jax.lax.with_sharding_constraint
+            grads = treedef.unflatten(g if where is None else place(g, where) for g, where in pairs)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, value=loss)
         new = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
-            model_state=model_state,
+            model_state=carried,
         )
         report = metrics(opt_state) if find_states(opt_state) else {}
         report |= {
@@ -176,11 +239,12 @@ class Step:
         }
         return new, report if aux is None else {**report, "aux": aux}
 
-    def _loss(self, params: Any, state: TrainState, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+    def _loss(
+        self, graphdef: Any, params: Any, model_state: Any, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
         """The user's loss in one form: ``loss, (model_state, aux)``."""
-        model_state = state.model_state
-        if state.graphdef is not None:
-            model = nnx.merge(state.graphdef, params, model_state, copy=True)
+        if graphdef is not None:
+            model = nnx.merge(graphdef, params, model_state, copy=True)
             out = self.loss_fn(model, batch, key)
             model_state = nnx.state(model, nnx.Not(nnx.Param))
         elif model_state is not None:
@@ -193,28 +257,33 @@ class Step:
         else:
             out = self.loss_fn(params, batch, key)
         loss, aux = out if isinstance(out, tuple) else (out, None)
-        if jnp.shape(loss) != ():
-            raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed (its mean?)")
         return loss, (model_state, aux)
 
 
-def batch_size(batch: Any) -> int | None:
-    """The length of the first axis, which all arrays of a batch share; None where there is no array.
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def check_donation(step: Step, state: TrainState, batch: Any) -> str:
+    """What a step takes on a device, and a check that the next state reuses the memory of the last one.
+
+    Args:
+      step: a compiled one (on a device, or on a mesh); it is compiled once more, not run.
+      state, batch: what it is to be called with; they are left as they are.
+
+    Returns:
+      Bytes on a device: of the state, of the temporaries, at the peak.
 
     Raises:
-      ValueError: names the arrays that disagree, or the empty one.
+      AssertionError: part of the state's memory is not given on; both states are then alive at once.
     """
-    sizes = {
-        name: jnp.shape(leaf)[0]
-        for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
-        if jnp.ndim(leaf) > 0
-    }
-    if not sizes:
-        return None
-    (first, size), *others = sizes.items()
-    for name, other in others:
-        if other != size:
-            raise ValueError(f"batch: {first!r} has {size} examples, {name!r} has {other}; they must be the same")
-    if size == 0:
-        raise ValueError(f"batch: {first!r} is empty; at least one example is needed")
-    return size
+    used = step.lower(state, batch).compile().memory_analysis()
+    parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    size, given = sum(parts), used.alias_size_in_bytes
+    text = (
+        f"state {size:,} bytes on a device, {given:,} of them given on; "
+        f"temporaries {used.temp_size_in_bytes:,}, peak {used.peak_memory_in_bytes:,}"
+    )
+    if given < size:
+        raise AssertionError(f"step: {size - given:,} bytes of the state are not reused: {text}")
+    return text

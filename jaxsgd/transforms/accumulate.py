@@ -15,8 +15,8 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxsgd.batches import batch_size, check_divides
 from jaxsgd.numerics import wide, widest, zeros
-from jaxsgd.paths import leaf_names
 from jaxsgd.transforms.clip import AxisName, varying_over
 from jaxsgd.transforms.guard import keep_types
 
@@ -75,45 +75,86 @@ def accumulate_gradients(
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one microbatch is needed")
 
-    def loss_and_aux(params: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    def stateless(params: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         out = loss_fn(params, batch, key)
         loss, aux = out if isinstance(out, tuple) else (out, None)
+        return loss, (carried, aux)
+
+    gradients = carrying_gradients(stateless, steps, weight=weight, axis_name=axis_name)
+
+    def whole(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
+        (loss, (_, aux)), grads = gradients(params, None, batch, key)
+        return (wide(loss), aux), jax.tree.map(wide, grads)
+
+    return whole
+
+
+def carrying_gradients(
+    loss_fn: Callable[..., Any], steps: int, *, weight: str | Callable[[Any], ArrayLike] | None, axis_name: AxisName
+) -> Callable[..., tuple[tuple[jax.Array, tuple[Any, Any]], Any]]:
+    """`accumulate_gradients` of a loss that hands something on, such as batch statistics.
+
+    ``loss_fn(params, carried, batch, key) -> (loss, (carried, aux))``; each microbatch gets what the one before
+    carried. Along ``axis_name`` its floating leaves are averaged at the end, of all others the largest is taken. One
+    microbatch on one device is not scanned: its gradients are those of `jax.value_and_grad`, dtypes included.
+    """
+
+    def terms(params: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
+        loss, (carried, aux) = loss_fn(params, carried, batch, key)
         if jnp.shape(loss) != ():
             raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed (its mean?)")
         given: Any = 1
         if weight is not None:
             given = weight(batch) if callable(weight) else _entry(aux, weight)
-        return loss, (jnp.asarray(given).astype(jnp.float32), aux)
+        return loss, (jnp.asarray(given).astype(jnp.float32), carried, aux)
+
+    differentiate = jax.value_and_grad(terms, has_aux=True)
 
     def total_over_devices(x: jax.Array) -> jax.Array:
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-    def whole(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
-        micro = _split(batch, steps)
-        keys = None if key is None else jax.random.split(key, steps)
-        params = _local(params, batch, key)
+    def same_on_all(x: jax.Array) -> jax.Array:
+        if axis_name is None or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return (jax.lax.pmean if jnp.issubdtype(x.dtype, jnp.inexact) else jax.lax.pmax)(x, axis_name)
 
-        def body(total: Any, now: Any) -> tuple[Any, Any]:
-            (loss, (w, aux)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, *now)
-            return jax.tree.map(lambda t, g: t + weighted(w, g), total, grads), (loss, w, aux)
+    def whole(params: Any, carried: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, tuple[Any, Any]], Any]:
+        params, carried = _local((params, carried), batch, key)
+        if steps == 1:
+            (loss, (w, carried, aux)), grads = differentiate(params, carried, batch, key)
+            if weight is None and axis_name is None:
+                return (loss, (carried, aux)), grads
+            total = jax.tree.map(lambda g: weighted(w, g), grads)
+            losses, weights = loss[None], w[None]
+            scalar = jax.tree.map(lambda x: jnp.ndim(x) == 0, aux)
+            aux = jax.tree.map(lambda x: jnp.asarray(x)[None] if jnp.ndim(x) == 0 else x, aux)
+        else:
+            keys = None if key is None else jax.random.split(key, steps)
 
-        total, (losses, weights, aux) = jax.lax.scan(body, jax.tree.map(zeros, params), (micro, keys), length=steps)
+            def body(so_far: Any, now: Any) -> tuple[Any, Any]:
+                total, carried = so_far
+                (loss, (w, carried, aux)), grads = differentiate(params, carried, *now)
+                return (jax.tree.map(lambda t, g: t + weighted(w, g), total, grads), carried), (loss, w, aux)
+
+            start = (jax.tree.map(zeros, params), carried)
+            (total, carried), (losses, weights, aux) = jax.lax.scan(body, start, (_split(batch, steps), keys))
+            scalar = jax.tree.map(lambda x: x.ndim == 1, aux)
         weight_sum = total_over_devices(jnp.sum(jnp.maximum(weights, 0)))
 
         def mean(x: jax.Array) -> jax.Array:
             return over(total_over_devices(x), weight_sum)
 
-        def summary(x: jax.Array) -> jax.Array:
-            if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.floating):
+        def summary(x: jax.Array, scalar: bool = True) -> jax.Array:
+            if scalar and jnp.issubdtype(x.dtype, jnp.floating):
                 return mean(jnp.sum(weighted(weights, x)))
-            if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer):
+            if scalar and jnp.issubdtype(x.dtype, jnp.integer):
                 return total_over_devices(jnp.sum(x, dtype=x.dtype))
             return x
 
-        aux = jax.tree.map(summary, aux)
+        aux = jax.tree.map(summary, aux, scalar)
         if isinstance(weight, str):
             aux = {**aux, weight: weight_sum if jnp.issubdtype(aux[weight].dtype, jnp.floating) else aux[weight]}
-        return (summary(losses), aux), jax.tree.map(mean, total)
+        return (summary(losses), (jax.tree.map(same_on_all, carried), aux)), jax.tree.map(mean, total)
 
     return whole
 
@@ -127,17 +168,9 @@ def _entry(aux: Any, weight: str) -> Any:
 
 def _split(batch: Any, steps: int) -> Any:
     """Arrays as ``(steps, size / steps, ...)``, scalars repeated."""
-    sizes = {n: jnp.shape(x)[0] for n, x in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True) if jnp.ndim(x)}
-    if not sizes:
+    if batch_size(batch) is None:
         raise ValueError("batch: it holds no array to split into microbatches")
-    (first, size), *others = sizes.items()
-    for name, other in others:
-        if other != size:
-            raise ValueError(f"batch: {first!r} has {size} examples, {name!r} has {other}; they must be the same")
-    if size % steps or size == 0:
-        below = size - size % steps
-        near = f"{below} or {below + steps}" if below else f"{steps}"
-        raise ValueError(f"batch: {first!r} has {size} examples, not divisible by steps={steps}; nearest: {near}")
+    check_divides(batch, steps, f"steps={steps}")
 
     def cut(x: Any) -> jax.Array:
         x = jnp.asarray(x)
@@ -148,12 +181,12 @@ def _split(batch: Any, steps: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def _local(params: Any, batch: Any, key: Any) -> Any:
-    """``params`` as each device's own inside `jax.shard_map`, else every microbatch would sum over devices."""
-    axes = frozenset().union(*(varying_over(jnp.asarray(x)) for x in jax.tree.leaves((params, batch, key))))
+def _local(tree: Any, batch: Any, key: Any) -> Any:
+    """``tree`` as each device's own inside `jax.shard_map`, else every microbatch would sum over devices."""
+    axes = frozenset().union(*(varying_over(jnp.asarray(x)) for x in jax.tree.leaves((tree, batch, key))))
     # One cast for each leaf: those that vary already are refused.
     return jax.tree.map(
-        lambda p: jax.lax.pcast(p, tuple(sorted(axes - varying_over(jnp.asarray(p)))), to="varying"), params
+        lambda p: jax.lax.pcast(p, tuple(sorted(axes - varying_over(jnp.asarray(p)))), to="varying"), tree
     )
 
 

@@ -1,0 +1,316 @@
+"""Where parameters, state and batches live on a mesh of devices.
+
+Floor 5. Everything here works on shapes and shardings; a step that obeys them is in `jaxsgd.train`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsgd.batches import check_divides
+from jaxsgd.paths import leaf_names, name_parts, nearest, owner
+
+__all__ = ["assert_sharded", "init_sharded", "shard_batch", "state_sharding"]
+
+Axes = str | tuple[str, ...]
+Specs = Any
+"""None; a tree of `PartitionSpec`, or a prefix of one; or a function ``(name, leaf) -> PartitionSpec``."""
+
+
+# -- axes and specs --------------------------------------------------------------------------------
+
+
+def check_axes(argument: str, axes: Axes, mesh: Mesh) -> tuple[str, ...]:
+    """``axes`` as a tuple, all of them of ``mesh``, whose axes XLA is to partition by itself.
+
+    Raises:
+      ValueError: one is missing, or the mesh has Explicit or Manual axes.
+    """
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh: its axes are {', '.join(str(kind) for kind in mesh.axis_types)}, Auto is needed: "
+            "jax.sharding.Mesh(devices, names), or jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
+        )
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+    for name in names:
+        if name not in mesh.shape:
+            raise ValueError(f"{argument}={axes!r}: the mesh has no axis {name!r}{nearest(name, mesh.axis_names)}")
+    return names
+
+
+def _entry(axes: Any) -> tuple[str, ...]:
+    """The axes of one entry of a spec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _size(axes: Sequence[str], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _entries(spec: PartitionSpec, rank: int) -> list[Any]:
+    return [*spec, *[None] * (rank - len(spec))]
+
+
+def _spec(entries: Sequence[Any]) -> PartitionSpec:
+    """A spec without trailing Nones."""
+    kept = list(entries)
+    while kept and not _entry(kept[-1]):
+        kept.pop()
+    return PartitionSpec(*kept)
+
+
+def _check_spec(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    if len(spec) > len(shape):
+        raise ValueError(f"specs: {name!r} has the shape {shape}, {spec} has {len(spec)} entries")
+    for i, entry in enumerate(spec):
+        axes = check_axes(f"specs: {name!r}", _entry(entry), mesh)
+        if shape[i] % _size(axes, mesh):
+            raise ValueError(
+                f"specs: {name!r} has the shape {shape}; its dimension {i} does not divide by the "
+                f"{_size(axes, mesh)} devices along {entry!r}"
+            )
+
+
+def param_sharding(params: Any, mesh: Mesh, specs: Specs = None) -> Any:
+    """A `NamedSharding` for each parameter: by ``specs``, else where it lies already, else replicated.
+
+    Raises:
+      ValueError: a spec names an axis that is not there, has too many entries, or does not divide its dimension.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    names = leaf_names(params)
+    if specs is None:
+        given = [_present_spec(leaf, mesh) for leaf in leaves]
+    elif callable(specs):
+        given = [specs(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    else:
+        is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
+        given = jax.tree.leaves(jax.tree.broadcast(specs, params, is_leaf=is_spec), is_leaf=is_spec)
+    given: Any = [PartitionSpec() if spec is None else spec for spec in given]
+    for name, leaf, spec in zip(names, leaves, given, strict=True):
+        _check_spec(name, jnp.shape(leaf), spec, mesh)
+    return treedef.unflatten(NamedSharding(mesh, spec) for spec in given)
+
+
+def _present_spec(leaf: Any, mesh: Mesh) -> PartitionSpec | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) and sharding.mesh == mesh else None
+
+
+def _follow(shape: tuple[int, ...], param: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The spec of a slot of a parameter: dimensions that it has from the parameter are split alike.
+
+    A slot of lower rank, such as a factored moment, has some of the parameter's dimensions in their order;
+    the last one may be shorter, such as the scales of blocks.
+    """
+    entries, out, i = _entries(spec, len(param)), [], 0
+    for d, size in enumerate(shape):
+        if len(shape) < len(param):
+            i = next((j for j in range(i, len(param)) if param[j] == size), len(param))
+        same = i < len(param) and (size == param[i] or d == len(shape) - 1)
+        entry = entries[i] if same else None
+        out.append(entry if size % _size(_entry(entry), mesh) == 0 else None)
+        i += 1
+    return _spec(out)
+
+
+def split_further(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, axes: tuple[str, ...]) -> PartitionSpec:
+    """``spec`` with ``axes`` added to the dimension that is largest on a device and divides; ``spec`` if none does."""
+    entries = _entries(spec, len(shape))
+    if not axes or any(axis in _entry(entry) for entry in entries for axis in axes):
+        return spec
+    local = [size // _size(_entry(entry), mesh) for size, entry in zip(shape, entries, strict=True)]
+    able = [d for d, size in enumerate(local) if size and size % _size(axes, mesh) == 0]
+    if not able:
+        return spec
+    best = max(able, key=lambda d: (local[d], -d))
+    entries[best] = (*_entry(entries[best]), *axes)
+    return _spec([entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in entries])
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+def _owners(tree: Any, params: Any) -> list[tuple[tuple[int, ...], PartitionSpec] | None]:
+    """For each leaf of a state the shape and spec of the parameter it belongs to, or None."""
+    known: dict[tuple[str, ...], Any] = {
+        name_parts(path): (tuple(leaf.shape), leaf.sharding.spec)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    return [owner(path, known) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _placed(params: Any, mesh: Mesh, specs: Specs) -> Any:
+    """The shapes of ``params`` with the shardings they are to have."""
+    return jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p), sharding=sharding),
+        params,
+        param_sharding(params, mesh, specs),
+    )
+
+
+def state_sharding(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh, *, specs: Specs = None, zero1: Axes | None = None
+) -> Any:
+    """Where the state of ``tx`` should live: a tree of `jax.sharding.NamedSharding` like ``tx.init(params)``.
+
+    Every slot follows its parameter, packed (`jaxsgd.int8`) and factored ones in the dimensions that they share
+    with it; scalars are replicated. With ``zero1``, ZeRO stage 1 (Rajbhandari et al. 2019, arXiv:1910.02054), a slot
+    is split further over the devices that hold copies of its parameter, on the dimension that is largest on a device
+    and divides by their number. What has no such dimension stays replicated; `assert_sharded` lists it.
+
+    Args:
+      tx: any optax gradient transformation.
+      params: a tree of arrays or shapes.
+      mesh: a mesh with Auto axes.
+      specs: how the parameters are split: None (as their ``sharding`` says, else replicated), a tree of
+        `jax.sharding.PartitionSpec` or a prefix of one, or a function ``(name, leaf) -> PartitionSpec``.
+      zero1: the mesh axis, or axes, over which the batch is split and parameters are copied.
+
+    Raises:
+      ValueError: an axis that the mesh lacks (the nearest are named), a spec that does not fit its parameter.
+    """
+    extra = check_axes("zero1", zero1 or (), mesh)
+    placed = _placed(params, mesh, specs)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), placed)
+    abstract = jax.eval_shape(tx.init, shapes)
+    leaves, treedef = jax.tree.flatten(abstract)
+
+    def choose(leaf: Any, belongs: Any) -> NamedSharding:
+        spec = PartitionSpec() if belongs is None else _follow(leaf.shape, belongs[0], belongs[1], mesh)
+        return NamedSharding(mesh, split_further(leaf.shape, spec, mesh, extra))
+
+    return treedef.unflatten(map(choose, leaves, _owners(abstract, placed)))
+
+
+def init_sharded(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh, *, specs: Specs = None, zero1: Axes | None = None
+) -> Any:
+    """``tx.init(params)`` made where `state_sharding` says: each device makes its own part, none ever holds the whole.
+
+    Raises:
+      ValueError: as in `state_sharding`.
+    """
+    where = state_sharding(tx, params, mesh, specs=specs, zero1=zero1)
+    params = jax.device_put(params, param_sharding(params, mesh, specs))
+    return jax.jit(tx.init, out_shardings=where)(params)
+
+
+def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
+    """For each parameter, where its slots of the same shape lie; None where it has none."""
+    known = {name_parts(path): i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])}
+    shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
+    found: list[NamedSharding | None] = [None] * len(shapes)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        i = owner(path, known)
+        if i is not None and found[i] is None and leaf.shape == shapes[i] and jnp.issubdtype(leaf.dtype, jnp.number):
+            found[i] = leaf.sharding
+    return found
+
+
+class ShardingReport(str):
+    """Text that a REPL shows as it prints.
+
+    Attributes:
+      bytes_per_device: of the optimizer's state, on the fullest device.
+      bytes_in_all: of the optimizer's state, each element counted once.
+      replicated: names of the leaves that stay whole on every device, scalars left out.
+    """
+
+    __repr__ = str.__str__
+    bytes_per_device: int
+    bytes_in_all: int
+    replicated: list[str]
+
+
+def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
+    """What each leaf of a state takes on a device, and a check that it is split as far as it can be.
+
+    Args:
+      state: an optimizer state, or a `jaxsgd.TrainState` (whose ``opt_state`` is meant): arrays, or shapes with
+        shardings.
+      zero1: the mesh axes that the state should be split over.
+
+    Returns:
+      A `ShardingReport`: a table of the leaves' shapes, specs and bytes with the sums, then what stays replicated.
+
+    Raises:
+      AssertionError: a leaf lies on no mesh, or could be split over ``zero1`` and is not (ZeRO-1 as a silent no-op).
+    """
+    state = getattr(state, "opt_state", state)
+    rows = [("state", "shape", "dtype", "spec", "bytes", "on a device")]
+    undone, whole, totals = [], [], [0, 0]
+    for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            raise AssertionError(
+                f"state: {name!r} lies on no mesh; make it by init_sharded or TrainState.create(mesh=)"
+            )
+        mesh, spec = sharding.mesh, sharding.spec
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        totals = [totals[0] + size, totals[1] + here]
+        axes = check_axes("zero1", zero1 or (), mesh)  # type: ignore[arg-type]
+        if split_further(leaf.shape, spec, mesh, axes) != spec:  # type: ignore[arg-type]
+            undone.append(f"{name} {leaf.shape} {spec}")
+        if leaf.ndim:
+            rows.append((name, str(leaf.shape), leaf.dtype.name, str(spec), f"{size:,}", f"{here:,}"))
+            if here == size:
+                whole.append(name)
+    if undone:
+        raise AssertionError(
+            f"state: {len(undone)} leaves could be split over {zero1!r} and are not: {'; '.join(undone[:8])}"
+            f"{'; ...' if len(undone) > 8 else ''}; make the state by init_sharded(..., zero1={zero1!r})"
+        )
+    rows.append(("in all, scalars too", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}"))
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"whole on every device: {', '.join(whole) or 'nothing'}"]
+    report = ShardingReport("\n".join(lines))
+    report.bytes_in_all, report.bytes_per_device, report.replicated = totals[0], totals[1], whole
+    return report
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: int = 1) -> Any:
+    """A batch on the mesh, split on the first axis of its arrays: ``shard_batch({"x": x, "y": y}, mesh)``.
+
+    Args:
+      batch: a tree of arrays: the examples of this process, which are all of them where there is one process.
+        Scalars are replicated; arrays that lie on the mesh already are left as they are.
+      mesh: a mesh with Auto axes.
+      batch_axes: the mesh axes that the examples are split over.
+      multiple: what the number of examples on one device must be a multiple of.
+
+    Raises:
+      ValueError: an axis that the mesh lacks; examples that cannot be split evenly (the nearest sizes are named).
+    """
+    axes = check_axes("batch_axes", batch_axes, mesh)
+    split, everywhere = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
+    slices = split.devices_indices_map((_size(axes, mesh),))
+    mine = len({str(slices[device]) for device in split.addressable_devices})
+
+    named = zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
+    local = {name: x for name, x in named if _present_spec(x, mesh) is None}
+    among = f"{mine} devices" + (f" x {multiple} microbatches" if multiple > 1 else "")
+    check_divides(local, mine * multiple, among)
+
+    def place(x: Any) -> Any:
+        if _present_spec(x, mesh) is not None:
+            return x
+        where = split if jnp.ndim(x) > 0 else everywhere
+        if jax.process_count() == 1:
+            return jax.device_put(x, where)
+        return jax.make_array_from_process_local_data(where, np.asarray(x))
+
+    return jax.tree.map(place, batch)

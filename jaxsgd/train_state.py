@@ -1,0 +1,141 @@
+"""All that changes in training, as one pytree: on one device, or made in place on a mesh.
+
+Floor 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsgd.rules.averaging import eval_params
+from jaxsgd.sharding import param_sharding, state_sharding
+
+__all__ = ["TrainState", "refuse_deleted"]
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes in training, as one pytree.
+
+    Attributes:
+      step: int32 scalar, completed steps.
+      params: what is trained.
+      opt_state: the transformation's state.
+      key: the base PRNG key; step ``i`` uses ``jax.random.fold_in(key, i)``.
+      model_state: what the model changes by itself (batch statistics, NNX variables other than
+        ``nnx.Param``), or None.
+      graphdef: the static half of an NNX model, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+    model_state: Any = None
+    graphdef: Any = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def create(
+        cls,
+        model: Any,
+        tx: optax.GradientTransformation,
+        *,
+        key: int | jax.Array = 0,
+        model_state: Any = None,
+        mesh: Mesh | None = None,
+        specs: Any = None,
+        zero1: str | tuple[str, ...] | None = None,
+    ) -> TrainState:
+        """The state before the first step. Arrays are copied: the step donates its own, never the caller's.
+
+        Args:
+          model: an ``nnx.Module``, or a tree of parameters (of Flax linen's ``init``, or any other), or a function of a
+            key that makes either; on a mesh, what a function makes is never whole on one device.
+          tx: any optax gradient transformation.
+          key: a seed or a PRNG key.
+          model_state: with a tree of parameters, what else the model carries; then the loss takes and
+            returns it (see `make_step`).
+          mesh: put everything on this mesh, each device making its own part of the optimizer's state.
+          specs: how parameters are split on the mesh, see `jaxsgd.state_sharding`; by default as they lie, or copied.
+          zero1: the mesh axes to split the optimizer's state over, see `jaxsgd.state_sharding`.
+
+        Raises:
+          ValueError: what ``tx.init`` refuses: integer parameters, group patterns that match nothing; what
+            `jaxsgd.state_sharding` refuses; specs or zero1 without a mesh.
+          RuntimeError: the parameters' memory was given to an earlier step.
+        """
+        if mesh is None and (specs is not None or zero1 is not None):
+            raise ValueError("mesh: specs and zero1 need one")
+        if isinstance(model, nnx.Module) and model_state is not None:
+            raise ValueError("model_state: an nnx.Module carries its own; leave it out")
+        key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
+        made = callable(model) and not isinstance(model, nnx.Module)
+        if not made:
+            refuse_deleted("model", model)
+            # What stays static has to be split off before anything is traced.
+            graphdef, params, carried = _parts(model, model_state)
+
+        def build(key: jax.Array, arrays: Any) -> TrainState:
+            if made:
+                init_key, key = jax.random.split(key)
+                own, params, carried = _parts(model(init_key), model_state)
+            else:
+                own, (params, carried) = graphdef, arrays
+            params, carried, key = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, carried, key))
+            return cls(jnp.zeros((), jnp.int32), params, tx.init(params), key, carried, own)
+
+        arrays = None if made else (params, carried)
+        if mesh is None:
+            return build(key, arrays)
+        shapes = jax.eval_shape(build, key, arrays)
+        like = shapes.params if made else params
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        where = jax.tree.map(lambda _: everywhere, shapes).replace(
+            params=param_sharding(like, mesh, specs),
+            opt_state=state_sharding(tx, like, mesh, specs=specs, zero1=zero1),
+        )
+        if not made:
+            arrays = jax.device_put(arrays, (where.params, where.model_state))
+        return jax.jit(build, out_shardings=where)(jax.device_put(key, everywhere), arrays)
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate: those of `jaxsgd.eval_params`."""
+        return eval_params(self.opt_state, self.params)
+
+    @property
+    def model(self) -> Any:
+        """The NNX model with the parameters to evaluate. Its arrays are copies: the next step donates its own."""
+        if self.graphdef is None:
+            raise ValueError("model: this state was not made from an nnx.Module; use state.eval_params")
+        parts = jax.tree.map(lambda x: jnp.array(x, copy=True), (self.eval_params, self.model_state))
+        return nnx.merge(self.graphdef, *parts)
+
+
+def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:
+    """``graphdef, params, model_state`` of a module or of a tree of parameters."""
+    if not isinstance(model, nnx.Module):
+        return None, model, model_state
+    graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    return graphdef, params, others
+
+
+def refuse_deleted(argument: str, tree: Any) -> None:
+    """That no array of ``tree`` was given away.
+
+    Raises:
+      RuntimeError: one was.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+            raise RuntimeError(
+                f"{argument}: an earlier step took this state's memory; go on with the state it returned, "
+                "or build the step with donate=False"
+            )
