@@ -10,11 +10,12 @@ import jaxsgd
 HOUSE = pathlib.Path(jaxsgd.__file__).parent
 FLOORS = {
     "numerics": 0, "paths": 0, "matrices": 0,
-    "state": 1, "storage": 1, "spec": 1,
+    "state": 1, "storage": 1, "spec": 1, "batches": 1,
     "rule": 2, "lift": 2,
     "rules": 3,
     "torch": 4, "transforms": 4,
-    "train": 5,
+    "sharding": 5, "train_state": 5, "train": 5, "record": 5,
+    "checkpoint": 6, "migration": 6,
     "plot": 7, "catalog": 7, "testing": 7,
     "__init__": 8,
 }  # fmt: skip
