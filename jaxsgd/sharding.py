@@ -191,6 +191,20 @@ def state_sharding(
     return treedef.unflatten(map(choose, leaves, _owners(abstract, placed)))
 
 
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has alike, on their places; those that lie on several processes are left to XLA."""
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
 def init_sharded(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, *, specs: Specs = None, zero1: Axes | None = None
 ) -> Any:
@@ -200,7 +214,7 @@ def init_sharded(
       ValueError: as in `state_sharding`.
     """
     where = state_sharding(tx, params, mesh, specs=specs, zero1=zero1)
-    params = jax.device_put(params, param_sharding(params, mesh, specs))
+    params = put(params, param_sharding(params, mesh, specs))
     return jax.jit(tx.init, out_shardings=where)(params)
 
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.rules.averaging import eval_params
-from jaxsgd.sharding import param_sharding, state_sharding
+from jaxsgd.sharding import param_sharding, put, state_sharding
 
 __all__ = ["TrainState", "refuse_deleted"]
 
@@ -102,8 +102,8 @@ class TrainState:
             opt_state=state_sharding(tx, like, mesh, specs=specs, zero1=zero1),
         )
         if not made:
-            arrays = jax.device_put(arrays, (where.params, where.model_state))
-        return jax.jit(build, out_shardings=where)(jax.device_put(key, everywhere), arrays)
+            arrays = put(arrays, (where.params, where.model_state))
+        return jax.jit(build, out_shardings=where)(put(key, everywhere), arrays)
 
     @property
     def eval_params(self) -> Any:
