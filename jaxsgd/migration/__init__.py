@@ -1,0 +1,112 @@
+"""An optimizer's state carried over an edit of the optimizer: kept where names agree, begun anew elsewhere.
+
+Floor 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from jaxsgd.migration.moving import Migration
+from jaxsgd.migration.names import by_name
+from jaxsgd.migration.report import Entry, Report
+
+__all__ = ["Entry", "Report", "adopt", "migrate"]
+
+
+def migrate(
+    old_state: Any,
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    count: Literal["auto", "keep", "reset"] | int = "auto",
+) -> tuple[Any, Report]:
+    """Go on with a state after an edit of its optimizer: ``state, report = migrate(old_state, tx, params)``.
+
+    A clip or a guard was added, a schedule replaces a constant, AdamW replaces Adam, groups or storage changed, the
+    run began with optax: ``tx.init`` would forget the moments, and a checkpoint does not fit. Leaves are matched by
+    name. One that belongs to a parameter (``"1/slots/mu/dense/kernel"``) goes where the new state has the same slot
+    (mu) of the same parameter, whatever is around it; in the new form if it rests in another one (cast, eight bits).
+    What has no counterpart, or another shape, is as ``tx.init`` makes it. Where several are alike (two rules in a
+    chain with a mu each), those of rules with the same slots are matched in order if they are as many, then by their
+    full names; what is uncertain still is reset. The report says all of it.
+
+    Names are all there is: the report cannot know that adam's nu is a mean of squares and adamax's a maximum, or that
+    a rule sums its momentum where another averages it. Switch between such rules with ``tx.init(params)``.
+
+    **The count** of completed steps drives schedules and bias correction. A rule's goes on if each of its slots was
+    found for one parameter at least. Otherwise the whole rule starts anew, those that were found included, at count 0:
+    a moment that starts at zero is taken for an average of ``count`` steps, and a full one at count 0 for an average
+    of none. With adam's b1=0.9, b2=0.999, t=10,000 and both moments at zero, the first step is 3.2 times too long, the
+    twelfth 6.6 times, and it takes 1,750 steps to come within 10%; with nu alone at zero the first is 32 times too
+    long; with a full mu at count 0, 10 times. The first holds for a single parameter that starts anew (reshaped,
+    no longer frozen) while the count goes on: a short warmup helps.
+
+    **Hyperparameters** are as ``tx`` says; one that was set or pinned by `with_hyper` is to be set again. Scalars of a
+    rule (weight sums) go with its slots, those of other transformations (counters, norms, statistics) by name.
+
+    Args:
+      old_state: an optimizer state of jaxsgd or optax, within whatever; nested dicts and lists of arrays, as a
+        checkpoint is read without its structure; or a dict from names to arrays.
+      tx: the new optimizer.
+      params: the parameters it is to train.
+      count: ``"auto"``, as above; ``"keep"``: it goes on, and found slots with it, in any case; ``"reset"``: it is 0
+        for every rule, and found slots are kept; or a number of steps, for states that hold none
+        (``optax.sgd`` with a constant learning rate).
+
+    Returns:
+      ``(state, report)``: a state like ``tx.init(params)``, in structure, dtypes and sharding, which shares no memory
+      with the old one; and a `Report`.
+
+    Raises:
+      ValueError: the old state holds no array, arrays that were donated, two leaves of one name, or leaves of other
+        parameters only (another model); ``count`` is none of the above.
+    """
+    old = by_name(old_state, "old_state")
+    _check_old(old)
+    return adopt(old, tx.init(params), params, count=count)
+
+
+def adopt(
+    old_leaves: Mapping[str, Any],
+    fresh_state: Any,
+    params: Any,
+    *,
+    count: Literal["auto", "keep", "reset"] | int = "auto",
+) -> tuple[Any, Report]:
+    """`migrate` into a state that was made already: ``adopt(leaves, jaxsgd.init_sharded(tx, params, mesh), params)``.
+
+    Args:
+      old_leaves: names, as of `jaxsgd.paths.leaf_names`, to arrays.
+      fresh_state: the new optimizer's state before its first step. What is not replaced is returned as it is.
+      params: the parameters; only names, shapes and dtypes matter.
+      count: as in `migrate`.
+
+    Returns:
+      ``(state, report)``. Each array lies where that of ``fresh_state`` does.
+
+    Raises:
+      ValueError: as in `migrate`.
+    """
+    if count not in ("auto", "keep", "reset") and (isinstance(count, bool | str) or not count >= 0):
+        raise ValueError(f'count={count!r}: "auto", "keep", "reset" or a number of steps from 0 is needed')
+    _check_old(old_leaves)
+    count = count if isinstance(count, str) else int(count)
+    moving = Migration(old_leaves, fresh_state, by_name(params, "params"), count)
+    report = moving.run()
+    return jax.tree.unflatten(jax.tree.structure(fresh_state), list(moving.out.values())), report
+
+
+def _check_old(old: Mapping[str, Any]) -> None:
+    if not old:
+        raise ValueError("old_state: it holds no array, nothing to carry over; tx.init(params) makes a new state")
+    for name, leaf in old.items():
+        if not isinstance(leaf, int | float | complex | np.generic | np.ndarray | jax.Array):
+            raise ValueError(f"old_state: {name!r} is a {type(leaf).__name__}; an array is needed")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(f"old_state: {name!r} was donated to a step; migrate the state that the step returned")

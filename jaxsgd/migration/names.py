@@ -1,0 +1,171 @@
+"""What the names of an optimizer state's leaves say: which slot of which parameter, or which scalar of what.
+
+Floor 6.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.paths import leaf_names
+from jaxsgd.storage import Blocks
+
+__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "by_name", "kind"]
+
+CLOCKS = ("count", "gradient_step")
+"""How transformations call the number of completed steps."""
+HYPER, SHARED = "hyper/", "shared/"
+"""What precedes the name of a hyperparameter, and of a scalar that belongs to a rule as a whole."""
+
+
+def by_name(tree: Any, what: str) -> dict[str, Any]:
+    """The leaves of ``tree`` by their names.
+
+    Raises:
+      ValueError: two have the same; ``what`` says whose.
+    """
+    names, leaves = leaf_names(tree), jax.tree.leaves(tree)
+    out = dict(zip(names, leaves, strict=True))
+    if len(out) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what}: two leaves have the name {twice!r}, by which they are told apart")
+    return out
+
+
+class Place(NamedTuple):
+    """What a leaf's name says: ``container/slot/parameter/inside``, or ``container/slot`` of a scalar."""
+
+    container: str
+    slot: str
+    parameter: str | None
+    inside: str = ""
+
+
+class Item(NamedTuple):
+    """A slot's value for one parameter, or a part of it: one leaf, or the two of `Blocks`."""
+
+    names: tuple[str, ...]
+    value: Any
+
+
+def kind(x: Any) -> Any:
+    """The dtype of an array, as it is, or of a Python number."""
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _of(prefix: tuple[str, ...], parameter: str, inside: tuple[str, ...]) -> Place:
+    """The place of a leaf of a slot whose trees stand at ``prefix``."""
+    if inside[:1] == ("value",):  # of an nnx.Variable that was saved as a dict, or holds more than an array
+        inside = inside[1:]
+    if prefix[-1].isdigit():  # a position is no name: only the same position is the same slot
+        return Place("", "/".join(prefix), parameter, "/".join(inside))
+    container = prefix[:-2] if prefix[-2:-1] == ("slots",) else prefix[:-1]
+    return Place("/".join(container), prefix[-1], parameter, "/".join(inside))
+
+
+def _places(leaves: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Place]:
+    """What every name says. A name may be read in several ways where parameters are called like slots or like ends of
+    others; the reading that explains most of its neighbours too is taken."""
+    split = {name: tuple(name.split("/")) for name in leaves}
+    slots = {(*keys[:-1], "slots") for keys in split.values() if keys[-1] == "count"}  # of `jaxsgd.State`
+    candidates = {name: list(_candidates(keys, leaves[name], params, slots)) for name, keys in split.items()}
+    covers: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for readings in candidates.values():
+        for prefix, parameter, _ in readings:
+            covers[prefix].add(parameter)
+    beside_scalars = {keys[:-1] for name, keys in split.items() if not candidates[name]}
+
+    def rank(name: str, reading: tuple) -> tuple:
+        prefix, parameter, inside = reading
+        same = jnp.shape(leaves[name]) == jnp.shape(params[parameter])
+        whole = not inside or inside == ("value",)
+        known = not prefix[-1].isdigit(), prefix[:-1] in beside_scalars
+        return prefix[:-1] in slots, whole, len(covers[prefix]), *known, same, len(prefix)
+
+    best = {name: max(c, key=lambda r: rank(name, r)) for name, c in candidates.items() if c}
+    trees = {prefix for prefix, _, _ in best.values()}
+    out = {}
+    for name, keys in split.items():
+        if name in best:
+            out[name] = _of(*best[name])
+            continue
+        above = [keys[:i] for i in range(len(keys) - 1, 0, -1) if keys[:i] in trees]
+        if above and params.keys() != {""}:
+            out[name] = _of(above[0], "/".join(keys[len(above[0]) :]), ())
+        elif keys[-2:-1] in (("hyper",), ("hyperparams",), ("shared",)):
+            kind = SHARED if keys[-2] == "shared" else HYPER
+            out[name] = Place("/".join(keys[:-2]), kind + keys[-1], None)
+        else:
+            out[name] = Place("/".join(keys[:-1]), keys[-1], None)
+    return out
+
+
+def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slots: set) -> Iterable[tuple]:
+    """The ways to read one name: ``(prefix, parameter, inside)``, the prefix ending in the slot."""
+    for start in range(1, len(keys) + 1):
+        prefix = keys[:start]
+        if prefix[-1] in ("slots", "hyper", "hyperparams", "shared") or prefix[-1] in CLOCKS:
+            continue
+        for stop in range(start, len(keys) + 1):
+            parameter = "/".join(keys[start:stop])
+            if parameter not in params or (parameter == "") != (params.keys() == {""}):
+                continue
+            p, inside = params[parameter], keys[stop:]
+            if prefix[:-1] not in slots:
+                number = jnp.issubdtype(kind(leaf), jnp.inexact) or not jnp.issubdtype(kind(p), jnp.inexact)
+                named = not prefix[-1].isdigit() and parameter != ""
+                if parameter == "" and prefix[-2:-1] in (("hyper",), ("hyperparams",), ("shared",)):
+                    continue
+                whole = inside in ((), ("value",))
+                if not number or not whole and not jnp.ndim(leaf):  # a count or a norm beside, not inside
+                    continue
+                if not named and not (whole and jnp.shape(leaf) == jnp.shape(p)):
+                    continue
+            yield prefix, parameter, inside
+
+
+def _packed(parts: Mapping[str, tuple[str, Any]]) -> dict[str, Item]:
+    """The parts of one value, codes and scales joined."""
+    out = {}
+    for inside, (name, leaf) in parts.items():
+        head, _, last = inside.rpartition("/")
+        pair = [parts[key] for key in (f"{head}/codes".lstrip("/"), f"{head}/scale".lstrip("/")) if key in parts]
+        if last in ("codes", "scale") and len(pair) == 2 and kind(pair[0][1]) in (jnp.int8, jnp.uint8):
+            (codes, code), (scale, step) = pair
+            out[head] = Item((codes, scale), Blocks(code, step))
+        else:
+            out[inside] = Item((name,), leaf)
+    return out
+
+
+class Leaves:
+    """One of the two states, by name.
+
+    Attributes:
+      slots: (slot, parameter) -> container -> inside -> item.
+      kinds: container -> the slots it has.
+      scalars: container -> scalar -> name of the leaf.
+    """
+
+    def __init__(self, leaves: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+        self.leaves, self.places = leaves, _places(leaves, params)
+        parts: dict[tuple[str, str], dict[str, dict[str, tuple[str, Any]]]] = {}
+        self.kinds: dict[str, set[str]] = defaultdict(set)
+        self.scalars: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, place in self.places.items():
+            if place.parameter is None:
+                self.scalars[place.container][place.slot] = name
+            else:
+                self.kinds[place.container].add(place.slot)
+                here = parts.setdefault((place.slot, place.parameter), {}).setdefault(place.container, {})
+                here[place.inside] = (name, leaves[name])
+        self.slots = {key: {c: _packed(p) for c, p in held.items()} for key, held in parts.items()}
+
+    def own(self, container: str) -> set[str]:
+        """The scalars of a container without hyperparameters and what a rule shares."""
+        return {name for name in self.scalars.get(container, ()) if not name.startswith((HYPER, SHARED))}
