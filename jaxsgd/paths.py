@@ -50,12 +50,11 @@ def owner(path: Sequence[Any], params: Mapping[tuple[str, ...], T]) -> T | None:
     behind the slot's. None where there is none.
     """
     parts = name_parts(path)
+    lengths = range(len(parts), -1, -1)
+    places = [(i, n) for n in lengths for i in range(len(parts) - n, -1, -1)]
     if "slots" in parts[:-1]:
-        parts = parts[parts.index("slots") + 2 :]
-        places = [(0, length) for length in range(len(parts), -1, -1)]
-    else:
-        lengths = sorted({len(name) for name in params}, reverse=True)
-        places = [(i, n) for n in lengths for i in range(len(parts) - n, -1, -1)]
+        behind = parts.index("slots") + 2
+        places = [(behind, n) for n in lengths if behind + n <= len(parts)] + places
     return next((params[parts[i : i + n]] for i, n in places if parts[i : i + n] in params), None)
 
 

@@ -301,7 +301,8 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
 
     Args:
       batch: a tree of arrays: the examples of this process, which are all of them where there is one process.
-        Scalars are replicated; arrays that lie on the mesh already are left as they are.
+        Scalars are replicated; arrays that lie on the mesh already are left as they are. Shapes
+        (`jax.ShapeDtypeStruct`, of the whole batch) get the sharding that the arrays would have.
       mesh: a mesh with Auto axes.
       batch_axes: the mesh axes that the examples are split over.
       multiple: what the number of examples on one device must be a multiple of.
@@ -312,7 +313,8 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
     axes = check_axes("batch_axes", batch_axes, mesh)
     split, everywhere = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
     slices = split.devices_indices_map((_size(axes, mesh),))
-    mine = len({str(slices[device]) for device in split.addressable_devices})
+    here = split.addressable_devices or split.device_set  # none of a mesh that is only compiled for
+    mine = len({str(slices[device]) for device in here})
 
     named = zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
     local = {name: x for name, x in named if _present_spec(x, mesh) is None}
@@ -322,7 +324,9 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
     def place(x: Any) -> Any:
         if _present_spec(x, mesh) is not None:
             return x
-        where = split if jnp.ndim(x) > 0 else everywhere
+        where = split if len(jnp.shape(x)) > 0 else everywhere
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         if jax.process_count() == 1:
             return jax.device_put(x, where)
         return jax.make_array_from_process_local_data(where, np.asarray(x))

@@ -71,8 +71,43 @@ class TrainState:
             `jaxsgd.state_sharding` refuses; specs or zero1 without a mesh.
           RuntimeError: the parameters' memory was given to an earlier step.
         """
-        if mesh is None and (specs is not None or zero1 is not None):
-            raise ValueError("mesh: specs and zero1 need one")
+        build, key, arrays = cls._plan(model, tx, key, model_state)
+        if mesh is None:
+            if specs is not None or zero1 is not None:
+                raise ValueError("mesh: specs and zero1 need one")
+            return build(key, arrays)
+        where = cls._where(jax.eval_shape(build, key, arrays), arrays, tx, mesh, specs, zero1)
+        if arrays is not None:
+            arrays = put(arrays, (where.params, where.model_state))
+        return jax.jit(build, out_shardings=where)(put(key, where.key), arrays)
+
+    @classmethod
+    def shapes(
+        cls,
+        model: Any,
+        tx: optax.GradientTransformation,
+        *,
+        key: int | jax.Array = 0,
+        model_state: Any = None,
+        mesh: Mesh | None = None,
+        specs: Any = None,
+        zero1: str | tuple[str, ...] | None = None,
+    ) -> TrainState:
+        """What `create` would make, as `jax.ShapeDtypeStruct` with shardings; nothing is allocated.
+
+        To compile a step with (``step.lower(state, batch)``), or to restore a checkpoint into. The devices of ``mesh``
+        need not be there. Arguments and errors are those of `create`; parameters may be shapes themselves.
+        """
+        build, key, arrays = cls._plan(model, tx, key, model_state)
+        shapes = jax.eval_shape(build, key, arrays)
+        if mesh is None:
+            return shapes
+        where = cls._where(shapes, arrays, tx, mesh, specs, zero1)
+        return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, where)
+
+    @classmethod
+    def _plan(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
+        """``build, key, arrays``, where ``build(key, arrays)`` is the state."""
         if isinstance(model, nnx.Module) and model_state is not None:
             raise ValueError("model_state: an nnx.Module carries its own; leave it out")
         key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
@@ -91,19 +126,17 @@ class TrainState:
             params, carried, key = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, carried, key))
             return cls(jnp.zeros((), jnp.int32), params, tx.init(params), key, carried, own)
 
-        arrays = None if made else (params, carried)
-        if mesh is None:
-            return build(key, arrays)
-        shapes = jax.eval_shape(build, key, arrays)
-        like = shapes.params if made else params
+        return build, key, None if made else (params, carried)
+
+    @staticmethod
+    def _where(shapes: TrainState, arrays: Any, tx: Any, mesh: Mesh, specs: Any, zero1: Any) -> TrainState:
+        """Where each array of a state is to lie."""
+        like = shapes.params if arrays is None else arrays[0]
         everywhere = NamedSharding(mesh, PartitionSpec())
-        where = jax.tree.map(lambda _: everywhere, shapes).replace(
+        return jax.tree.map(lambda _: everywhere, shapes).replace(
             params=param_sharding(like, mesh, specs),
             opt_state=state_sharding(tx, like, mesh, specs=specs, zero1=zero1),
         )
-        if not made:
-            arrays = put(arrays, (where.params, where.model_state))
-        return jax.jit(build, out_shardings=where)(put(key, everywhere), arrays)
 
     @property
     def eval_params(self) -> Any:

@@ -221,6 +221,21 @@ def test_a_model_is_made_in_place(mesh):
     assert TrainState.create(placed, tx, mesh=mesh).params["w"].sharding.spec == P("data")
 
 
+def test_shapes_alone_give_the_same_program(mesh):
+    """For a mesh whose devices need not be there; nothing is allocated."""
+    tx, batch = jaxsgd.adamw(1e-2), as_dtype(BATCHES[0], np.float32)
+    params = as_dtype(PARAMS, np.float32)
+    state = TrainState.create(params, tx, mesh=mesh, zero1="data")
+    shapes = jax.eval_shape(lambda: params)
+    abstract = TrainState.shapes(shapes, tx, mesh=mesh, zero1="data")
+    for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.sharding == b.sharding
+    step = make_step(loss_fn, tx, mesh=mesh)
+    of_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    assert step.lower(abstract, of_shapes).as_text() == step.lower(state, batch).as_text()
+    assert jaxsgd.assert_sharded(abstract, "data") == jaxsgd.assert_sharded(state, "data")
+
+
 def test_batch_statistics_and_keys_inside_a_map(mesh):
     """Averaged over the devices; dropout differs from device to device, and its key is handed on as it was."""
 
