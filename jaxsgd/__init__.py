@@ -8,6 +8,7 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
+from jaxsgd.migration import migrate
 from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
 from jaxsgd.rules import adam_variants as _adam_variants
@@ -66,6 +67,7 @@ __all__ = [
     "int8",
     "make_step",
     "metrics",
+    "migrate",
     "plain",
     "rule",
     "shard_batch",

@@ -160,7 +160,8 @@ class Step:
                     f"axis_name={self.axis_name!r}: this step is for the inside of jax.pmap or jax.shard_map over such "
                     "an axis; on one device, or with mesh=, leave it out"
                 ) from None
-        refuse_deleted("state", state)
+        # Over several devices jaxlib would end the process; on one it raises, and the step alone tells.
+        refuse_deleted("state", state.step if self.mesh is None else state)
         size = batch_size(batch)
         if self.mesh is None:
             check_divides(batch, self.accumulate, f"accumulate={self.accumulate} microbatches")

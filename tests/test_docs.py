@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import nbformat
+import numpy as np
 import optax
 import pytest
 from nbclient import NotebookClient
@@ -38,13 +39,19 @@ def test_the_quickstart_is_short_and_learns(capsys):
 
 
 @pytest.mark.parametrize("index", range(1, len(BLOCKS)))
-def test_every_other_block_runs(index, forget_rules):
+def test_every_other_block_runs(index, forget_rules, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     leaf = jnp.ones((2, 2))
     params = {"backbone": {"embed": leaf}, "head": {"kernel": leaf, "bias": leaf[0]}, "scale": leaf[0]}
     names = {
         "jax": jax, "jaxsgd": jaxsgd, "optax": optax, "params": params, "rates": jnp.asarray([0.1, 0.2]),
         "train": lambda state: state.hyper["learning_rate"],
+        "init": lambda key: {"kernel": jax.random.normal(key, (8, 8))},
+        "loss_fn": lambda p, x, key: jnp.mean((x @ p["kernel"] - 1) ** 2), "tx": jaxsgd.adam(0.1),
+        "batch": np.ones((64, 8), np.float32), "batch_at": lambda i: np.full((64, 8), i, np.float32), "steps": 3,
     }  # fmt: skip
+    names["state"] = jaxsgd.TrainState.create(names["init"], names["tx"])
+    names["step"] = jaxsgd.make_step(names["loss_fn"], names["tx"])
     exec(BLOCKS[index], names)
     if "tx" in names:
         names["tx"].init(params)
