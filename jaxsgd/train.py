@@ -25,6 +25,7 @@ from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
 from jaxsgd.transforms.accumulate import carrying_gradients
 from jaxsgd.transforms.clip import AxisName
+from jaxsgd.transforms.guard import skipped_steps
 
 __all__ = ["Step", "TrainState", "check_donation", "checked", "make_step"]
 
@@ -90,8 +91,9 @@ def make_step(
 
     Returns:
       A `Step`. Its metrics are device scalars: ``loss``, ``gradient_norm``, ``update_norm``, what
-      `jaxsgd.metrics` reads in the optimizer's state (``step``, ``learning_rate``, ...), and ``aux``. Random numbers
-      come from ``fold_in(state.key, state.step)``; inside pmap and shard_map each device folds in its index too.
+      `jaxsgd.metrics` reads in the optimizer's state (``step``, ``learning_rate``, ...), ``skipped`` (steps in all)
+      where there is a `jaxsgd.guard`, and ``aux``. Random numbers come from ``fold_in(state.key, state.step)``; inside
+      pmap and shard_map each device folds in its index too.
 
     Raises:
       ValueError: ``accumulate`` below 1; an axis that the mesh lacks; both ``mesh`` and ``axis_name``.
@@ -231,7 +233,7 @@ class Step:
             opt_state=opt_state,
             model_state=carried,
         )
-        report = metrics(opt_state) if find_states(opt_state) else {}
+        report = (metrics(opt_state) if find_states(opt_state) else {}) | skipped_steps(opt_state)
         report |= {
             "step": new.step,
             "loss": loss,

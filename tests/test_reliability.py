@@ -78,11 +78,13 @@ def test_pain_11_bad_batches_cost_no_accuracy(mesh):
     step, seeds = make_step(loss_fn, tx), range(5)
     clean = np.array([trained(step, tx, seed)[1] for seed in seeds])
     assert clean.mean() > 0.92
+    good = {"image": IMAGES[:SIZE], "label": LABELS[:SIZE], "factor": np.ones(SIZE, np.float32)}
     for bad in ("NaN batches", "inf gradients"):
         states, accuracies = zip(*(trained(step, tx, seed, bad) for seed in seeds), strict=True)
         for state in states:
             report = jaxsgd.guard_report(state.opt_state)
             assert report["skipped"] == STEPS // 100 and not report["halted"]
+            assert int(step.fn(state, good)[1]["skipped"]) == STEPS // 100, "a metric of every step"
             assert int(optax.tree.get(state.opt_state, "GuardState").inner[1].count) == STEPS - STEPS // 100
             assert int(state.step) == STEPS
         # Noise: two standard errors of a difference of two means over the seeds.

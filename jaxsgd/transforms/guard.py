@@ -203,6 +203,13 @@ def guard_report(state: Any) -> dict[str, Any]:
     return out
 
 
+def skipped_steps(state: Any) -> dict[str, jax.Array]:
+    """``{"skipped": steps that the guard of ``state`` skipped so far}`` on the device; nothing without one guard."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, GuardState))
+    guards = [node for node in nodes if isinstance(node, GuardState)]
+    return {"skipped": guards[0].skipped} if len(guards) == 1 else {}
+
+
 def resume(state: Any) -> Any:
     """A copy of ``state`` whose guards go on after a halt, with their statistics as they were.
 
