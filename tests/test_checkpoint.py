@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_model_says_which_paths_differ(tmp_path):
     ]  # fmt: skip
 
 
-def test_after_an_edit_of_the_optimizer(tmp_path):
+def test_pain_6_after_an_edit_of_the_optimizer(tmp_path):
     """A clip is put before Adam, and Adam's moments go on."""
     pytest.importorskip("jaxsgd.migration")
     params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}

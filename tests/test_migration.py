@@ -96,7 +96,7 @@ EDITS: dict[str, tuple] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_run_goes_on_as_if_it_had_always_been_so(edit):
+def test_pain_6_a_run_goes_on_as_if_it_had_always_been_so(edit):
     old, new, whole = (*EDITS[edit], EDITS[edit][0])[:3]
     params, state = walk(old, old.init(PARAMS), PARAMS, HALF)
     before = jax.tree.map(np.array, state)
