@@ -7,7 +7,7 @@ Floor 7. The only file that imports matplotlib; install it with ``jaxsgd[plot]``
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("jaxsgd.plot needs matplotlib: pip install 'jaxsgd[plot]'") from error
 
-__all__ = ["LANDSCAPES", "Landscape", "loss_curves", "path", "paths", "save"]
+__all__ = ["LANDSCAPES", "Landscape", "loss_curves", "memory_bars", "path", "paths", "save"]
 
 INK, PAPER = "#1b1e28", "#ffffff"
 COLORS = ("#3b6fd4", "#d4553b", "#2b9a66", "#8a4fd0", "#c98a12", "#1aa3b8", "#c23f86", "#6b7280", "#7a5230")
@@ -215,6 +215,55 @@ def loss_curves(
     ax.set_xlabel(xlabel, fontsize=9, color=INK)
     ax.set_ylabel(ylabel, fontsize=9, color=INK)
     ax.legend(frameon=False, fontsize=8, ncols=1 if len(curves) < 6 else 2)
+    return figure
+
+
+def memory_bars(plans: Iterable[Any], *, title: str = "Memory of a device") -> Figure:
+    """The bytes that plans take on a device, as stacked bars against what the device has.
+
+    Args:
+      plans: what `jaxsgd.plan` gives, or a `jaxsgd.plan.Comparison`. The parts of all are stacked in one order; those
+        below a thousandth of every bar are drawn as one, "other". A bar of what does not fit is hatched.
+      title: above the picture.
+
+    Raises:
+      ValueError: nothing to draw.
+    """
+    plans = list(plans)
+    if not plans:
+        raise ValueError("plans: at least one is needed")
+    names = list(dict.fromkeys(name for plan in plans for name in plan.parts))
+    shown = [name for name in names if any(plan.parts.get(name, 0) > plan.needs / 1000 for plan in plans)]
+    most = max(max(plan.needs, plan.available if plan.available < 4 * plan.needs else 0) for plan in plans)
+    power = min(4, max(0, int(np.log2(max(most, 1)) // 10)))
+    unit = ("bytes", "KiB", "MiB", "GiB", "TiB")[power]
+    figure = Figure(figsize=(8.2, 1.5 + 0.5 * len(plans)), layout="constrained", facecolor=PAPER)
+    ax = figure.subplots()
+    _style(ax)
+    rows, left = np.arange(len(plans)), np.zeros(len(plans))
+    stacks = {name: [plan.parts.get(name, 0) for plan in plans] for name in shown}
+    other = [plan.needs - sum(stack[i] for stack in stacks.values()) for i, plan in enumerate(plans)]
+    if any(other):
+        stacks["other"] = other
+    for i, (name, stack) in enumerate(stacks.items()):
+        widths = np.asarray(stack, dtype=float) / 1024**power
+        bars = ax.barh(rows, widths, left=left, height=0.62, color=COLORS[i % len(COLORS)], label=name, linewidth=0)
+        for bar, plan in zip(bars, plans, strict=True):
+            if not plan.fits:
+                bar.set(hatch="////", edgecolor=PAPER)
+        left += widths
+    for row, plan in enumerate(plans):
+        there = plan.available / 1024**power
+        if plan.available <= 4 * most:
+            ax.plot([there, there], [row - 0.42, row + 0.42], color=INK, linewidth=2, label="_")
+        verdict = "fits" if plan.fits else "does not fit"
+        ax.text(left[row], row, f"  {left[row]:.3g} {unit}, {verdict}", va="center", fontsize=8, color=INK)
+    ax.set_yticks(rows, [plan.label for plan in plans])
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.28 * max(left.max(), *(p.available / 1024**power for p in plans if p.available <= 4 * most), 0))
+    ax.set_xlabel(f"{unit} on a device; the black line is what it has", fontsize=9, color=INK)
+    ax.set_title(title, fontsize=11, color=INK, loc="left")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return figure
 
 

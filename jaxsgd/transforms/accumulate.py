@@ -84,6 +84,8 @@ def accumulate_gradients(
 
     def whole(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
         (loss, (_, aux)), grads = gradients(params, None, batch, key)
+        if steps == 1:  # stacked all the same, so that aux is no other for one microbatch
+            aux = jax.tree.map(lambda x: x[None] if jnp.ndim(x) > 0 else x, aux)
         return (wide(loss), aux), jax.tree.map(wide, grads)
 
     return whole
