@@ -1,7 +1,8 @@
 # Two commands, each does all its set-up in .venv from nothing and re-uses it when current.
 #   make train   train a Flax model on real digits through jaxsgd
 #   make test    lint, types, docs in step with the code, tests
-#   make slow    the tests that test leaves out; CI runs both
+#   make slow    the tests that test leaves out
+#   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB); CI runs all
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -10,10 +11,10 @@ ARGS ?=
 # Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
-.PHONY: help train test slow lint format tables clean
+.PHONY: help train test slow compilers plans lint format tables clean
 
 help:
-	@echo "make train | test | slow | lint | format | tables | clean"
+	@echo "make train | test | slow | plans | lint | format | tables | clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,6 +44,16 @@ test: lint
 slow: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
+$(VENV)-compilers/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-compilers
+	$(VENV)-compilers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,compilers]'
+	@touch $@
+
+compilers: $(VENV)-compilers/.done
+
+plans: compilers
+	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest tests/test_plan.py $(ARGS)
+
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
@@ -52,4 +63,4 @@ tables: $(VENV)/.test
 	$(RUN) -m jaxsgd.catalog --write
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(VENV)-compilers .cache .pytest_cache .ruff_cache .hypothesis runs

@@ -223,6 +223,20 @@ def open_checkpoints(args: argparse.Namespace) -> Any:
     return checkpoints
 
 
+def plan_inputs(argv: list[str], mesh: Mesh) -> dict[str, Any]:
+    """What ``python -m jaxsgd.plan examples/char_lm.py`` plans."""
+    args = parse(argv)
+    config = configure(args, corpus())
+    built = build(config)
+    # What may be tried where it does not fit.
+    more = {} if config.remat else {"remat": {"step_or_loss": build(replace(config, remat=True)).loss_fn}}
+    return {
+        "step_or_loss": built.loss_fn, "params": built.init, "tx": optimizer(args, config, mesh), "batch": built.batch,
+        "specs": split(mesh, args.fsdp), "zero1": "data" if args.zero1 else None, "accumulate": args.accumulate,
+        "variants": more,
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> float:
     """Train, write the files, and return the validation loss in nats per character."""
     args = parse(argv)

@@ -9,6 +9,7 @@ from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
 from jaxsgd.migration import migrate
+from jaxsgd.plan import plan
 from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
 from jaxsgd.rules import adam_variants as _adam_variants
@@ -69,6 +70,7 @@ __all__ = [
     "metrics",
     "migrate",
     "plain",
+    "plan",
     "rule",
     "shard_batch",
     "state_sharding",

@@ -15,7 +15,7 @@ FLOORS = {
     "rules": 3,
     "torch": 4, "transforms": 4,
     "sharding": 5, "train_state": 5, "train": 5, "record": 5,
-    "checkpoint": 6, "migration": 6,
+    "checkpoint": 6, "migration": 6, "plan": 6,
     "plot": 7, "catalog": 7, "testing": 7,
     "__init__": 8,
 }  # fmt: skip

@@ -1,0 +1,581 @@
+"""Plans: what a step takes by its compiler, checked against arithmetic, a real run, and the program compiled anew."""
+
+import importlib.util
+import io
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import jaxsgd
+from jaxsgd.plan import compare, plan
+from jaxsgd.plan.__main__ import main
+from jaxsgd.plan.devices import known
+from jaxsgd.plan.devices import lookup as describe
+from jaxsgd.plan.hlo import Program
+from jaxsgd.plan.reading import read
+from jaxsgd.plan.targets import DoesNotFit, _does_not_fit, available, lookup
+
+GIB = 2**30
+adam = jaxsgd.adam(1e-3)
+
+tpu = pytest.mark.skipif(not available("tpu"), reason="the TPU compiler is missing: pip install 'jaxsgd[tpu]'")
+cuda = pytest.mark.skipif(
+    not available("cuda"), reason="the CUDA compiler is not installed: pip install 'jaxsgd[cuda]'"
+)
+VENDORS = [pytest.param("v5e:2x4", marks=tpu), pytest.param("h100:8", marks=cuda)]
+
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def mlp(width=256, depth=3):
+    """A perceptron as shapes, its loss and a batch; the layers are one scan."""
+    params = {"layers": shape(depth, width, width), "scale": shape(width)}
+
+    def loss_fn(params, batch, key):
+        out, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch["x"], params["layers"])
+        return jnp.mean((out * params["scale"] - batch["y"]) ** 2)
+
+    return loss_fn, params, {"x": shape(64, width), "y": shape(64, width)}
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topology", "full", "count"),
+    [
+        ("v5e:4x4", "v5e:4x4", 16), ("V5E", "v5e:1x1", 1), ("v5p:8x8x16", "v5p:8x8x16", 1024), ("h100:8", "h100:8", 8),
+        ("h100", "h100:1", 1), ("b200:2x8", "b200:2x8", 16), ("ironwood:2x2x1", "tpu7x:2x2x1", 8), ("cpu", "cpu", 1),
+        ("cpu:8", "cpu:8", 8), ("v4:2x2x4", "v4:2x2x4", 16),
+    ],
+)  # fmt: skip
+def test_names_of_topologies(topology, full, count):
+    found = describe(topology)
+    assert (found.name, found.count) == (full, count)
+
+
+@pytest.mark.parametrize(
+    ("topology", "says"),
+    [
+        ("v5f:4x4", "did you mean 'v5"), ("h10:8", "did you mean 'h100'"), ("tpu", "the form is 'v5e:4x4'"),
+        ("v5e:4", "has 2 axes"), ("v5e:4x4x4", "has 2 axes"), ("v5e:0x4", "no shape"), ("v5e:", "no shape"),
+        ("v5e:32x32", "the largest slice of TPU v5e is v5e:16x16"), ("h100:1x2x8", "h100:2x8"), ("cpu:2x2", "cpu:8"),
+        (8, "a name is needed"),
+    ],
+)  # fmt: skip
+def test_topologies_that_are_none(topology, says):
+    with pytest.raises(ValueError, match="topology=") as error:
+        describe(topology)
+    assert says in str(error.value)
+
+
+def test_devices_are_whole():
+    """Every device names its source, and its rates are of an accelerator's order."""
+    for name, device in known().items():
+        assert device.name == name and len(device.source) > 40
+        assert 10 * GIB < device.memory < 300 * GIB
+        assert device.bandwidth is not None and 5e11 < device.bandwidth < 1e13
+        assert device.link is not None and 1e11 <= device.link <= 1e12
+        assert 1e14 < device.flops["f32"] <= device.flops["bf16"] < 3e15
+        assert bool(device.most) == (device.platform == "tpu") and bool(device.target) == (device.platform == "cuda")
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:4x4", "jaxsgd[tpu]"), ("h100:8", "jaxsgd[cuda]")])
+def test_a_missing_compiler_names_its_extra(topology, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError) as error:
+        lookup.__wrapped__(topology)
+    assert extra in str(error.value) and topology in str(error.value)
+
+
+# -- what a plan says ------------------------------------------------------------------------------
+
+
+def test_a_plan_is_arithmetic_where_arithmetic_knows():
+    """Bytes of parameters and state, and the operations of the products with the loop's count, are exact."""
+    loss_fn, params, batch = mlp(width=256, depth=5)
+    found = plan(loss_fn, params, adam, batch)
+    count = 5 * 256 * 256 + 256
+    assert found.parameters == count
+    assert found.parts["params"] == found.parts["state: mu"] == found.parts["state: nu"] == 4 * count
+    assert found.parts["batch"] == 2 * 64 * 256 * 4
+    assert sum(found.parts.values()) == found.needs
+    assert found.argument == pytest.approx(12 * count + 2 * 64 * 256 * 4, abs=100)
+    # Forward, and backward to weights and to inputs; the first layer needs none to its inputs but the scan does it.
+    assert sum(found.flops.values()) == 3 * 5 * 2 * 64 * 256 * 256
+    assert found.fits and found.headroom == found.available - found.needs > 0
+    assert found.kernels["while"] == 2 and not found.collectives and found.bound is None
+    assert json.loads(json.dumps(found.to_dict()))["needs"] == found.needs
+    assert "state: mu" in str(found) and "fits: needs" in str(found)
+
+
+def test_every_form_of_the_arguments_is_one_plan():
+    """A loss or a step; shapes, arrays or a function that makes them: the same program."""
+    loss_fn, shapes, batch = mlp(width=64, depth=2)
+    init = lambda key: jax.tree.map(lambda s: jax.random.normal(key, s.shape), shapes)
+    arrays, real = init(jax.random.key(0)), jax.tree.map(lambda s: np.zeros(s.shape, np.float32), batch)
+    first = plan(loss_fn, shapes, adam, batch)
+    step = jaxsgd.make_step(loss_fn, adam)
+    for other in (plan(loss_fn, arrays, adam, real), plan(loss_fn, init, adam, batch), plan(step, shapes, batch=batch)):
+        assert (other.needs, other.flops, other.parts) == (first.needs, first.flops, first.parts)
+    halves = plan(jaxsgd.make_step(loss_fn, adam, accumulate=2), shapes, None, batch)
+    assert halves.settings["accumulate"] == 2 and halves.flops == first.flops
+
+
+def test_slots_of_other_optimizers_have_their_names():
+    loss_fn, params, batch = mlp(width=64, depth=2)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    parts = plan(loss_fn, params, tx, batch).parts
+    assert parts["state: mu"] == parts["state: nu"] == parts["params"]
+    packed = plan(loss_fn, params, jaxsgd.adam(1e-3, storage=jaxsgd.int8(min_size=0)), batch).parts
+    assert parts["state: mu"] / 4 < packed["state: mu"] < 1.1 * parts["state: mu"] / 4
+
+
+def test_zero1_on_eight_devices():
+    """State bytes are an eighth; the step gathers the parameters and sums the gradients."""
+    loss_fn, params, batch = mlp()
+    whole = plan(loss_fn, params, adam, batch, topology="cpu:8")
+    split = plan(loss_fn, params, adam, batch, topology="cpu:8", zero1="data")
+    assert split.state_bytes <= (1 / 8 + 0.02) * whole.state_bytes
+    assert whole.argument - split.argument == whole.state_bytes - split.state_bytes
+    size = 4 * whole.parameters
+    assert whole.collectives["all-reduce"].bytes == pytest.approx(size, rel=0.01)
+    assert whole.collectives["all-reduce"].wire == pytest.approx(2 * 7 / 8 * size, rel=0.01)
+    assert split.collectives["all-gather"].bytes == pytest.approx(size, rel=0.01)
+
+
+def test_specs_by_either_name():
+    loss_fn, params, batch = mlp()
+    specs = {"layers": PartitionSpec(None, None, "model"), "scale": PartitionSpec()}
+    asked = {"topology": "cpu:8", "mesh_axes": {"data": -1, "model": 4}}
+    one, two = (plan(loss_fn, params, adam, batch, **asked, **{name: specs}) for name in ("specs", "param_spec"))
+    assert one.parts == two.parts and one.parts["params"] == 4 * (3 * 256 * 64 + 256)
+    with pytest.raises(TypeError, match="two names of one argument"):
+        plan(loss_fn, params, adam, batch, specs=specs, param_spec=specs)
+
+
+# -- what does not fit -----------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_an_answer_and_its_suggestions_are_true():
+    """A model of 700 GB on this host: in words, with numbers that the changed program then has."""
+    loss_fn, params, batch = mlp(width=2**15, depth=40)
+    found = plan(loss_fn, params, adam, batch, topology="cpu:8")
+    assert not found.fits and found.headroom < 0
+    assert "does not fit: needs" in found.verdict and "f32[40,32768,32768] 160 GiB (params/layers)" in found.verdict
+    changed = {
+        "ZeRO-1 (zero1='data')": (adam, "data"),
+        "int8 state (storage=jaxsgd.int8())": (jaxsgd.adam(1e-3, storage=jaxsgd.int8()), None),
+        "ZeRO-1 (zero1='data') and int8 state (storage=jaxsgd.int8())": (
+            jaxsgd.adam(1e-3, storage=jaxsgd.int8()),
+            "data",
+        ),
+    }
+    said = {s.what: s for s in found.suggestions}
+    for what, (tx, zero1) in changed.items():
+        state = jaxsgd.TrainState.shapes(params, tx, mesh=lookup("cpu:8").mesh(), zero1=zero1).opt_state
+        bytes_then = jaxsgd.assert_sharded(state).bytes_per_device
+        assert found.needs - said[what].needs == pytest.approx(found.state_bytes - bytes_then, rel=0.01)
+        assert said[what].how == "computed from the shapes of the state" and what in found.verdict
+    rows = [s for s in found.suggestions if s.what.startswith("accumulate=8")]
+    assert not rows or rows[0].how == "compiled"
+
+
+def test_only_suggestions_that_apply():
+    """No ZeRO-1 on one device or where it is on already, no int8 without moments."""
+    loss_fn, params, batch = mlp(width=2**15, depth=40)
+    words = plan(loss_fn, params, jaxsgd.sgd(0.1), {k: shape(1, 2**15) for k in batch}).verdict
+    assert "does not fit" in words and "ZeRO" not in words and "int8" not in words and "accumulate" not in words
+
+
+def test_a_variant_is_compiled():
+    loss_fn, params, batch = mlp(width=2**15, depth=40)
+    less = {"half the layers": {"params": {**params, "layers": shape(4, 2**15, 2**15)}}}
+    found = plan(loss_fn, params, jaxsgd.sgd(0.1), {k: shape(1, 2**15) for k in batch}, variants=less)
+    (only,) = found.suggestions
+    assert only.what == "half the layers" and only.how == "compiled" and 16 * GIB < only.needs < found.needs / 5
+
+
+EARLY = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (42.37G) exceeds "
+    "available HBM (15.75G)."
+)
+
+
+def test_the_words_of_the_tpu_compiler():
+    class Lowered:
+        def compile(self, compiler_options):
+            pathlib.Path(compiler_options["xla_dump_to"], "x.after_optimizations.txt").write_text("HloModule x")
+            raise jax.errors.JaxRuntimeError(EARLY)
+
+    refusal = _does_not_fit(Lowered(), EARLY)
+    assert isinstance(refusal, DoesNotFit) and refusal.text == "HloModule x"
+    assert refusal.needs == round(42.37 * GIB) and refusal.has == round(15.75 * GIB)
+    late = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.26G of 15.75G hbm. Exceeded hbm capacity by"
+    )
+    refusal = _does_not_fit(
+        Lowered(), f"{late} 1.51G.\n\n  1. Size: 4.50G\n     Shape: f32[1024,1179648]{{1,0:T(8,128)}}\n"
+    )
+    assert isinstance(refusal, DoesNotFit) and refusal.needs == round(17.26 * GIB) and not refusal.text
+    assert refusal.largest == [(round(4.5 * GIB), "f32[1024,1179648]{1,0:T(8,128)}", "")]
+    other = _does_not_fit(Lowered(), "RESOURCE_EXHAUSTED: something else")
+    assert isinstance(other, jax.errors.JaxRuntimeError)
+
+
+# -- one clear error each --------------------------------------------------------------------------
+
+
+def test_a_step_that_cannot_be_compiled():
+    def reads_values(params, batch, key):
+        return jnp.sum(params["w"]) if float(jnp.sum(batch["x"])) > 0 else jnp.sum(params["w"] ** 2)
+
+    with pytest.raises(TypeError) as error:
+        plan(reads_values, {"w": shape(4)}, adam, {"x": shape(8, 4)})
+    words = str(error.value)
+    assert "reads_values cannot be compiled" in words and "x float32[8, 4]" in words and "1 parameters" in words
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"mesh_axes": {"data": 3}}, ValueError, "cpu:8 has 8 devices, the sizes make up 3"),
+        ({"mesh_axes": {"data": -1, "model": 3}}, ValueError, "8 devices"),
+        ({"mesh_axes": {"data": -1, "model": -1}}, ValueError, "one of them may be -1"),
+        ({"batch": {"x": shape(60, 256), "y": shape(60, 256)}}, ValueError, "60 examples, not divisible by 8 devices"),
+        ({"zero1": "dta"}, ValueError, "did you mean 'data'"),
+        ({"topology": "cpu:64"}, ValueError, "jax_num_cpu_devices"),
+        ({"batch": None}, TypeError, "batch: the batch"),
+        ({"tx": None}, TypeError, "tx: a gradient transformation"),
+        ({"step_or_loss": 3}, TypeError, "a loss function or a jaxsgd.Step"),
+    ],
+)
+def test_clear_errors(change, error, says):
+    loss_fn, params, batch = mlp()
+    given = {"step_or_loss": loss_fn, "params": params, "tx": adam, "batch": batch, "topology": "cpu:8", **change}
+    with pytest.raises(error) as caught:
+        plan(**given)
+    assert says in str(caught.value)
+
+
+# -- against a real run ----------------------------------------------------------------------------
+
+MEASURE = '''
+"""Peak memory of one step: how far the resident set of this process rises above what it was, and the arguments."""
+import ctypes, gc, json, sys
+libc = ctypes.CDLL("libc.so.6")
+libc.mallopt(-3, 65536)  # large blocks are mapped, and given back when they are freed
+import jax, jaxsgd, numpy as np
+from jaxsgd.plan import plan
+sys.path.insert(0, sys.argv[2])
+if sys.argv[1] == "digits":
+    import digits
+    from flax import nnx
+    image, label = digits.load()["train"]
+    loss, model, batch = digits.loss_fn, digits.CNN(nnx.Rngs(0)), {"image": image[:512], "label": label[:512]}
+else:
+    from char_model import PRESETS, build
+    built = build(PRESETS["small"])
+    loss, model, batch = built.loss_fn, built.init, {"tokens": np.zeros(built.batch["tokens"].shape, np.int32)}
+tx = jaxsgd.adamw(1e-3)
+said = plan(loss, model, tx, batch).needs
+state, step, batch = jaxsgd.TrainState.create(model, tx), jaxsgd.make_step(loss, tx), jax.device_put(batch)
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+rises = []
+for i in range(6):
+    gc.collect(), libc.malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kib("VmRSS")
+    state, _ = jax.block_until_ready(step(state, batch))
+    rises.append(1024 * (kib("VmHWM") - before))
+leaves = [x for x in jax.tree.leaves((state, batch)) if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)]
+print(json.dumps([said, sorted(rises[1:])[1] + sum(x.nbytes for x in leaves)]))
+'''
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("example", ["digits", "char_lm"])
+def test_the_peak_is_that_of_a_real_run(example):
+    """Within 10% of what one step adds to the process's resident memory, with its arguments."""
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        pytest.skip("the kernel does not tell the peak of the resident memory of a step")
+    if importlib.util.find_spec("sklearn") is None and example == "digits":
+        pytest.skip("scikit-learn is not installed")
+    examples = pathlib.Path(__file__).parent.parent / "examples"
+    command = [sys.executable, "-c", MEASURE, example, str(examples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said, measured = json.loads(done.stdout)
+    assert said == pytest.approx(measured, rel=0.10)
+
+
+# -- side by side, and the command -----------------------------------------------------------------
+
+
+def test_compare_in_every_form():
+    loss_fn, params, batch = mlp(width=64, depth=2)
+    ready = plan(loss_fn, params, adam, batch, label="ready")
+    items = [ready, {"label": "sgd | plain", "tx": jaxsgd.sgd(0.1)}, {"zero1": "data"}]
+    found = compare(items, loss_fn, params, adam, batch, topology="cpu:8")
+    assert (
+        [p.label for p in found] == ["ready", "sgd | plain", "cpu:8 zero1=data"]
+        and found[0] is ready
+        and len(found) == 3
+    )
+    assert len(str(found).splitlines()) == 4 and "cpu:8 zero1=data" in str(found)
+    lines = found.to_markdown().splitlines()
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert [entry["topology"] for entry in json.loads(found.to_json())] == ["cpu", "cpu:8", "cpu:8"]
+    console = pytest.importorskip("rich.console").Console(record=True, width=200, file=io.StringIO())
+    console.print(found)
+    assert "ready" in console.export_text()
+    with pytest.raises(ValueError, match="at least one"):
+        compare([], loss_fn, params, adam, batch)
+
+
+def test_memory_bars_show_every_byte():
+    """The stacks end where the needs do, and those that do not fit are hatched."""
+    plot = pytest.importorskip("jaxsgd.plot")
+    loss_fn, params, batch = mlp(width=64, depth=2)
+    small = plan(loss_fn, params, adam, batch)
+    huge = plan(*mlp(width=2**15, depth=40)[:2], adam, mlp(width=2**15)[2], suggest=False)
+    figure = plot.memory_bars([huge, small])
+    (ax,) = figure.axes
+    ends = [
+        max(bar.get_x() + bar.get_width() for bar in ax.patches if round(bar.get_y() + 0.31) == row) for row in (0, 1)
+    ]
+    assert ends[0] * GIB == pytest.approx(huge.needs, rel=1e-6) and ends[1] * GIB == pytest.approx(
+        small.needs, rel=1e-3
+    )
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["cpu", "cpu"]
+    assert {bar.get_hatch() for bar in ax.patches} == {None, "////"}
+    with pytest.raises(ValueError, match="at least one"):
+        plot.memory_bars([])
+
+
+SCRIPT = """
+import jax, jax.numpy as jnp, jaxsgd
+def plan_inputs(argv, mesh):
+    size = int(argv[argv.index("--size") + 1])
+    batch = {"x": jax.ShapeDtypeStruct((8 * mesh.size, size), jnp.float32)}
+    loss = lambda params, batch, key: jnp.mean((batch["x"] @ params["w"]) ** 2)
+    params = {"w": jax.ShapeDtypeStruct((size, size), jnp.float32)}
+    return {"step_or_loss": loss, "params": params, "tx": jaxsgd.adam(1e-3), "batch": batch}
+"""
+
+
+def run(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    code = main(list(map(str, arguments)))
+    return code, *capsys.readouterr()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    code, out, err = run([script, "--topology", "cpu:8", "--size", 64], monkeypatch, capsys)
+    assert code == 0 and "4,096 parameters on 8 x CPU of this host" in out
+    asked = [
+        script,
+        "--topology",
+        "cpu",
+        "--topology",
+        "cpu:8",
+        "--mesh-axes",
+        "data=-1",
+        "--format",
+        "json",
+        "--size",
+        64,
+    ]
+    code, out, err = run(asked, monkeypatch, capsys)
+    assert code == 0 and [entry["devices"] for entry in json.loads(out)] == [1, 8]
+    code, out, err = run([script, "--size", 2**18, "--no-suggestions"], monkeypatch, capsys)
+    assert code == 1 and "does not fit" in out
+
+
+def test_the_command_in_error(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "nothing.py"
+    for text, arguments, says in [
+        (None, [], "no such file"),
+        ("x = 1", [], "def plan_inputs(argv, mesh)"),
+        (SCRIPT, ["--topology", "v5x", "--size", 8], "no such device"),
+        (SCRIPT, ["--mesh-axes", "data", "--size", 8], "NAME=NUMBER"),
+    ]:
+        if text is not None:
+            script.write_text(text)
+        code, out, err = run([script, *arguments], monkeypatch, capsys)
+        assert code == 2 and says in err and not out, err
+
+
+# -- programs as text ------------------------------------------------------------------------------
+
+TEXT = """HloModule m
+
+%fused (param_0: f32[24,64,128], param_1: s32[]) -> f32[64,128] {
+  %param_0 = f32[24,64,128]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,64,128]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %flat = f32[64,128]{1,0} bitcast(%slice)
+}
+
+%body (carried: (s32[], f32[24,64,128], f32[32,64])) -> (s32[], f32[24,64,128], f32[32,64]) {
+  %carried = (s32[], f32[24,64,128]{2,1,0}, f32[32,64]{1,0:T(8,128)S(1)}) parameter(0)
+  %i = s32[] get-tuple-element(%carried), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %w = f32[24,64,128]{2,1,0} get-tuple-element(%carried), index=1
+  %x = f32[32,64]{1,0:T(8,128)S(1)} get-tuple-element(%carried), index=2
+  %layer = f32[64,128]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused
+  %product = f32[32,128]{1,0} convolution(%x, %layer), dim_labels=bf_io->bf
+  %sum = f32[32,128]{1,0} all-reduce(%product), channel_id=7, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = (s32[], f32[24,64,128]{2,1,0}, f32[32,64]{1,0:T(8,128)S(1)}) tuple(%next, %w, %x)
+}
+
+%condition (carried.1: (s32[], f32[24,64,128], f32[32,64])) -> pred[] {
+  %carried.1 = (s32[], f32[24,64,128]{2,1,0}, f32[32,64]{1,0:T(8,128)S(1)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carried.1), index=0
+  %limit = s32[] constant(24)
+  ROOT %more = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (w.1: f32[24,64,128], x.1: f32[32,64]) -> f32[32,64] {
+  %w.1 = f32[24,64,128]{2,1,0} parameter(0)
+  %x.1 = f32[32,64]{1,0} parameter(1)
+  %start = s32[] constant(4)
+  %near = f32[32,64]{1,0:T(8,128)S(1)} copy(%x.1)
+  %tuple = (s32[], f32[24,64,128]{2,1,0}, f32[32,64]{1,0:T(8,128)S(1)}) tuple(%start, %w.1, %near)
+  %loop = (s32[], f32[24,64,128]{2,1,0}, f32[32,64]{1,0:T(8,128)S(1)}) while(%tuple), condition=%condition, body=%body
+  ROOT %last = f32[32,64]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_a_program_is_counted_as_often_as_it_runs():
+    """Ten turns of a loop that counts 4, 6, ..., 22; each loads one layer of all, and what lies near is not loaded."""
+    totals = Program(TEXT).totals()
+    assert dict(totals.flops) == {"f32": 10 * 2 * 32 * 128 * 64}
+    layer, product = 4 * 64 * 128, 4 * 32 * 128
+    turn = (layer + 4 + layer) + (layer + product) + 2 * product + 3 * 4
+    assert totals.bytes == pytest.approx(4 * 32 * 64 + 10 * turn, rel=1e-3)
+    ((kind, _), (count, size, wire)), *rest = totals.collectives.items()
+    assert not rest and (kind, count, size) == ("all-reduce", 10, 10 * product) and wire == 10 * product * 2 * 3 / 4
+
+
+# -- with the compilers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", VENDORS)
+def test_vendors_zero1(topology):
+    """On eight devices an eighth of the state, by the compiler's own count of the arguments."""
+    loss_fn, params, batch = mlp(width=512)
+    whole = plan(loss_fn, params, adam, batch, topology=topology)
+    split = plan(loss_fn, params, adam, batch, topology=topology, zero1="data")
+    assert split.state_bytes <= (1 / 8 + 0.02) * whole.state_bytes
+    assert split.argument <= whole.argument - (7 / 8 - 0.02) * whole.state_bytes
+    assert {"all-gather"} <= set(split.collectives) and whole.collectives["all-reduce"].bytes >= 4 * whole.parameters
+    assert sum(whole.flops.values()) == 3 * 3 * 2 * 8 * 512 * 512
+    assert whole.bound is not None and whole.bound.seconds > 0 and "bound: a step takes at least" in str(whole)
+
+
+@pytest.mark.parametrize("topology", [pytest.param("v5e:1x1", marks=tpu), pytest.param("h100:1", marks=cuda)])
+def test_vendors_bytes_of_an_update(topology):
+    """Adam on one large matrix moves what it must: parameters and state read and written, gradients read."""
+    target = lookup(topology)
+    where = jax.sharding.SingleDeviceSharding(target.devices[0])
+    size = 4096 * 4096
+    like = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
+    params = like({"w": shape(4096, 4096)})
+    state = like(jax.eval_shape(adam.init, params))
+
+    def update(params, state, grads):
+        updates, state = adam.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = target.compile(jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params))
+    found = read(compiled)
+    assert found.bytes == pytest.approx(7 * 4 * size, rel=0.01)
+    assert found.kernels["fusion"] >= 1 and found.memory.temporaries < 0.05 * 4 * size
+    if target.device.platform == "tpu":
+        assert found.bytes == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
+
+
+@pytest.mark.parametrize("topology", ["cpu", pytest.param("v5e:1x1", marks=tpu), pytest.param("h100:1", marks=cuda)])
+def test_convolutions_are_counted_alike(topology):
+    """Forward, and backward to weights and input; at the border the places of the window outside do not count."""
+
+    def loss_fn(params, batch, key):
+        x = batch["x"]
+        for kernel in params:
+            labels = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=labels)
+        return jnp.mean(x**2)
+
+    found = plan(loss_fn, [shape(3, 3, 8, 16), shape(3, 3, 16, 32)], adam, {"x": shape(16, 8, 8, 8)}, topology=topology)
+    met = (3 * 8 - 2) ** 2
+    assert sum(found.flops.values()) == 2 * 16 * met * (2 * 8 * 16 + 3 * 16 * 32)
+
+
+@tpu
+@pytest.mark.parametrize("kind", [name for name, device in known().items() if device.platform == "tpu"])
+def test_the_memory_of_a_tpu_is_what_its_compiler_says(kind):
+    target = lookup(f"{kind}:2x2x1" if len(known()[kind].most) == 3 else f"{kind}:2x2")
+    where = jax.sharding.SingleDeviceSharding(target.devices[0])
+    x = jax.ShapeDtypeStruct((2**20, 2**18), jnp.float32, sharding=where)
+    with pytest.raises(DoesNotFit) as error:
+        target.compile(jax.jit(lambda x: x + 1).lower(x))
+    assert error.value.has == pytest.approx(target.device.memory, rel=1e-4)
+    assert error.value.needs > 2**40 and "ENTRY" in error.value.text
+
+
+@cuda
+@pytest.mark.parametrize("kind", [name for name, device in known().items() if device.platform == "cuda"])
+def test_the_cuda_compiler_takes_every_gpu(kind):
+    target = lookup(f"{kind}:2x4")
+    assert len(target.devices) == 8 and math.prod(target.mesh({"data": 2, "model": -1}).shape.values()) == 8
+    where = jax.sharding.SingleDeviceSharding(target.devices[0])
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=where)
+    found = read(target.compile(jax.jit(lambda x: x @ x).lower(x)))
+    assert found.flops == {"bf16": 2 * 256**3} and found.memory.arguments == 2 * 256**2
+
+
+@pytest.mark.parametrize("topology", VENDORS)
+def test_vendors_do_not_fit(topology):
+    """Four billion parameters in float32 with Adam's moments on each device."""
+    loss_fn, params, batch = mlp(width=2**14, depth=30)
+    found = plan(loss_fn, params, adam, batch, topology=topology)
+    assert (
+        not found.fits and found.needs > 3 * found.parts["params"] and found.available == lookup(topology).device.memory
+    )
+    assert found.verdict.startswith("does not fit: needs") and "f32[30,16384,16384] 30 GiB" in found.verdict
+    assert any(s.what.startswith("ZeRO-1") for s in found.suggestions) and found.kernels and found.flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", [pytest.param("v5e:4x4", marks=tpu), pytest.param("h100:8", marks=cuda)])
+def test_vendors_a_large_transformer(topology, monkeypatch):
+    """1.3 billion parameters with AdamW: answered, and it fits with ZeRO-1 and remat."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "examples"))
+    from dataclasses import replace
+
+    from char_model import PRESETS, build
+
+    built = build(replace(PRESETS["1.3b"], dtype="bfloat16", remat=True))
+    tx = jaxsgd.adamw(1e-3)
+    found = plan(built.loss_fn, built.init, tx, built.batch, topology=topology, zero1="data")
+    assert found.fits and found.parameters == 1_311_082_496 and found.compile_seconds < 180
+    assert found.state_bytes <= 2 * 4 * found.parameters * (1 / found.devices + 0.02)
