@@ -37,6 +37,7 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	$(RUN) -m jaxsgd.catalog --check
+	$(RUN) -m jaxsgd.plan.ledger --check
 
 test: lint
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)

@@ -284,5 +284,13 @@ def compare(items: Any, *args: Any, **common: Any) -> Comparison:
     return Comparison(tuple(plans))
 
 
+def _ledger(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """See `jaxsgd.plan.ledger.ledger`, which is imported on demand."""
+    from jaxsgd.plan.ledger import ledger
+
+    return ledger(*args, **kwargs)
+
+
+plan.ledger = _ledger  # type: ignore[attr-defined]
 plan.compare = compare  # type: ignore[attr-defined]
 plan.devices = known  # type: ignore[attr-defined]

@@ -1,0 +1,76 @@
+"""Why an update moves more bytes, takes more kernels or leaves more temporaries than its arrays alone would.
+
+Floor 6. A key is a rule, a rule with a storage, or ``("*", storage)`` for all rules that have no reason of their own.
+`jaxsgd.plan.ledger.faults` names what is missing here and what is not needed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["EXPLANATIONS"]
+
+TREE_SUMS = (
+    "sums over all leaves come before the first step: one pass makes them, a second one reads the same arrays again "
+    "and steps; on H100 each sum of a leaf ends in a small kernel of its own."
+)
+LEAF_NORMS = (
+    "a norm or a mean over the leaf scales the step: one pass makes it, a second one reads the same arrays again and "
+    "steps; on H100 each sum of a leaf ends in a small kernel of its own."
+)
+FACTORED = (
+    "the gradient is read for the means of rows and columns, for the norm of the step made of them, and for the step; "
+    "parameters for their own norm and for the step. On H100 rows and columns are two passes. What is small (a factor, "
+    "a norm) is a kernel each."
+)
+PRODUCTS = (
+    "Newton-Schulz: fifteen products for a matrix, whose factors and results pass through memory (on H100 the sums of "
+    "the polynomial too, as kernels of their own). Temporaries are these factors, of one matrix at a time; norms and "
+    "means are further kernels."
+)
+DECOMPOSED = (
+    "products, roots and decompositions of matrices are work of their own, with temporaries of their own; on matrices "
+    "as small as these the H100 compiler also cuts a product into parts that are summed by a further kernel."
+)
+LOW_RANK = (
+    "the gradient is read for its image, for the norm that the limiter of growth needs, and for the step; norms of "
+    "columns are kernels of their own, and the random projection is made anew from its seed by kernels on a few words."
+)
+GRADIENT_KEPT = "the new state is the gradient itself: a copy, which reads the gradient once more."
+KEPT_IN_PLACE = (
+    "on H100 the compiler does not write one of the results over an array that the kernel still reads: it writes it "
+    "elsewhere and copies it, one leaf at a time."
+)
+EIGHT_BITS = (
+    "the largest of a block must be known before its first code: the new moments are written in float32 and read "
+    "again. On TPU the scales, too, are spread out over their blocks in float32, and codes change their layout by a "
+    "copy; random bits come from many kernels on a few words. What the rule takes without it comes on top."
+)
+RANDOM = "the counters of the random numbers are vectors made by small kernels; bytes are at the minimum."
+
+EXPLANATIONS: dict[str | tuple[str, str], str] = {
+    **dict.fromkeys(("polyak_sgd", "dog", "dowg", "prodigy"), TREE_SUMS),
+    **dict.fromkeys(("lamb", "lars", "fromage", "novograd", "adam_mini"), LEAF_NORMS),
+    **dict.fromkeys(("adafactor", "adalomo", "torch_adafactor"), FACTORED),
+    **dict.fromkeys(("muon", "muon_jordan", "optax_muon", "normuon", "adamuon"), PRODUCTS),
+    **dict.fromkeys(("dion", "galore", "kron", "shampoo", "soap"), DECOMPOSED),
+    **dict.fromkeys(("apollo", "apollo_mini"), LOW_RANK),
+    **dict.fromkeys(("optimistic_gradient_descent",), GRADIENT_KEPT),
+    **dict.fromkeys(("optimistic_adam", "optimistic_adam_v2"), KEPT_IN_PLACE),
+    "noisy_sgd": RANDOM,
+    ("adadelta", "plain"): "on TPU the compiler makes two kernels: the second one needs the step that the first made, "
+    "makes it again from the old averages, and so the first one's average is written elsewhere and copied.",
+    ("adan", "bf16"): KEPT_IN_PLACE,
+    "dadapt_adamw": "sums for the next step's scale come from the same pass, and end in small kernels; "
+    + KEPT_IN_PLACE,
+    **dict.fromkeys(
+        ("momo", "momo_adam"),
+        TREE_SUMS[:-1] + ", and the new moments of the first pass are kept for the second and copied.",
+    ),
+    "mars": "the norm of the corrected gradient: one pass makes it, a second one steps; and " + GRADIENT_KEPT,
+    "sm3": "the bounds of rows and columns: kernels on vectors, and on H100 one of the two maxima is a pass of its "
+    "own, over an array that is kept for it.",
+    "sophia": "the estimate of the Hessian, which only some steps make, is an array like the parameters, written and "
+    "read.",
+    "torch_sparse_adam": "whether a row has any gradient is known only when all of it is read: the step reads it "
+    "again.",
+    ("*", "int8"): EIGHT_BITS,
+}
