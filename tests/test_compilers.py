@@ -66,7 +66,7 @@ def test_a_transformer_compiles(topology, zero1, monkeypatch):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "examples"))
     from char_model import PRESETS, build
 
-    built = build(PRESETS["tiny"])
+    built = build(PRESETS["small"])
     devices = len(lookup(topology).devices)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape[1:]), x.dtype), built.batch)
     answer = plan(built.loss_fn, built.init, RULES["adamw"](1e-3), batch, topology=topology, zero1=zero1)
