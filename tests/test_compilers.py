@@ -1,6 +1,9 @@
 """Every rule's update, and the step of a transformer, compile for TPU and CUDA: data parallel and with ZeRO-1."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -76,3 +79,21 @@ def test_a_transformer_compiles(topology, zero1, monkeypatch):
     if devices <= 8:  # of this small model not much divides by more, and XLA for TPU turns gathers into sums there
         assert zero1 is None or answer.state_bytes <= (1 / devices + 0.02) * copied
         assert ("all-gather" in answer.collectives) == (zero1 is not None and devices > 1)
+
+
+LATE = """
+import jax, jax.numpy as jnp, jaxsgd
+jnp.ones(2) + 1  # JAX has looked for devices
+shape = jax.ShapeDtypeStruct((64, 512), jnp.float32)
+init = lambda key: {"w": jnp.zeros((512, 512))}
+loss_fn = lambda p, x, key: jnp.mean((x @ p["w"]) ** 2)
+print(jaxsgd.plan(loss_fn, init, jaxsgd.adam(1e-3), shape, topology=TOPOLOGY).verdict)
+"""
+
+
+@pytest.mark.parametrize("topology", [TARGETS["v5e:2x4"], TARGETS["h100:8"]])
+def test_planning_may_come_late_and_without_settings(topology):
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    script = LATE.replace("TOPOLOGY", repr(topology))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.startswith("fits: needs "), done.stderr[-1000:]

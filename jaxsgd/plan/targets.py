@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -38,6 +39,9 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # cuDNN and its kin are needed to run, not to compile
 }
 """What the compilers want to be told where their hardware is not; read when they are first used."""
+
+
+PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 class DoesNotFit(Exception):
@@ -165,17 +169,18 @@ def available(platform: str) -> bool:
 def _missing(platform: str) -> str:
     """The package that is missing, or ""."""
 
-    def there(name: str) -> bool:
-        try:
-            return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:
-            return False
-
-    if platform == "tpu" and not there("libtpu"):
+    if platform == "tpu" and not _there("libtpu"):
         return "libtpu"
-    if platform == "cuda" and not (there("jax_plugins.xla_cuda13") or there("jax_plugins.xla_cuda12")):
+    if platform == "cuda" and not any(_there(name) for name in PLUGINS):
         return "the CUDA plugin of jaxlib"
     return ""
+
+
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def prepare() -> None:
@@ -242,7 +247,14 @@ def _gpus(topology: Topology) -> Any:
 
     hosts, each = topology.shape
     options: dict[str, Any] = {"target_config": target_config(topology.device), "topology": f"1x{hosts}x{each}"}
-    return topologies.get_topology_desc(topology.device.name, platform="cuda", **options).devices
+    make = functools.partial(topologies.get_topology_desc, topology.device.name, platform="cuda", **options)
+    try:
+        return make().devices
+    except NotImplementedError:
+        # JAX looked for GPUs before `prepare` could say that there need not be any, and left the plugin out.
+        plugin = next(name for name in PLUGINS if _there(name))
+        importlib.import_module(plugin).initialize()
+        return make().devices
 
 
 def target_config(device: Device) -> str:
