@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
             if args.pause:
                 time.sleep(args.pause)
     if args.out is not None and chief:
-        leaves = dict(zip(jaxsgd.paths.leaf_names(state.params), jax.tree.leaves(state.params), strict=True))
+        leaves = jaxsgd.paths.named_leaves(state.params, "params")
         np.savez(args.out, **{name: np.asarray(x) for name, x in leaves.items()})
         print(f"wrote {args.out}", flush=True)
 

@@ -19,7 +19,7 @@ import optax
 from jax.core import Tracer
 
 from jaxsgd.numerics import compensated, global_norm, real_dtype, stochastic_round, wide, widest
-from jaxsgd.paths import Groups, leaf_names, resolve_groups, same_structure
+from jaxsgd.paths import Groups, Text, aligned, leaf_names, resolve_groups, same_structure
 from jaxsgd.spec import Spec, by_name, is_off, parameter_names
 from jaxsgd.state import FOLLOW, PIN, State
 from jaxsgd.storage import Blocks, Storage, plain
@@ -352,12 +352,6 @@ class Lift:
         return delta, dict(zip(spec.slots, slots, strict=True))
 
 
-class _Text(str):
-    """Text that a REPL shows as it prints."""
-
-    __repr__ = str.__str__
-
-
 def describe(tx: optax.GradientTransformation, params: Any) -> str:
     """What each parameter gets, as a table: ``print(describe(tx, params))``.
 
@@ -387,8 +381,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> str:
         overrides = ", ".join(f"{k}={_show(v)}" for k, v in s.items() if k not in columns)
         rows.append((name, str(jnp.shape(p)), jnp.result_type(p).name, rate, decay, overrides, f"{size:,}"))
     rows.append((f"total of {len(leaves)} parameters", "", "", "", "", "", f"{total:,}"))
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return _Text("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows))
+    return Text(aligned(rows))
 
 
 def _show(value: Any) -> str:

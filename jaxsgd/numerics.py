@@ -19,6 +19,7 @@ __all__ = [
     "ema",
     "filled",
     "global_norm",
+    "is_key",
     "real_dtype",
     "real_zeros",
     "sq",
@@ -41,6 +42,11 @@ def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
     """The widest real dtype of ``abs(x)`` among arrays of these dtypes; float32 if there are none."""
     reals = [real_dtype(wide_dtype(dtype)) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     return max(reals, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
+
+
+def is_key(x: Any) -> bool:
+    """Whether ``x`` is an array, or the shape of one, of typed PRNG keys."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def wide(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:

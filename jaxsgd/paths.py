@@ -1,4 +1,4 @@
-"""Names of leaves, and groups of leaves by name.
+"""Names of leaves, groups of leaves by name, and tables of them.
 
 Floor 0. A leaf's name is its path joined by ``/``: ``"encoder/layer_0/kernel"``.
 """
@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Groups", "leaf_names", "name_parts", "nearest", "owner", "resolve_groups", "same_structure"]
+__all__ = [
+    "Groups", "Text", "aligned", "leaf_names", "named_leaves", "nearest", "owners", "resolve_groups", "same_structure",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -43,24 +45,55 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(name_parts(path))
 
 
-def owner(path: Sequence[Any], params: Mapping[tuple[str, ...], T]) -> T | None:
-    """What ``params`` has of the parameter that a leaf of a state belongs to: that whose name stands in its path.
+def owners(state: Any, params: Any, values: Iterable[T]) -> list[T | None]:
+    """For each leaf of an optimizer's state, the one of ``values``, one for each parameter, of its parameter.
 
-    Of several the longest name counts, then the last place. In the slots of a `jaxsgd.State` the name begins right
-    behind the slot's. None where there is none.
+    That is the parameter whose name stands in the leaf's path: of several the longest name counts, then the last place.
+    In the slots of a `jaxsgd.State` the name begins right behind the slot's. None where there is none.
     """
-    parts = name_parts(path)
+    paths = [name_parts(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    known = dict(zip(paths, values, strict=True))
+    return [_owner(name_parts(path), known) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+
+
+def _owner(parts: tuple[str, ...], known: Mapping[tuple[str, ...], T]) -> T | None:
     lengths = range(len(parts), -1, -1)
     places = [(i, n) for n in lengths for i in range(len(parts) - n, -1, -1)]
     if "slots" in parts[:-1]:
         behind = parts.index("slots") + 2
         places = [(behind, n) for n in lengths if behind + n <= len(parts)] + places
-    return next((params[parts[i : i + n]] for i, n in places if parts[i : i + n] in params), None)
+    return next((known[parts[i : i + n]] for i, n in places if parts[i : i + n] in known), None)
 
 
 def leaf_names(tree: Any) -> list[str]:
     """The names of the leaves of ``tree``, in flattening order."""
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def named_leaves(tree: Any, what: str) -> dict[str, Any]:
+    """The leaves of ``tree`` by name, in flattening order.
+
+    Raises:
+      ValueError: two leaves have the same name; ``what`` says whose.
+    """
+    names, leaves = leaf_names(tree), jax.tree.leaves(tree)
+    out = dict(zip(names, leaves, strict=True))
+    if len(out) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what}: two leaves have the name {twice!r}, by which they are told apart")
+    return out
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class Text(str):
+    """Text that a REPL shows as it prints."""
+
+    __repr__ = str.__str__
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.paths import leaf_names
+from jaxsgd.paths import named_leaves
 
 __all__ = ["Recorder"]
 
@@ -50,7 +50,7 @@ class Recorder:
         """
         aux = metrics.get("aux")
         tree = {k: v for k, v in metrics.items() if k != "aux"} | (aux if isinstance(aux, dict) else {"aux": aux})
-        flat = dict(zip(leaf_names(tree), map(jnp.asarray, jax.tree.leaves(tree)), strict=True))
+        flat = {name: jnp.asarray(x) for name, x in named_leaves(tree, "metrics").items()}
         for name, x in flat.items():
             if x.ndim:
                 raise ValueError(f"metrics: {name!r} has the shape {x.shape}; scalars are recorded")

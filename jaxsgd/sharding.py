@@ -5,6 +5,7 @@ Floor 5. Everything here works on shapes and shardings; a step that obeys them i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import check_divides
-from jaxsgd.paths import leaf_names, name_parts, nearest, owner
+from jaxsgd.numerics import is_key
+from jaxsgd.paths import Text, aligned, leaf_names, named_leaves, nearest, owners
 
 __all__ = ["assert_sharded", "init_sharded", "shard_batch", "state_sharding"]
 
@@ -139,13 +141,18 @@ def split_further(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, axes:
 # -- state -----------------------------------------------------------------------------------------
 
 
-def _owners(tree: Any, params: Any) -> list[tuple[tuple[int, ...], PartitionSpec] | None]:
-    """For each leaf of a state the shape and spec of the parameter it belongs to, or None."""
-    known: dict[tuple[str, ...], Any] = {
-        name_parts(path): (tuple(leaf.shape), leaf.sharding.spec)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
-    return [owner(path, known) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+def local_shape(x: Any) -> tuple[int, ...]:
+    """The shape of the part of an array that one device holds; the whole of what has no sharding."""
+    sharding = getattr(x, "sharding", None)
+    return tuple(x.shape) if sharding is None else sharding.shard_shape(x.shape)
+
+
+def local_bytes(x: Any) -> int:
+    """Bytes of the part of an array that one device holds."""
+    if is_key(x):
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return math.prod(local_shape(x)) * math.prod(words.shape[x.ndim :]) * words.dtype.itemsize
+    return math.prod(local_shape(x)) * x.dtype.itemsize
 
 
 def _placed(params: Any, mesh: Mesh, specs: Specs) -> Any:
@@ -184,11 +191,11 @@ def state_sharding(
     abstract = jax.eval_shape(tx.init, shapes)
     leaves, treedef = jax.tree.flatten(abstract)
 
-    def choose(leaf: Any, belongs: Any) -> NamedSharding:
-        spec = PartitionSpec() if belongs is None else _follow(leaf.shape, belongs[0], belongs[1], mesh)
+    def choose(leaf: Any, param: Any) -> NamedSharding:
+        spec = PartitionSpec() if param is None else _follow(leaf.shape, param.shape, param.sharding.spec, mesh)
         return NamedSharding(mesh, split_further(leaf.shape, spec, mesh, extra))
 
-    return treedef.unflatten(map(choose, leaves, _owners(abstract, placed)))
+    return treedef.unflatten(map(choose, leaves, owners(abstract, placed, jax.tree.leaves(placed))))
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -197,7 +204,7 @@ def put(tree: Any, shardings: Any) -> Any:
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        if is_key(x):
             return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -220,18 +227,17 @@ def init_sharded(
 
 def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
     """For each parameter, where its slots of the same shape lie; None where it has none."""
-    known = {name_parts(path): i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])}
     shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
     found: list[NamedSharding | None] = [None] * len(shapes)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
-        i = owner(path, known)
+    leaves = jax.tree.leaves(opt_state)
+    for leaf, i in zip(leaves, owners(opt_state, params, range(len(shapes))), strict=True):
         if i is not None and found[i] is None and leaf.shape == shapes[i] and jnp.issubdtype(leaf.dtype, jnp.number):
             found[i] = leaf.sharding
     return found
 
 
-class ShardingReport(str):
-    """Text that a REPL shows as it prints.
+class ShardingReport(Text):
+    """A table of what lies where.
 
     Attributes:
       bytes_per_device: of the optimizer's state, on the fullest device.
@@ -239,7 +245,6 @@ class ShardingReport(str):
       replicated: names of the leaves that stay whole on every device, scalars left out.
     """
 
-    __repr__ = str.__str__
     bytes_per_device: int
     bytes_in_all: int
     replicated: list[str]
@@ -269,8 +274,7 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
                 f"state: {name!r} lies on no mesh; make it by init_sharded or TrainState.create(mesh=)"
             )
         mesh, spec = sharding.mesh, sharding.spec
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        size, here = math.prod(leaf.shape) * leaf.dtype.itemsize, local_bytes(leaf)
         totals = [totals[0] + size, totals[1] + here]
         axes = check_axes("zero1", zero1 or (), mesh)  # type: ignore[arg-type]
         if split_further(leaf.shape, spec, mesh, axes) != spec:  # type: ignore[arg-type]
@@ -285,15 +289,20 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
             f"{'; ...' if len(undone) > 8 else ''}; make the state by init_sharded(..., zero1={zero1!r})"
         )
     rows.append(("in all, scalars too", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}"))
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"whole on every device: {', '.join(whole) or 'nothing'}"]
-    report = ShardingReport("\n".join(lines))
+    report = ShardingReport(f"{aligned(rows)}\nwhole on every device: {', '.join(whole) or 'nothing'}")
     report.bytes_in_all, report.bytes_per_device, report.replicated = totals[0], totals[1], whole
     return report
 
 
 # -- batches ---------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def _parts_here(split: NamedSharding, parts: int) -> int:
+    """How many of so many parts lie on devices of this process, or on all where none is here: of a mesh that is only
+    compiled for."""
+    slices = split.devices_indices_map((parts,))
+    return len({str(slices[device]) for device in split.addressable_devices or split.device_set})
 
 
 def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: int = 1) -> Any:
@@ -312,12 +321,8 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
     """
     axes = check_axes("batch_axes", batch_axes, mesh)
     split, everywhere = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
-    slices = split.devices_indices_map((_size(axes, mesh),))
-    here = split.addressable_devices or split.device_set  # none of a mesh that is only compiled for
-    mine = len({str(slices[device]) for device in here})
-
-    named = zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
-    local = {name: x for name, x in named if _present_spec(x, mesh) is None}
+    mine = _parts_here(split, _size(axes, mesh))
+    local = {name: x for name, x in named_leaves(batch, "batch").items() if _present_spec(x, mesh) is None}
     among = f"{mine} devices" + (f" x {multiple} microbatches" if multiple > 1 else "")
     check_divides(local, mine * multiple, among)
 

@@ -6,28 +6,26 @@ Floor 5.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsgd.batches import batch_size, check_divides
-from jaxsgd.numerics import global_norm
+from jaxsgd.numerics import global_norm, is_key
 from jaxsgd.paths import leaf_names
-from jaxsgd.sharding import check_axes, moment_sharding, shard_batch
+from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, shard_batch
 from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
 from jaxsgd.transforms.accumulate import carrying_gradients
 from jaxsgd.transforms.clip import AxisName
 from jaxsgd.transforms.guard import skipped_steps
 
-__all__ = ["Step", "TrainState", "check_donation", "checked", "make_step"]
+__all__ = ["Step", "check_donation", "checked", "make_step"]
 
 
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,9 +163,9 @@ class Step:
         # Over several devices jaxlib would end the process; on one it raises, and the step alone tells.
         refuse_deleted("state", state.step if self.mesh is None else state)
         size = batch_size(batch)
-        if self.mesh is None:
-            check_divides(batch, self.accumulate, f"accumulate={self.accumulate} microbatches")
         if size is not None and size not in self._sizes:
+            if self.mesh is None:
+                check_divides(batch, self.accumulate, f"accumulate={self.accumulate} microbatches")
             if self._sizes:
                 seen = ", ".join(map(str, sorted(self._sizes)))
                 warnings.warn(
@@ -214,12 +212,12 @@ class Step:
         if self.axis_name is not None:  # other random numbers on each device
             index = jax.lax.axis_index(self.axis_name)
             key = jax.random.fold_in(key, index)
-            carried = jax.tree.map(lambda x: jax.random.fold_in(x, index) if _is_key(x) else x, carried)
+            carried = jax.tree.map(lambda x: jax.random.fold_in(x, index) if is_key(x) else x, carried)
         at = state.params if self.gradient_at is None else self.gradient_at(state.opt_state, state.params)
         loss_fn = functools.partial(self._loss, state.graphdef)
         gradients = carrying_gradients(loss_fn, self.accumulate, weight=self.weight, axis_name=self.axis_name)
         (loss, (carried, aux)), grads = gradients(at, carried, batch, key)
-        carried = jax.tree.map(lambda new, old: old if _is_key(old) else new, carried, state.model_state)
+        carried = jax.tree.map(lambda new, old: old if is_key(old) else new, carried, state.model_state)
         if self._moments is not None:
             # Where the moments lie: under ZeRO-1 the sum over devices is then a reduce-scatter.
             leaves, treedef = jax.tree.flatten(grads)
@@ -263,10 +261,6 @@ class Step:
         return loss, (model_state, aux)
 
 
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def check_donation(step: Step, state: TrainState, batch: Any) -> str:
     """What a step takes on a device, and a check that the next state reuses the memory of the last one.
 
@@ -281,8 +275,7 @@ def check_donation(step: Step, state: TrainState, batch: Any) -> str:
       AssertionError: part of the state's memory is not given on; both states are then alive at once.
     """
     used = step.lower(state, batch).compile().memory_analysis()
-    parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)]
-    size, given = sum(parts), used.alias_size_in_bytes
+    size, given = sum(map(local_bytes, jax.tree.leaves(state))), used.alias_size_in_bytes
     text = (
         f"state {size:,} bytes on a device, {given:,} of them given on; "
         f"temporaries {used.temp_size_in_bytes:,}, peak {used.peak_memory_in_bytes:,}"

@@ -71,7 +71,7 @@ class TrainState:
             `jaxsgd.state_sharding` refuses; specs or zero1 without a mesh.
           RuntimeError: the parameters' memory was given to an earlier step.
         """
-        build, key, arrays = cls._plan(model, tx, key, model_state)
+        build, key, arrays = cls._recipe(model, tx, key, model_state)
         if mesh is None:
             if specs is not None or zero1 is not None:
                 raise ValueError("mesh: specs and zero1 need one")
@@ -98,7 +98,7 @@ class TrainState:
         To compile a step with (``step.lower(state, batch)``), or to restore a checkpoint into. The devices of ``mesh``
         need not be there. Arguments and errors are those of `create`; parameters may be shapes themselves.
         """
-        build, key, arrays = cls._plan(model, tx, key, model_state)
+        build, key, arrays = cls._recipe(model, tx, key, model_state)
         shapes = jax.eval_shape(build, key, arrays)
         if mesh is None:
             return shapes
@@ -106,7 +106,7 @@ class TrainState:
         return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, where)
 
     @classmethod
-    def _plan(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
+    def _recipe(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
         """``build, key, arrays``, where ``build(key, arrays)`` is the state."""
         if isinstance(model, nnx.Module) and model_state is not None:
             raise ValueError("model_state: an nnx.Module carries its own; leave it out")

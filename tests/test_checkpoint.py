@@ -420,7 +420,7 @@ def test_bad_states(tmp_path):
         for state, kind, words in [
             ({"a": "text"}, TypeError, "'a' is 'text'; only arrays and numbers"),
             ({"a": jax.ShapeDtypeStruct((), jnp.float32)}, TypeError, "only arrays and numbers"),
-            ({"a": {"b": np.ones(1)}, "a/b": np.ones(1)}, ValueError, "several leaves have the name 'a/b'"),
+            ({"a": {"b": np.ones(1)}, "a/b": np.ones(1)}, ValueError, "two leaves have the name 'a/b'"),
             ({}, ValueError, "it holds no array"),
         ]:
             with pytest.raises(kind, match=words):

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxsgd
 from jaxsgd import TrainState, make_step
-from jaxsgd.train import batch_size
+from jaxsgd.batches import batch_size
 
 X = np.random.RandomState(0).standard_normal((32, 4)).astype(np.float32)
 Y = (X @ np.arange(1.0, 5.0, dtype=np.float32)[:, None] + 0.5).astype(np.float32)

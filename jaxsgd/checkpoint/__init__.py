@@ -23,8 +23,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxsgd.checkpoint.leaves import compare, named, pack, put, targets, unpack
+from jaxsgd.checkpoint.leaves import compare, pack, put, targets, unpack
 from jaxsgd.checkpoint.manifest import ASIDE, clear_partial, damage, find, inspect, remove, seal
+from jaxsgd.paths import named_leaves
 
 __all__ = ["Checkpoints", "Restored"]
 
@@ -198,7 +199,7 @@ class Checkpoints:
             raise TypeError(f"data={data!r}: give the position as JSON holds it ({error})") from None
         self.wait()
         self._saving = step
-        table, arrays = pack(named("state", state))
+        table, arrays = pack(named_leaves(state, "state"))
         about = {"step": step, "data": data, "leaves": table}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
         try:
@@ -250,7 +251,7 @@ class Checkpoints:
         """
         if self._writer is not None:
             self.wait()
-        leaves = named("like", like)
+        leaves = named_leaves(like, "like")
         if migrate and not (hasattr(like, "opt_state") and hasattr(like, "params")):
             raise ValueError(f"migrate=True: like is a {type(like).__name__} without opt_state and params")
         path = self.directory / _from_process_0(lambda: str(self._choose(step).relative_to(self.directory)))
@@ -273,7 +274,7 @@ class Checkpoints:
 
             old = {name.removeprefix("opt_state/"): read.pop(name) for name in table if name in moved}
             adopted, report = adopt(old, like.opt_state, like.params)
-            names = {"opt_state/" + name: leaf for name, leaf in named("opt_state", adopted).items()}
+            names = {"opt_state/" + name: leaf for name, leaf in named_leaves(adopted, "opt_state").items()}
             read |= {name: put(leaf, leaves[name]) for name, leaf in names.items()}
         state = jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in leaves])
         if self._writer is not None and jax.process_count() > 1:

@@ -12,24 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.paths import leaf_names
+from jaxsgd.numerics import is_key
 
-__all__ = ["compare", "named", "pack", "put", "targets", "unpack"]
+__all__ = ["compare", "pack", "put", "targets", "unpack"]
 
 SHOWN = 8
-
-
-def named(argument: str, tree: Any) -> dict[str, Any]:
-    """The leaves by name, in flattening order.
-
-    Raises:
-      ValueError: two leaves have the same name.
-    """
-    names, leaves = leaf_names(tree), jax.tree.leaves(tree)
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else None
-    if twice:
-        raise ValueError(f"{argument}: several leaves have the name {twice[0]!r}; a checkpoint tells leaves by name")
-    return dict(zip(names, leaves, strict=True))
 
 
 def pack(leaves: dict[str, Any]) -> tuple[dict[str, dict], dict[str, Any]]:
@@ -46,14 +33,14 @@ def pack(leaves: dict[str, Any]) -> tuple[dict[str, dict], dict[str, Any]]:
             raise RuntimeError(f"state: {name!r} was donated to a later step; save the state which that returned")
         if (
             isinstance(leaf, jax.ShapeDtypeStruct)
-            or np.dtype(jnp.uint8 if _is_key(leaf) else _dtype(leaf)).kind in "OSUMm"
+            or np.dtype(jnp.uint8 if is_key(leaf) else _dtype(leaf)).kind in "OSUMm"
         ):
             raise TypeError(f"state: {name!r} is {leaf!r}; only arrays and numbers are saved")
     if not any(np.size(leaf) for leaf in leaves.values()):
         raise ValueError("state: it holds no array")
     for name, leaf in leaves.items():
-        raw = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        impl = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+        raw = jax.random.key_data(leaf) if is_key(leaf) else leaf
+        impl = str(jax.random.key_impl(leaf)) if is_key(leaf) else None
         table[name] = {**_kind(leaf), "impl": impl, "stored": _kind(raw)}
         if np.size(raw):  # Orbax takes no empty array
             arrays[name] = _out_of_reach(raw)
@@ -112,10 +99,6 @@ def compare(saved: dict[str, dict], leaves: dict[str, Any], without: Collection[
             lines += [f"{what} ({len(paths)}):", *(f"  {path}" for path in paths[:SHOWN])]
             lines += [f"  and {len(paths) - SHOWN} more"] if len(paths) > SHOWN else []
     return lines
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _dtype(leaf: Any) -> Any:

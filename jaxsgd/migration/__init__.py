@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from jaxsgd.migration.moving import Migration
-from jaxsgd.migration.names import by_name
 from jaxsgd.migration.report import Entry, Report
+from jaxsgd.paths import named_leaves
 
 __all__ = ["Entry", "Report", "adopt", "migrate"]
 
@@ -67,7 +67,7 @@ def migrate(
       ValueError: the old state holds no array, arrays that were donated, two leaves of one name, or leaves of other
         parameters only (another model); ``count`` is none of the above.
     """
-    old = by_name(old_state, "old_state")
+    old = named_leaves(old_state, "old_state")
     _check_old(old)
     return adopt(old, tx.init(params), params, count=count)
 
@@ -97,7 +97,7 @@ def adopt(
         raise ValueError(f'count={count!r}: "auto", "keep", "reset" or a number of steps from 0 is needed')
     _check_old(old_leaves)
     count = count if isinstance(count, str) else int(count)
-    moving = Migration(old_leaves, fresh_state, by_name(params, "params"), count)
+    moving = Migration(old_leaves, fresh_state, named_leaves(params, "params"), count)
     report = moving.run()
     return jax.tree.unflatten(jax.tree.structure(fresh_state), list(moving.out.values())), report
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsgd.lift import LOST
-from jaxsgd.migration.names import CLOCKS, HYPER, SHARED, Item, Leaves, Place, by_name, kind
+from jaxsgd.migration.names import CLOCKS, HYPER, SHARED, Item, Leaves, Place, kind
 from jaxsgd.migration.report import SECTIONS, Entry, Report, listed
+from jaxsgd.numerics import is_key
+from jaxsgd.paths import named_leaves
 from jaxsgd.state import PIN, find_states
 from jaxsgd.storage import Blocks, decode, encode_like
 
@@ -35,11 +37,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _show(x: Any) -> str:
-    return f"{np.asarray(x).item():g}" if jnp.shape(x) == () and not _is_key(x) else f"an array {jnp.shape(x)}"
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(kind(x), jax.dtypes.extended)
+    return f"{np.asarray(x).item():g}" if jnp.shape(x) == () and not is_key(x) else f"an array {jnp.shape(x)}"
 
 
 class _Unfit(Exception):
@@ -78,9 +76,9 @@ def _adapted(old: Any, new: Any) -> tuple[Any, str]:
 def _placed(x: Any, like: Any) -> jax.Array:
     """A copy of ``x`` with the dtype, sharding and commitment of ``like``."""
     committed = getattr(like, "committed", False)
-    if not committed and getattr(x, "committed", False) and not _is_key(x):
+    if not committed and getattr(x, "committed", False) and not is_key(x):
         x = np.asarray(x)  # a committed copy would bind later steps to one device
-    if not _is_key(like):
+    if not is_key(like):
         x = jnp.asarray(x).astype(kind(like))
     return jax.device_put(x, like.sharding, may_alias=False) if committed else jnp.array(x, copy=True)
 
@@ -115,7 +113,7 @@ class Migration:
     """One migration: what is matched with what, and what is said of it. ``out`` are the new leaves by name."""
 
     def __init__(self, old: Mapping[str, Any], fresh_state: Any, params: dict[str, Any], count: Any) -> None:
-        self.old, self.new = Leaves(old, params), Leaves(by_name(fresh_state, "fresh_state"), params)
+        self.old, self.new = Leaves(old, params), Leaves(named_leaves(fresh_state, "fresh_state"), params)
         self.params, self.count = params, count
         self.out: dict[str, Any] = dict(self.new.leaves)
         self.used: set[str] = set()

@@ -9,32 +9,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from jaxsgd.paths import leaf_names
 from jaxsgd.storage import Blocks
 
-__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "by_name", "kind"]
+__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "kind"]
 
 CLOCKS = ("count", "gradient_step")
 """How transformations call the number of completed steps."""
 HYPER, SHARED = "hyper/", "shared/"
 """What precedes the name of a hyperparameter, and of a scalar that belongs to a rule as a whole."""
-
-
-def by_name(tree: Any, what: str) -> dict[str, Any]:
-    """The leaves of ``tree`` by their names.
-
-    Raises:
-      ValueError: two have the same; ``what`` says whose.
-    """
-    names, leaves = leaf_names(tree), jax.tree.leaves(tree)
-    out = dict(zip(names, leaves, strict=True))
-    if len(out) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{what}: two leaves have the name {twice!r}, by which they are told apart")
-    return out
 
 
 class Place(NamedTuple):

@@ -10,34 +10,24 @@ from collections import Counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import Literal
 
-from jaxsgd.paths import name_parts, owner, path_name
+from jaxsgd.numerics import is_key
+from jaxsgd.paths import name_parts, owners, path_name
 from jaxsgd.plan.reading import Buffer
 from jaxsgd.plan.result import GRADIENTS, REST, SCRATCH
-from jaxsgd.sharding import moment_sharding
+from jaxsgd.sharding import local_bytes, local_shape, moment_sharding
 from jaxsgd.storage import int8
 
-__all__ = ["arguments", "int8_bytes", "local_bytes", "parts", "slot_of", "state_buffers"]
-
-
-def local_bytes(leaf: Any) -> int:
-    """Bytes of an array on a device that holds a part of it."""
-    shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) is not None else leaf.shape
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return math.prod(shape) * math.prod(jax.eval_shape(jax.random.key_data, leaf).shape[leaf.ndim :]) * 4
-    return math.prod(shape) * leaf.dtype.itemsize
+__all__ = ["arguments", "int8_bytes", "parts", "slot_of", "state_buffers"]
 
 
 def tree_bytes(tree: Any) -> int:
     return sum(map(local_bytes, jax.tree.leaves(tree)))
 
 
-def slot_of(path: Any, names: dict[tuple[str, ...], Any]) -> str:
-    """The slot that a leaf of a state belongs to: ``"mu"``; ``"other"`` for what belongs to no parameter."""
+def slot_of(path: Any, found: tuple[str, ...] | None) -> str:
+    """The slot of a leaf of a state, ``"mu"``, by its path and its parameter's name; ``"other"`` where it has none."""
     parts = name_parts(path)
-    found = owner(path, {name: name for name in names})
     if found is None or not parts:
         return "other"
     if "slots" in parts[:-1]:
@@ -49,10 +39,11 @@ def slot_of(path: Any, names: dict[tuple[str, ...], Any]) -> str:
 
 def state_bytes(state: Any) -> dict[str, int]:
     """Bytes on a device of each slot of the optimizer's state."""
-    names = {name_parts(path): None for path, _ in jax.tree_util.tree_flatten_with_path(state.params)[0]}
+    names = [name_parts(path) for path, _ in jax.tree_util.tree_flatten_with_path(state.params)[0]]
     out: Counter[str] = Counter()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
-        out[slot_of(path, names)] += local_bytes(leaf)
+    leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+    for (path, leaf), name in zip(leaves, owners(state.opt_state, state.params, names), strict=True):
+        out[slot_of(path, name)] += local_bytes(leaf)
     return dict(sorted(out.items(), key=lambda item: (item[0] == "other", item[0])))
 
 
@@ -89,10 +80,9 @@ def state_buffers(state: Any, batch: Any) -> list[Buffer]:
     """The arrays that a step is called with, largest first, by their parts on a device."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path((state, batch))[0]:
-        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) is not None else leaf.shape
-        kind = "key" if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else _short(leaf.dtype.name)
+        kind = "key" if is_key(leaf) else _short(leaf.dtype.name)
         name = ("batch/" if path[0].idx else "") + path_name(path[1:])
-        found.append(Buffer(local_bytes(leaf), f"{kind}[{','.join(map(str, shape))}]", name))
+        found.append(Buffer(local_bytes(leaf), f"{kind}[{','.join(map(str, local_shape(leaf)))}]", name))
     return sorted(found, key=lambda b: (-b.bytes, b.what))
 
 
@@ -108,11 +98,11 @@ def int8_bytes(tx: Any, state: Any) -> int:
     """Bytes on a device that ``storage=jaxsgd.int8()`` would spare; 0 where no moment of a rule would be packed."""
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), state.params)
     zero = _zeros(tx, shapes)
-    known = {name_parts(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
     spared = 0
     leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-    for (path, leaf), starts_at_zero in zip(leaves, zero, strict=True):
-        moment = starts_at_zero and "slots" in name_parts(path) and owner(path, known) == leaf.shape
+    params = owners(state.opt_state, state.params, jax.tree.leaves(state.params))
+    for (path, leaf), starts_at_zero, param in zip(leaves, zero, params, strict=True):
+        moment = starts_at_zero and "slots" in name_parts(path) and param is not None and param.shape == leaf.shape
         if not moment or leaf.dtype.itemsize < 2:
             continue
         packed = jax.eval_shape(int8(stochastic=False).pack, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
@@ -129,6 +119,8 @@ def _zeros(tx: Any, shapes: Any) -> list[bool]:
 
 
 def _is_zero(jaxpr: Any, out: Any) -> bool:
+    from jax.extend.core import Literal  # slow to import, and needed only where something does not fit
+
     if isinstance(out, Literal):
         return not out.val
     made = next((e for e in jaxpr.eqns if out in e.outvars), None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxsgd.paths import aligned
 from jaxsgd.plan.result import Plan, human, scientific
 
 __all__ = ["Comparison", "table"]
@@ -55,9 +56,7 @@ class Comparison:
         return self.plans[index]
 
     def __str__(self) -> str:
-        rows = [COLUMNS, *table(self.plans)]
-        widths = [max(len(row[c]) for row in rows) for c in range(len(COLUMNS))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return aligned([COLUMNS, *table(self.plans)])
 
     __repr__ = __str__
 

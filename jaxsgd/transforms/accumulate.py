@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsgd.batches import batch_size, check_divides
-from jaxsgd.numerics import wide, widest, zeros
+from jaxsgd.numerics import is_key, wide, widest, zeros
 from jaxsgd.transforms.clip import AxisName, varying_over
 from jaxsgd.transforms.guard import keep_types
 
@@ -116,7 +116,7 @@ def carrying_gradients(
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
     def same_on_all(x: jax.Array) -> jax.Array:
-        if axis_name is None or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if axis_name is None or is_key(x):
             return x
         return (jax.lax.pmean if jnp.issubdtype(x.dtype, jnp.inexact) else jax.lax.pmax)(x, axis_name)
 

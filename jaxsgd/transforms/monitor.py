@@ -5,14 +5,13 @@ Floor 4.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsgd.paths import leaf_names
+from jaxsgd.paths import named_leaves
 from jaxsgd.transforms.clip import AxisName, norm_across
 from jaxsgd.transforms.guard import find
 
@@ -51,23 +50,18 @@ def monitor(tx: optax.GradientTransformation, *, axis_name: AxisName = None) -> 
     """
     inner = optax.with_extra_args_support(tx)
 
-    def by_name(tree: Any) -> dict[str, Any]:
-        return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-
     def init(params: Any) -> MonitorState:
-        twice = [name for name, times in Counter(leaf_names(params)).items() if times > 1]
-        if twice:
-            raise ValueError(f"params: two leaves have the name {twice[0]!r}")
-        measured = [n for n, p in by_name(params).items() if jnp.issubdtype(jnp.result_type(p), jnp.inexact)]
+        leaves = named_leaves(params, "params")
+        measured = [n for n, p in leaves.items() if jnp.issubdtype(jnp.result_type(p), jnp.inexact)]
         norms, ratios = ({name: jnp.zeros((), jnp.float32) for name in measured} for _ in range(2))
         return MonitorState(inner.init(params), norms, ratios)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, MonitorState]:
         if params is None:
             raise ValueError("params: monitor needs them: tx.update(grads, state, params)")
-        grads, ps = by_name(updates), by_name(params)
+        grads, ps = named_leaves(updates, "updates"), named_leaves(params, "params")
         updates, advanced = inner.update(updates, state.inner, params, **extra_args)
-        steps = by_name(updates)
+        steps = named_leaves(updates, "updates")
 
         def norm(leaf: Any) -> jax.Array:
             return norm_across(leaf, axis_name).astype(jnp.float32)
