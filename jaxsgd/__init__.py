@@ -10,6 +10,7 @@ from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
+from jaxsgd.probe.sweep import Sweep, sweep
 from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
 from jaxsgd.rules import adam_variants as _adam_variants
@@ -58,6 +59,7 @@ __all__ = [
     "State",
     "Step",
     "Storage",
+    "Sweep",
     "TrainState",
     "assert_sharded",
     "cast",
@@ -74,6 +76,7 @@ __all__ = [
     "rule",
     "shard_batch",
     "state_sharding",
+    "sweep",
     "torch",
     "with_hyper",
 ]

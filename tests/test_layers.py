@@ -9,13 +9,13 @@ import jaxsgd
 
 HOUSE = pathlib.Path(jaxsgd.__file__).parent
 FLOORS = {
-    "numerics": 0, "paths": 0, "matrices": 0,
+    "numerics": 0, "paths": 0, "matrices": 0, "progress": 0,
     "state": 1, "storage": 1, "spec": 1, "batches": 1,
     "rule": 2, "lift": 2,
     "rules": 3,
     "torch": 4, "transforms": 4,
     "sharding": 5, "train_state": 5, "train": 5, "record": 5,
-    "checkpoint": 6, "migration": 6, "plan": 6,
+    "checkpoint": 6, "migration": 6, "plan": 6, "probe": 6,
     "plot": 7, "catalog": 7, "testing": 7,
     "__init__": 8,
 }  # fmt: skip

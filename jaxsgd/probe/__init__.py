@@ -1,0 +1,4 @@
+"""A learning rate you can trust: sweeps, probes, sharpness, noise scale, verdicts.
+
+Floor 6.
+"""

@@ -1,0 +1,76 @@
+"""The user's loss as a pure function of parameters, whatever form it came in.
+
+Floor 6.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsgd.train_state import TrainState, refuse_deleted
+
+__all__ = ["pure_loss", "three_arguments"]
+
+
+def three_arguments(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``loss_fn`` as ``(params, batch, key)``: one of ``(params, batch)`` is given no key.
+
+    Raises:
+      TypeError: it is no function of two or three arguments.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r}: a function (params, batch, key) -> loss is needed")
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except ValueError:  # a builtin tells nothing
+        return loss_fn
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) or len(positional) >= 3:
+        needed = sum(p.default is p.empty for p in positional)
+        if needed <= 3:
+            return loss_fn
+    elif len(positional) == 2:
+        return lambda params, batch, key: loss_fn(params, batch)
+    raise TypeError(f"loss_fn: it has to take (params, batch, key) or (params, batch); it takes {len(positional)}")
+
+
+def pure_loss(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[[Any, Any, jax.Array], jax.Array], Any]:
+    """``(fn, params)`` with ``fn(params, batch, key) -> loss``, a real scalar.
+
+    Args:
+      loss_fn: as in `jaxsgd.make_step`, or of ``(params, batch)`` alone. What it returns beside the loss is dropped.
+      model: a tree of parameters, an ``nnx.Module``, or a `TrainState` (its current point; its model state is held).
+
+    Raises:
+      RuntimeError: the parameters' memory was given to a train step.
+      ValueError: at the call, the loss is no scalar.
+    """
+    loss_fn = three_arguments(loss_fn)
+    graphdef, held = None, None
+    if isinstance(model, TrainState):
+        graphdef, held, params = model.graphdef, model.model_state, model.params
+    elif isinstance(model, nnx.Module):
+        graphdef, params, held = nnx.split(model, nnx.Param, ...)
+    else:
+        params = model
+    refuse_deleted("params", params)
+
+    def fn(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        if graphdef is not None:
+            out = loss_fn(nnx.merge(graphdef, params, held, copy=True), batch, key)
+        elif held is not None:
+            out = loss_fn(params, held, batch, key)
+        else:
+            out = loss_fn(params, batch, key)
+        loss = out[0] if isinstance(out, tuple) else out
+        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(f"loss_fn: a real scalar is needed, it gives {jnp.result_type(loss)}{jnp.shape(loss)}")
+        return jnp.asarray(loss)
+
+    return fn, params

@@ -1,0 +1,400 @@
+"""Many trainings of one step as one compiled program: each member with values of its own.
+
+Floor 6. The engine of `jaxsgd.sweep`, `jaxsgd.probe` and `jaxsgd.pick`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsgd.paths import named_leaves
+from jaxsgd.train import Step
+
+__all__ = ["STRATEGIES", "Population"]
+
+STRATEGIES = ("auto", "vmap", "map", "loop")
+MEMBERS = PartitionSpec("members")
+EARLY, IN_A_ROW = 8, 3
+"""Steps that say how large a loss is usual; losses in a row that have to exceed it by far."""
+TIMED = 0.05
+"""Seconds, about, that ``strategy="auto"`` gives to the timing of each form."""
+
+
+class Fate(NamedTuple):
+    """How a member fares: whether it is finite, the steps it took, how many those were when it no longer was."""
+
+    alive: jax.Array
+    steps: jax.Array
+    diverged_at: jax.Array
+
+
+class Population:
+    """Trainings that differ in some values, taken forward together over the same batches.
+
+    Args:
+      build: ``build(**scalars) -> (step, state)``, or ``build(given, **scalars)``, called inside a trace: a
+        `jaxsgd.Step` or a pure ``step(state, batch) -> (state, metrics)``, and the state to begin with.
+      values: name -> array ``(members,)`` of what the members differ in.
+      given: a tree of arrays that ``build`` needs, such as the parameters to begin with; passed as an argument of the
+        compiled program, not compiled in.
+      strategy: how one compiled program serves all members.
+
+        - ``"vmap"``: all at once in one batched program, which fills a wide device;
+        - ``"map"``: one after the other (`jax.lax.map`), with the temporaries of one; what is frozen costs nothing;
+        - ``"loop"``: a program of one step of one member, called for each in turn. XLA for CPU runs the gradients of
+          convolutions dozens of times slower inside any loop or branch, so there it is the one to take;
+        - ``"auto"``: loop for convolutions on CPU. Otherwise one program that holds vmap and map, of which the first
+          steps choose by the clock; map alone where vmap's memory is not there.
+      devices: the devices to share the members out to; one by default. Their number need not divide the members.
+      limit: how far a loss may rise: three in a row that are so many times above the usual loss are a divergence. The
+        usual one is the least of all members in a step, the largest of the first eight such: with small batches the
+        first loss alone says little. inf: only what is not finite has diverged.
+      chunk: steps per call of the program (the loop's is of one step).
+
+    A member whose loss, gradient or update is no longer finite is frozen before that update, so that its state stays
+    finite; one whose losses exceed the limit is frozen where `advance` notices, at its end. The metrics of both are NaN
+    from where they diverged.
+
+    Attributes:
+      members: how many.
+      strategy: the one in use, and ``why``; ``"auto"`` before the first steps.
+      compiles, compile_seconds: how often a step was compiled, and how long that took.
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., tuple[Any, Any]],
+        values: Mapping[str, Any],
+        *,
+        given: Any = None,
+        strategy: str = "auto",
+        devices: Sequence[Any] | None = None,
+        limit: float = 10.0,
+        chunk: int = 16,
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
+        if not limit > 0:
+            raise ValueError(f"limit={limit}: a number above 0 is needed; inf leaves the size of the loss out")
+        self._build, self._given = build, given
+        self.limit, self.chunk = limit, chunk
+        self.values = {name: np.asarray(value) for name, value in values.items()}
+        sizes = {name: value.shape for name, value in self.values.items()}
+        if not sizes or len(set(sizes.values())) != 1 or len(next(iter(sizes.values()))) != 1:
+            raise ValueError(f"values: one array of the shape (members,) for each name is needed, got {sizes}")
+        self.members = len(next(iter(self.values.values())))
+        self.strategy, self.why = strategy, "as asked"
+        self.compiles, self.compile_seconds = 0, 0.0
+        self.devices = (list(devices) if devices else jax.devices()[:1])[: self.members]
+        self._rows = -(-self.members // len(self.devices))
+        mesh = Mesh(np.asarray(self.devices), ("members",))
+        self._split, self._everywhere = NamedSharding(mesh, MEMBERS), NamedSharding(mesh, PartitionSpec())
+        self._program: Any = None
+        self._form = 0
+        self._names: list[str] = []
+        self._step = jax.jit(self._stepped, inline=True)  # traced once for all forms
+        if self._given is not None:
+            self._given = jax.device_put(self._given, self._everywhere)
+        born, again = jax.vmap(self._born, in_axes=(None, 0)), jax.vmap(self._again, in_axes=(None, 0, 0, 0))
+        self._begin = jax.jit(self._dealt_out(born, 1))
+        self._gone_at = -np.ones(self.members, int)  # members above the limit, the steps they had taken
+        self._over = np.zeros((self.members, IN_A_ROW - 1), bool)
+        self._usual: list[float] = []
+        self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
+        self._row = jax.jit(self._dealt_out(_row, 1))
+        self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
+        self._held = self._begin(self._given, self._deal(self.values))
+
+    # -- members ------------------------------------------------------------------------------
+
+    @property
+    def states(self) -> Any:
+        """The members' states, stacked along a first axis."""
+        return jax.tree.map(lambda x: x[: self.members], self._held[0])
+
+    @property
+    def alive(self) -> np.ndarray:
+        """``(members,)`` bool: has not diverged."""
+        return np.asarray(self._held[1].alive)[: self.members] & (self._gone_at < 0)
+
+    @property
+    def diverged_at(self) -> np.ndarray:
+        """``(members,)`` int: the steps a member had taken when it diverged, or -1."""
+        return np.where(self._gone_at >= 0, self._gone_at, np.asarray(self._held[1].diverged_at)[: self.members])
+
+    @property
+    def steps(self) -> np.ndarray:
+        """``(members,)`` int: the steps a member has taken since it began."""
+        return np.asarray(self._held[1].steps)[: self.members]
+
+    def restart(self, mask: Any, values: Mapping[str, Any]) -> None:
+        """The members in ``mask`` ``(members,)`` begin anew with ``values`` ``(members,)``; the others go on."""
+        mask = np.asarray(mask, bool)
+        self.values = {name: np.where(mask, np.asarray(values[name]), old) for name, old in self.values.items()}
+        self._gone_at, self._over = np.where(mask, -1, self._gone_at), self._over & ~mask[:, None]
+        self._held = self._restart(self._given, self._deal(self.values), self._deal(mask), self._held)
+
+    def _deal(self, tree: Any) -> Any:
+        """Arrays ``(members,)``, made up to what the devices can share evenly, where they belong."""
+        more = self._rows * len(self.devices) - self.members
+        return jax.tree.map(lambda x: jax.device_put(np.pad(x, (0, more), mode="edge"), self._split), tree)
+
+    def _dealt_out(self, fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
+        """``fn`` on each device's members; the first ``shared`` arguments are the same for all."""
+
+        def call(*args: Any) -> Any:
+            specs = tuple(PartitionSpec() if i < shared else MEMBERS for i in range(len(args)))
+            mesh = self._split.mesh
+            return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=MEMBERS, check_vma=False)(*args)
+
+        return call
+
+    # -- one member ---------------------------------------------------------------------------
+
+    def _call(self, given: Any, values: Mapping[str, Any]) -> tuple[Callable[..., Any], Any]:
+        built = self._build(**values) if given is None else self._build(given, **values)
+        if not isinstance(built, tuple) or len(built) != 2 or not callable(built[0]):
+            raise TypeError(f"build: (step, state) is needed, it gives {type(built).__name__}")
+        step, state = built
+        return (step.fn if isinstance(step, Step) else step), state
+
+    def _born(self, given: Any, values: Mapping[str, Any]) -> tuple[Any, Fate]:
+        zero = jnp.zeros((), jnp.int32)
+        return self._call(given, values)[1], Fate(jnp.ones((), bool), zero, zero - 1)
+
+    def _again(self, given: Any, values: Mapping[str, Any], anew: jax.Array, held: Any) -> Any:
+        return _where(anew, self._born(given, values), held)
+
+    def _stepped(self, given: Any, batch: Any, values: Any, active: jax.Array, held: Any) -> Any:
+        """A member after a step, and the row of its metrics: as it was, and NaN, where it does not train."""
+        state, fate = held
+        new, report = self._call(given, values)[0](state, batch)
+        scalars = _scalars(report)
+        self._names = list(scalars)
+        sound = jnp.ones((), bool)
+        for name in ("loss", "gradient_norm", "update_norm"):
+            sound &= jnp.isfinite(scalars.get(name, scalars["loss"]))
+        trains = active & fate.alive
+        ok = trains & sound
+        left = jnp.where(trains & ~sound, fate.steps, fate.diverged_at)
+        fate = Fate(fate.alive & (sound | ~active), fate.steps + ok, left)
+        row = jnp.stack([x.astype(jnp.float32) for x in scalars.values()])
+        return (_where(ok, new, state), fate), jnp.where(ok, row, jnp.nan)
+
+    def _chunk(self, forms: tuple[str, ...]) -> Callable[..., Any]:
+        """``(form, given, batches, on, values, active, held) -> (held, metrics)``; ``form`` picks one of ``forms``."""
+
+        def one(given: Any, batches: Any, on: jax.Array, values: Any, active: jax.Array, held: Any) -> Any:
+            def train(held: Any, batch: Any) -> Any:
+                return self._step(given, batch, values, active, held)
+
+            def skip(held: Any, batch: Any) -> Any:
+                return held, jnp.full(len(self._names), jnp.nan, jnp.float32)
+
+            def body(held: Any, x: tuple[Any, jax.Array]) -> Any:
+                batch, on = x
+                trains = lambda held, batch: jax.lax.cond(held[1].alive & active, train, skip, held, batch)  # noqa: E731
+                return jax.lax.cond(on, trains, skip, held, batch)  # under vmap this stays a branch
+
+            return jax.lax.scan(body, held, (batches, on))
+
+        def run(form: jax.Array, given: Any, batches: Any, on: jax.Array, *rows: Any) -> Any:
+            each = lambda row: one(given, batches, on, *row)  # noqa: E731
+            ways = {"vmap": jax.vmap(each), "map": lambda rows: jax.lax.map(each, rows)}
+            return jax.lax.switch(form, [ways[name] for name in forms], rows)
+
+        def single(form: jax.Array, given: Any, batch: Any, on: jax.Array, *row: Any) -> Any:
+            values, active, held = jax.tree.map(lambda x: x[0], row)
+            return jax.tree.map(lambda x: x[None], self._step(given, batch, values, active, held))
+
+        return self._dealt_out(single if forms == ("loop",) else run, 4)
+
+    # -- the program --------------------------------------------------------------------------
+
+    def _compile(self, forms: tuple[str, ...], *args: Any) -> Any:
+        begin = time.perf_counter()
+        program = jax.jit(self._chunk(forms), donate_argnums=(6,)).lower(*args).compile()
+        self.compiles += 1
+        self.compile_seconds += time.perf_counter() - begin
+        return program
+
+    def _look(self, batches: Any) -> None:
+        """Trace a step of one member: for the names of its metrics, and for which form suits it."""
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
+        values, held = (jax.tree.map(one, x) for x in (self._deal(self.values), self._held))
+        on = jax.ShapeDtypeStruct((), jnp.bool_)
+        traced = self._step.trace(self._given, jax.tree.map(one, batches), values, on, held)
+        if self.strategy != "auto":
+            return
+        if self.devices[0].platform == "cpu" and "conv_general_dilated" in str(traced.jaxpr):
+            self.strategy, self.why = "loop", "XLA for CPU is slow at convolutions inside a loop"
+        elif self._rows == 1:
+            self.strategy, self.why = "map", "one member a device"
+
+    def _prepare(self, *args: Any) -> Any:
+        """Compile for these arguments; under auto leave vmap out where its memory is not there."""
+        if self.strategy != "auto":
+            return self._compile((self.strategy,), *args)
+        room = _free_bytes(self.devices[0])
+        try:
+            program = self._compile(("vmap", "map"), *args)
+            needs = program.memory_analysis().temp_size_in_bytes
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needs, room = math.inf, 0.0
+        if room is None or needs <= room:
+            return program
+        self.why = f"vmap needs {needs / 2**30:.3g} GiB beside the states, {room / 2**30:.3g} are free"
+        self.strategy, self._form = "map", 0
+        return self._compile(("map",), *args)
+
+    # -- going forward ------------------------------------------------------------------------
+
+    def advance(self, batches: Any, active: Any = None) -> dict[str, np.ndarray]:
+        """Take every member forward over ``batches``, arrays of the shape ``(steps, ...)``.
+
+        Args:
+          batches: the same for all members.
+          active: ``(members,)`` bool: which members train; by default all. Those that diverged do not in any case.
+
+        Returns:
+          name -> ``(members, steps)`` float32, the scalar metrics of each step; NaN where a member did not train.
+        """
+        active = (np.ones(self.members, bool) if active is None else np.asarray(active, bool)) & (self._gone_at < 0)
+        before = self.steps
+        if not self._names:
+            self._look(batches)
+        if self.strategy == "loop":
+            table = self._looped(batches, active)
+        else:
+            steps, tables = len(jax.tree.leaves(batches)[0]), []
+            rows, done = (self._deal(self.values), self._deal(active)), 0
+            while done < steps:
+                for form, count in self._turns(steps - done):
+                    row = self._run(batches, done, count, rows, form)
+                    tables.append((count, row))
+                    done += count
+            table = np.concatenate([np.asarray(row)[:, :count] for count, row in tables], axis=1)
+        table = table[: self.members].copy()
+        self._judge(table, before)
+        return {name: table[:, :, i] for i, name in enumerate(self._names)}
+
+    def _judge(self, table: np.ndarray, before: np.ndarray) -> None:
+        """Freeze whose losses are above the limit, and strike their metrics out from there on."""
+        losses = table[:, :, self._names.index("loss")]
+        for column in losses.T[: EARLY - len(self._usual)]:
+            if np.any(np.isfinite(column)):
+                self._usual.append(float(np.nanmin(column)))
+        usual = max(self._usual, default=0.0)
+        bound = usual + self.limit * abs(usual) if usual else np.inf
+        over = np.concatenate([self._over, losses > bound], axis=1)
+        runs = np.lib.stride_tricks.sliding_window_view(over, IN_A_ROW, axis=1).min(axis=2)  # where one begins
+        for member in np.flatnonzero(runs.max(axis=1) & (self._gone_at < 0)):
+            at = max(0, int(np.argmax(runs[member])) - (IN_A_ROW - 1))
+            self._gone_at[member] = before[member] + at
+            table[member, at:] = np.nan
+        self._over = over[:, -(IN_A_ROW - 1) :]
+
+    def _run(self, batches: Any, first: int, count: int, rows: tuple[Any, ...], form: int) -> Any:
+        """One call of the program over so many batches, made up to a chunk by repeating the last."""
+        index = np.minimum(np.arange(first, first + self.chunk), first + count - 1)
+        cut = jax.tree.map(lambda x: x[first : first + count] if count == self.chunk else x[index], batches)
+        on = np.arange(self.chunk) < count
+        cut, on, which = jax.device_put((cut, on, np.int32(form)), self._everywhere)
+        if self._program is None:
+            self._program = self._prepare(which, self._given, cut, on, *rows, self._held)
+            if self.strategy != "auto":  # there may be one form only
+                which = jax.device_put(np.int32(self._form), self._everywhere)
+        self._held, row = self._program(which, self._given, cut, on, *rows, self._held)
+        return row
+
+    def _turns(self, left: int) -> Iterator[tuple[int, int]]:
+        """The next calls, as (form, steps); under auto the first ones try each form and time it."""
+        if self.strategy != "auto":
+            yield self._form, min(self.chunk, left)
+            return
+        seconds: dict[str, float] = {}
+        count = 1
+        for timed in (False, True):
+            for form, name in enumerate(("vmap", "map")):
+                if left < count or self.strategy != "auto":
+                    return
+                begin = time.perf_counter()
+                yield form, count
+                jax.block_until_ready(self._held)
+                seconds[name] = (time.perf_counter() - begin) / count
+                left -= count
+            if not timed:
+                count = int(np.clip(TIMED / max(seconds.values()), 2, self.chunk))
+        self.strategy = min(seconds, key=lambda name: seconds[name])
+        self._form = ("vmap", "map").index(self.strategy)
+        self.why = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items()) + " a step of all members"
+
+    def _looped(self, batches: Any, active: np.ndarray) -> np.ndarray:
+        """Steps of single members (one on each device), called in turn: ``(members, steps, names)``."""
+        index = [jax.device_put(np.int32(r), self._everywhere) for r in range(self._rows)]
+        whole = (self._deal(self.values), self._deal(active), self._held)
+        rows = [self._row(r, whole) for r in index]
+        steps, left = len(jax.tree.leaves(batches)[0]), []
+        form, on = jax.device_put((np.int32(0), np.bool_(True)), self._everywhere)
+        held = [row[2] for row in rows]
+        for i in range(steps):
+            batch = jax.tree.map(lambda x, i=i: x[i], batches)
+            shared = (form, self._given, jax.device_put(batch, self._everywhere), on)
+            if self._program is None:
+                self._program = self._prepare(*shared, *rows[0])
+            if i % self.chunk == 0:  # looking waits for the device
+                going = [bool(np.any(np.asarray(h[1].alive & row[1]))) for h, row in zip(held, rows, strict=True)]
+            for r in np.flatnonzero(going):
+                held[r], metrics = self._program(*shared, *rows[r][:2], held[r])
+                left.append((r, i, metrics))
+        for r, member in zip(index, held, strict=True):
+            self._held = self._with_row(r, member, self._held)
+        table = np.full((len(self.devices), self._rows, steps, len(self._names)), np.nan, np.float32)
+        for r, i, metrics in left:
+            table[:, r, i] = metrics
+        return table.reshape(-1, steps, len(self._names))
+
+
+def _scalars(report: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The scalar metrics of a step by name, those of ``aux`` among them."""
+    aux = report.get("aux")
+    tree = {k: v for k, v in report.items() if k != "aux"} | (aux if isinstance(aux, dict) else {"aux": aux})
+    scalars = {name: jnp.asarray(x) for name, x in named_leaves(tree, "metrics").items()}
+    if "loss" not in scalars or scalars["loss"].shape:
+        raise ValueError(f"step: its metrics need a scalar 'loss'; they are {sorted(scalars)}")
+    real = lambda x: x.shape == () and not jnp.issubdtype(x.dtype, jnp.complexfloating)  # noqa: E731
+    return {name: x for name, x in scalars.items() if real(x)}
+
+
+def _row(r: jax.Array, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, r, 1), tree)
+
+
+def _with_row(r: jax.Array, row: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, r, 0), tree, row)
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _free_bytes(device: Any) -> float | None:
+    """The memory that a device still has, where it can be told."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return 0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    try:
+        return 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
