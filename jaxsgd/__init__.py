@@ -10,6 +10,7 @@ from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
+from jaxsgd.probe.noise import NoiseScale, noise_scale, scale_learning_rate
 from jaxsgd.probe.sweep import Sweep, sweep
 from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "NoiseScale",
     "Recorder",
     "Rule",
     "State",
@@ -71,9 +73,11 @@ __all__ = [
     "make_step",
     "metrics",
     "migrate",
+    "noise_scale",
     "plain",
     "plan",
     "rule",
+    "scale_learning_rate",
     "shard_batch",
     "state_sharding",
     "sweep",

@@ -47,7 +47,8 @@ def test_every_other_block_runs(index, forget_rules, tmp_path, monkeypatch):
         "jax": jax, "jaxsgd": jaxsgd, "optax": optax, "params": params,
         "init": lambda key: {"kernel": jax.random.normal(key, (8, 8))},
         "loss_fn": lambda p, x, key: jnp.mean((x @ p["kernel"] - 1) ** 2), "tx": jaxsgd.adam(0.1),
-        "batch": np.ones((64, 8), np.float32), "batch_at": lambda i: np.full((64, 8), i, np.float32), "steps": 3,
+        "batch": np.ones((64, 8), np.float32), "steps": 3,
+        "batch_at": lambda i: np.random.default_rng(i).normal(size=(64, 8)).astype(np.float32),
     }  # fmt: skip
     names["state"] = jaxsgd.TrainState.create(names["init"], names["tx"])
     names["step"] = jaxsgd.make_step(names["loss_fn"], names["tx"])
