@@ -11,6 +11,7 @@ from jaxsgd.lift import describe
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
 from jaxsgd.probe.noise import NoiseScale, noise_scale, scale_learning_rate
+from jaxsgd.probe.sharpness import Sharpness, sharpness
 from jaxsgd.probe.sweep import Sweep, sweep
 from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
@@ -58,6 +59,7 @@ __all__ = [
     "NoiseScale",
     "Recorder",
     "Rule",
+    "Sharpness",
     "State",
     "Step",
     "Storage",
@@ -79,6 +81,7 @@ __all__ = [
     "rule",
     "scale_learning_rate",
     "shard_batch",
+    "sharpness",
     "state_sharding",
     "sweep",
     "torch",

@@ -1,0 +1,328 @@
+"""How sharply the loss curves at a point, and the learning rates that this allows.
+
+Floor 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.paths import leaf_names
+from jaxsgd.probe.lanczos import Curvature, Spectrum, spectrum
+from jaxsgd.probe.losses import pure_loss
+from jaxsgd.probe.stability import Response, read_rule
+from jaxsgd.progress import Bar
+from jaxsgd.train_state import TrainState
+
+__all__ = ["Sharpness", "sharpness"]
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The curvature of a loss at a point.
+
+    Attributes:
+      hessian: the outermost eigenvalues of the Hessian over the trained parameters.
+      preconditioned: those of ``P^-1/2 H P^-1/2``, where P is what the rule divides each coordinate by; of a rule
+        that divides by nothing those of the Hessian. None where no rule was given.
+      thresholds: the largest stable learning rate of each way to step.
+      threshold: that of the rule; of gradient descent where no rule was given.
+      constant: the threshold times the largest (preconditioned) eigenvalue.
+      learning_rate: the rule's, as last applied, or None.
+      rule: its name, or None.
+      loss, gradient_norm: at this point.
+      parameters: how many numbers are trained; frozen leaves are not among them.
+      preconditioner: the smallest, the median and the largest entry of P, or None.
+      tolerance: what residuals were asked for, as a share of the largest eigenvalue's magnitude.
+      notes: what else there is to say.
+    """
+
+    hessian: Spectrum
+    preconditioned: Spectrum | None
+    thresholds: Mapping[str, float]
+    threshold: float
+    constant: float
+    learning_rate: float | None
+    rule: str | None
+    loss: float
+    gradient_norm: float
+    parameters: int
+    preconditioner: tuple[float, float, float] | None
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def eigenvalues(self) -> tuple[float, ...]:
+        """The largest of the Hessian, descending."""
+        return self.hessian.eigenvalues
+
+    @property
+    def smallest(self) -> float:
+        """The smallest eigenvalue of the Hessian."""
+        return self.hessian.smallest
+
+    @property
+    def residuals(self) -> tuple[float, ...]:
+        """How near an eigenvalue of the Hessian is to each of `eigenvalues`."""
+        return self.hessian.residuals
+
+    @property
+    def saddle(self) -> bool:
+        """Whether some direction curves down, by more than the iteration's error."""
+        return self.hessian.negative
+
+    @property
+    def converged(self) -> bool:
+        return self.hessian.converged and (self.preconditioned is None or self.preconditioned.converged)
+
+    @property
+    def iterations(self) -> int:
+        """Products of the Hessian with a vector."""
+        extra = 0 if self.preconditioned is None else self.preconditioned.iterations
+        return self.hessian.iterations + extra
+
+    @property
+    def ratio(self) -> float | None:
+        """The learning rate as a multiple of the threshold; None where there is no rule."""
+        if self.learning_rate is None:
+            return None
+        return self.learning_rate / self.threshold if self.threshold > 0 else math.inf
+
+    @property
+    def verdict(self) -> str:
+        """What the threshold says, in a sentence."""
+        if not math.isfinite(self.threshold):
+            return "no direction curves up: no learning rate is too large for the curvature here"
+        if self.learning_rate is None:
+            named = ", ".join(f"{name} {value:.4g}" for name, value in self.thresholds.items())
+            return f"largest stable learning rates: {named}"
+        assert self.ratio is not None
+        if self.ratio > 1:
+            return (
+                f"learning rate {self.learning_rate:.4g} is {self.ratio:.2g}x beyond the threshold {self.threshold:.4g}"
+            )
+        return f"learning rate {self.learning_rate:.4g} is {self.ratio:.2g}x the threshold {self.threshold:.4g}: stable"
+
+    def __str__(self) -> str:
+        lines = [
+            f"sharpness: loss {self.loss:.4g}, gradient norm {self.gradient_norm:.3g}, {self.parameters:,} parameters",
+            _words("Hessian", self.hessian),
+        ]
+        if self.saddle:
+            lines.append(
+                f"  saddle: the smallest eigenvalue {self.smallest:.4g} is negative, some direction curves down"
+            )
+        else:
+            lines.append("  no direction curves down by more than the error")
+        if self.preconditioned is not None and self.preconditioner is not None:
+            low, middle, high = self.preconditioner
+            lines.append(_words(f"preconditioned by {self.rule}", self.preconditioned))
+            lines.append(f"  it divides by {low:.3g} to {high:.3g}, median {middle:.3g}")
+        lines.append(self.verdict)
+        if self.rule is not None and math.isfinite(self.threshold):
+            what = "preconditioned eigenvalue" if self.preconditioner is not None else "eigenvalue"
+            lines.append(f"  {self.rule} is stable up to {self.constant:.4g} / largest {what}")
+        for name, part in (("Hessian", self.hessian), ("preconditioned Hessian", self.preconditioned)):
+            if part is not None and not part.converged:
+                worst = max(*part.residuals, part.smallest_residual)
+                lines.append(
+                    f"NOT CONVERGED: {name}: after {part.iterations} products a residual is {worst:.2g}, "
+                    f"{worst / max(abs(part.largest), abs(part.smallest)):.1g} of the largest "
+                    f"(asked: {self.tolerance:.1g}); raise iterations={part.iterations}"
+                )
+        return "\n".join([*lines, *self.notes])
+
+
+def _words(title: str, part: Spectrum) -> str:
+    values = ", ".join(f"{x:.4g}" for x in part.eigenvalues)
+    return f"{title}: largest {values}; smallest {part.smallest:.4g} ({part.iterations} products)"
+
+
+def sharpness(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    opt_state: Any = None,
+    eigenvalues: int = 1,
+    iterations: int = 400,
+    tolerance: float = 1e-5,
+    microbatches: int = 1,
+    key: int | jax.Array = 0,
+    progress: bool | None = None,
+) -> Sharpness:
+    """The largest eigenvalues of the loss's Hessian, the smallest, and the learning rates they allow.
+
+    With a rule, the Hessian is also taken in the rule's own measure: ``P^-1/2 H P^-1/2``, where P is what the rule
+    divides each coordinate by, as its state has it now (for Adam the corrected ``sqrt(v) + eps``, times the
+    correction of its mean, as in Cohen et al. 2022, arXiv:2207.14484). P and the threshold are read off the rule
+    itself, so any rule will do that treats each coordinate by itself and in proportion to the gradient; all others
+    (signs, matrices, norms of layers) are refused by name. Learning-rate multipliers are part of P, frozen
+    parameters are not in the Hessian, weight decay through the gradient is added to it.
+
+    Above the threshold a step oscillates and grows along the sharpest direction, as far as the loss is quadratic. The
+    threshold is of the loss of ``batch``: that of one minibatch differs from that of all data. A single eigenvalue
+    of several equal ones may be found only once.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``. What is random in
+        it is drawn from one key, the same for all products.
+      params: a tree, an ``nnx.Module``, or a `TrainState`, whose optimizer state is taken with it.
+      batch: a batch, or a list of batches of the same shapes, whose mean loss it is then.
+      tx, opt_state: the optimizer, and its state after some steps. The state may be left out for a rule that does not
+        divide by what it has seen, such as momentum.
+      eigenvalues: how many of the largest.
+      iterations: products with the Hessian to spend at most, on each of both spectra.
+      tolerance: residuals to reach, as a share of the largest eigenvalue's magnitude.
+      microbatches: split the batch into so many along the first axis of its arrays, to save memory; the loss must be
+        a mean over examples.
+      key: a seed or a PRNG key.
+      progress: show a bar; by default where the standard error is a terminal.
+
+    Raises:
+      TypeError: no such function, no batch.
+      ValueError: parameters that are not real floating numbers; batches of several shapes; a rule without a diagonal
+        preconditioner, or whose state has seen no gradient; a loss without a finite Hessian.
+    """
+    for name, value in (("eigenvalues", eigenvalues), ("iterations", iterations), ("microbatches", microbatches)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: a share between 0 and 1 is needed")
+    if tx is None and opt_state is not None:
+        raise ValueError("opt_state: it needs the rule it belongs to: tx=")
+    if isinstance(params, TrainState) and opt_state is None and tx is not None:
+        opt_state = params.opt_state
+    curvature, tree = _curvature(loss_fn, params, batch, microbatches, key)
+    _refuse_types(curvature, integers=tx is not None)
+    start = jax.random.key(7)
+    loss, gradient = curvature.value_and_gradient()
+    value = float(loss)
+    if not math.isfinite(value):
+        raise ValueError(f"loss_fn: the loss is {value} at this point")
+    response = None
+    if tx is not None:
+        opt_state = tx.init(tree) if opt_state is None else opt_state
+        response = read_rule(tx, tree, opt_state, _leaves(curvature, gradient), loss)
+        curvature = curvature.only(response.trained)
+        _, gradient = curvature.value_and_gradient()
+    with Bar("sharpness", total=2 * iterations, show=progress) as bar:
+        plain = spectrum(curvature, eigenvalues, iterations, tolerance, start, bar)
+        other, divided = None, None
+        if response is not None:
+            other, divided = _preconditioned(curvature, response, plain, eigenvalues, iterations, tolerance, start, bar)
+    norm = float(jnp.sqrt(jnp.sum(gradient * gradient)))
+    shared = (plain, other)
+    if response is None:
+        top = plain.largest if plain.largest > plain.residuals[0] + plain.rounding else 0.0
+        made = {name: c / top if top > 0 else math.inf for name, c in CONSTANTS.items()}
+        threshold, rate, rule, notes = made["gradient descent"], None, None, ()
+    else:
+        assert other is not None
+        top = other.largest if other.largest > other.residuals[0] + other.rounding else 0.0
+        threshold, rate, rule, notes = (
+            response.recursion.threshold(top),
+            response.learning_rate,
+            response.name,
+            response.notes,
+        )
+        made = {response.name: threshold}
+    constant = threshold * top if top > 0 else math.inf
+    return Sharpness(
+        *shared, made, threshold, constant, rate, rule, value, norm, curvature.size, divided, tolerance, notes
+    )
+
+
+CONSTANTS = {"gradient descent": 2.0, "momentum 0.9": 2 * 1.9, "Nesterov 0.9": 2 * 1.9 / 2.8}
+"""The largest stable learning rate times the largest eigenvalue, of ways to step that need no state to know it."""
+
+
+def _preconditioned(
+    curvature: Curvature, response: Response, plain: Spectrum, wanted: int, iterations: int, tolerance: float,
+    key: jax.Array, bar: Bar,
+) -> tuple[Spectrum, tuple[float, float, float] | None]:  # fmt: skip
+    """The spectrum in the rule's measure, and what it divides by."""
+    p, shift = response.preconditioner, response.shift
+    divided = (float(p.min()), float(np.median(p)), float(p.max()))
+    same = lambda x: bool(np.ptp(x) <= 1e-4 * np.abs(x).max()) if np.isfinite(x).all() else False  # noqa: E731
+    if same(p) and same(shift):
+        one = abs(p[0] - 1) < 1e-4
+        scaled = plain.transformed(1.0 if one else 1 / float(p[0]), float(shift[0]))
+        return scaled, None if one else divided
+    with np.errstate(divide="ignore"):
+        root = np.where(np.isfinite(p), 1 / np.sqrt(p), 0)
+    return spectrum(curvature, wanted, iterations, tolerance, key, bar, root, shift), divided
+
+
+def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any) -> tuple[Curvature, Any]:
+    """What is to be differentiated, and the tree of parameters."""
+    _, params = pure_loss(loss_fn, model)
+    graphdef, held = None, None
+    if isinstance(model, TrainState):
+        graphdef, held = model.graphdef, model.model_state
+    elif isinstance(model, nnx.Module):
+        graphdef, _, held = nnx.split(model, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError("params: there are none")
+    several = isinstance(batch, list)
+    if several:
+        batch = _stacked(batch)
+    elif callable(batch) or hasattr(batch, "__next__"):
+        raise TypeError(f"batch={batch!r}: a batch or a list of batches is needed; of an iterator give a list")
+    if microbatches > 1:
+        if several:
+            raise ValueError(f"microbatches={microbatches}: the batches of a list are apart already")
+        check_divides(batch, microbatches, f"{microbatches} microbatches")
+        batch, several = jax.tree.map(lambda x: _split(x, microbatches), batch), True
+    key = jax.random.key(key) if isinstance(key, int) else key
+    return Curvature.of(loss_fn, graphdef, params, held, batch, several, key, tuple(leaf_names(params))), params
+
+
+def _split(x: Any, count: int) -> Any:
+    if np.ndim(x) == 0:
+        return np.broadcast_to(x, (count,))
+    return x.reshape(count, np.shape(x)[0] // count, *np.shape(x)[1:])
+
+
+def _stacked(batches: list[Any]) -> Any:
+    if not batches:
+        raise ValueError("batch: the list is empty; at least one batch is needed")
+    shapes = [(jax.tree.map(np.shape, b), jax.tree.structure(b)) for b in batches]
+    for i, (batch, shape) in enumerate(zip(batches, shapes, strict=True)):
+        batch_size(batch)
+        if shape != shapes[0]:
+            raise ValueError(
+                f"batch: batch {i} of the list has the shapes {shape[0]}, the first {shapes[0][0]}; "
+                "all must be alike for their mean to be that of the examples"
+            )
+    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *batches)
+
+
+def _refuse_types(curvature: Curvature, integers: bool) -> None:
+    """That all parameters are real floating numbers, or integers that a rule holds still."""
+    for name, p in zip(curvature.names, curvature.arrays["params"], strict=True):
+        if jnp.issubdtype(p.dtype, jnp.floating) or integers and not jnp.issubdtype(p.dtype, jnp.complexfloating):
+            continue
+        kind = "complex" if jnp.issubdtype(p.dtype, jnp.complexfloating) else "no floating number"
+        raise ValueError(f"params: {name!r} is {p.dtype.name}, {kind}; a Hessian of real floating parameters is needed")
+
+
+def _leaves(curvature: Curvature, flat: jax.Array) -> list[Any]:
+    """A vector of the trained parameters as leaves, zeros for the others."""
+    out, at = [], 0
+    for p, trained in zip(curvature.arrays["params"], curvature.problem.trained, strict=True):
+        part = flat[at : at + p.size].reshape(p.shape) if trained else jnp.zeros(p.shape)
+        at += p.size if trained else 0
+        out.append(part)
+    return out
