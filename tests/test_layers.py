@@ -87,4 +87,4 @@ def test_matplotlib_is_imported_in_one_place():
         nodes = (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Import | ast.ImportFrom))
         return any(name.split(".")[0] == "matplotlib" for node in nodes for name in roots(node))
 
-    assert {module(file) for file in FILES if uses(file)} == {"plot"}
+    assert {module(file) for file in FILES if uses(file)} == {"plot.style"}

@@ -1,0 +1,11 @@
+"""Pictures: paths on landscapes, loss curves, memory, and what the tools for the learning rate found.
+
+Floor 7. It needs matplotlib: install it with ``jaxsgd[plot]``. Every function returns a `matplotlib.figure.Figure` of
+its own and leaves pyplot's global state alone; `save` writes one.
+"""
+
+from jaxsgd.plot.landscapes import LANDSCAPES, Landscape, path, paths
+from jaxsgd.plot.style import save
+from jaxsgd.plot.training import loss_curves, memory_bars
+
+__all__ = ["LANDSCAPES", "Landscape", "loss_curves", "memory_bars", "path", "paths", "save"]

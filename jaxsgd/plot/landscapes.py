@@ -1,0 +1,148 @@
+"""Paths of rules on landscapes in two dimensions.
+
+Floor 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsgd.plot.style import COLORS, INK, Figure, LogNorm, blank, styled
+from jaxsgd.rules.averaging import eval_params
+
+__all__ = ["LANDSCAPES", "Landscape", "path", "paths"]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A function of two weights to walk down.
+
+    Attributes:
+      fn: ``(2,) -> ()``.
+      start: where paths begin.
+      bounds: ``(x from, x to, y from, y to)`` of the picture.
+      minimum: where the lowest point is, or None.
+    """
+
+    title: str
+    fn: Callable[[jax.Array], jax.Array]
+    start: tuple[float, float]
+    bounds: tuple[float, float, float, float]
+    minimum: tuple[float, float] | None
+
+
+LANDSCAPES: dict[str, Landscape] = {
+    "bowl": Landscape(
+        "Elongated bowl: $w_0^2 + 4 w_1^2$",
+        lambda w: w[0] ** 2 + 4 * w[1] ** 2,
+        (-2.5, 1.6), (-3.0, 1.5, -2.0, 2.0), (0.0, 0.0),
+    ),
+    "rosenbrock": Landscape(
+        "Rosenbrock: $(1 - w_0)^2 + 100 (w_1 - w_0^2)^2$",
+        lambda w: (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2,
+        (-1.2, 1.0), (-2.0, 2.0, -1.0, 3.0), (1.0, 1.0),
+    ),
+    "saddle": Landscape(
+        "Saddle: $w_0^2 - w_1^2 + w_1^4 / 4$",
+        lambda w: w[0] ** 2 - w[1] ** 2 + w[1] ** 4 / 4,
+        (-1.8, 0.01), (-2.2, 2.2, -2.2, 2.2), (0.0, 2**0.5),
+    ),
+    "plateau": Landscape(
+        "Plateau: $1 - e^{-|w|^2 / 2}$",
+        lambda w: 1 - jnp.exp(-(w[0] ** 2 + w[1] ** 2) / 2),
+        (-2.8, 1.8), (-3.5, 2.5, -2.5, 2.5), (0.0, 0.0),
+    ),
+}  # fmt: skip
+"""Landscapes by name."""
+
+
+def path(
+    tx: optax.GradientTransformation,
+    fn: Callable[[jax.Array], jax.Array],
+    start: Sequence[float],
+    steps: int = 60,
+    *,
+    gradient_at: Callable[[Any, Any], Any] | None = None,
+) -> np.ndarray:
+    """The points that a transformation visits on ``fn``: ``(steps + 1, len(start))``, the start first.
+
+    Schedule-free rules are shown at their average (`jaxsgd.eval_params`). ``gradient_at(state, params)`` says
+    where the gradient is taken, if not at the point itself (`jaxsgd.look_ahead`).
+    """
+    w = jnp.asarray(start, jnp.float32)
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: tuple[Any, Any], _: Any) -> tuple[tuple[Any, Any], jax.Array]:
+        w, state = carry
+        value, grads = jax.value_and_grad(fn)(w if gradient_at is None else gradient_at(state, w))
+        updates, state = tx.update(grads, state, w, value=value)
+        w = optax.apply_updates(w, updates)
+        return (w, state), eval_params(state, w)
+
+    _, visited = jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), length=steps))()
+    return np.concatenate([np.asarray(w)[None], np.asarray(visited)])
+
+
+def paths(
+    transformations: Mapping[str, optax.GradientTransformation | np.ndarray],
+    landscape: str | Landscape = "bowl",
+    steps: int = 60,
+    *,
+    columns: int | None = None,
+) -> Figure:
+    """Paths of several rules on one landscape, each in a panel of its own with the loss it ends at.
+
+    Args:
+      transformations: title -> transformation, or points ``(n, 2)`` computed already (by `path`).
+      landscape: a name in `LANDSCAPES`, or one of your own.
+      steps: steps to take.
+      columns: panels in a row; 3 by default, fewer if there are fewer.
+
+    Raises:
+      ValueError: an unknown landscape, or nothing to draw.
+    """
+    if isinstance(landscape, str):
+        if landscape not in LANDSCAPES:
+            raise ValueError(f"landscape={landscape!r}: known are {', '.join(LANDSCAPES)}")
+        landscape = LANDSCAPES[landscape]
+    if not transformations:
+        raise ValueError("transformations: at least one is needed")
+    columns = min(columns or 3, len(transformations))
+    rows = -(-len(transformations) // columns)
+    figure = blank(3.3 * columns, 2.9 * rows + 0.4)
+    figure.suptitle(f"{landscape.title}, {steps} steps", fontsize=11, color=INK)
+    x0, x1, y0, y1 = landscape.bounds
+    grid_x, grid_y = np.meshgrid(np.linspace(x0, x1, 160), np.linspace(y0, y1, 160))
+    points = jnp.asarray(np.stack([grid_x.ravel(), grid_y.ravel()], axis=1), jnp.float32)
+    heights = np.asarray(jax.vmap(landscape.fn)(points)).reshape(grid_x.shape)
+    lowest = float(heights.min())
+    raised = heights - lowest + 1e-3 * float(np.ptp(heights))
+    levels = np.geomspace(raised.min(), raised.max(), 22)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax in panels[len(transformations) :]:
+        ax.set_visible(False)
+    for i, (title, tx) in enumerate(transformations.items()):
+        ax = panels[i]
+        styled(ax)
+        walked = tx if isinstance(tx, np.ndarray) else path(tx, landscape.fn, landscape.start, steps)
+        ax.contourf(grid_x, grid_y, raised, levels=levels, norm=LogNorm(), cmap="Blues", alpha=0.55)
+        ax.contour(grid_x, grid_y, raised, levels=levels, colors="white", linewidths=0.4)
+        color = COLORS[i % len(COLORS)]
+        shown = walked[np.isfinite(walked).all(axis=1)]
+        ax.plot(shown[:, 0], shown[:, 1], "-o", color=color, markersize=2.4, linewidth=1.3)
+        ax.plot(*walked[0], "o", color=INK, markersize=5)
+        if landscape.minimum is not None:
+            ax.plot(*landscape.minimum, "*", color="#f2b705", markersize=11, markeredgecolor=INK, markeredgewidth=0.6)
+        end = float(landscape.fn(jnp.asarray(walked[-1])))
+        ends_at = f"{end:.2g}" if np.isfinite(end) else "diverged"
+        ax.set_title(f"{title}: {ends_at}", fontsize=9, color=INK)
+        ax.set_xlim(x0, x1)
+        ax.set_ylim(y0, y1)
+    return figure
