@@ -10,6 +10,7 @@ from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
+from jaxsgd.probe.diagnose import Diagnosis, diagnose
 from jaxsgd.probe.noise import NoiseScale, noise_scale, scale_learning_rate
 from jaxsgd.probe.sharpness import Sharpness, sharpness
 from jaxsgd.probe.sweep import Sweep, sweep
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Diagnosis",
     "NoiseScale",
     "Recorder",
     "Rule",
@@ -70,6 +72,7 @@ __all__ = [
     "check_donation",
     "checked",
     "describe",
+    "diagnose",
     "init_sharded",
     "int8",
     "make_step",

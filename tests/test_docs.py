@@ -44,7 +44,7 @@ def test_every_other_block_runs(index, forget_rules, tmp_path, monkeypatch):
     leaf = jnp.ones((2, 2))
     params = {"backbone": {"embed": leaf}, "head": {"kernel": leaf, "bias": leaf[0]}, "scale": leaf[0]}
     names = {
-        "jax": jax, "jaxsgd": jaxsgd, "optax": optax, "params": params,
+        "jax": jax, "jaxsgd": jaxsgd, "np": np, "optax": optax, "params": params,
         "init": lambda key: {"kernel": jax.random.normal(key, (8, 8))},
         "loss_fn": lambda p, x, key: jnp.mean((x @ p["kernel"] - 1) ** 2), "tx": jaxsgd.adam(0.1),
         "batch": np.ones((64, 8), np.float32), "steps": 3,

@@ -1,0 +1,105 @@
+"""What the measurements of single layers show: dead, frozen and exploding ones, steps too long or too short.
+
+Floor 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+__all__ = ["VERDICTS", "examine"]
+
+VERDICTS = {
+    "dead layers": "the gradient is zero, or a millionth of the other layers'",
+    "frozen layers": "a gradient arrives but the parameter does not move",
+    "exploding layers": "the gradient is not finite, or has grown a hundredfold",
+    "ratio too large": "a step moves the parameter by more than a tenth of its size",
+    "ratio too small": "a step moves the parameter by less than a hundred-thousandth of its size",
+}
+
+DEAD = 1e-6  # of the median layer: below, float32 loses the one beside the other
+GROWTH = 100.0
+RATIOS = (1e-5, 1e-1)
+SHORTEST = 10
+
+Row = tuple[str, str, dict[str, float], str]
+
+
+def examine(columns: Mapping[str, np.ndarray]) -> list[Row]:
+    """Findings as (verdict, text, numbers, advice), from columns ``gradient_norm/<leaf>`` and ``update_ratio/<leaf>``.
+
+    Args:
+      columns: a value a step each; those of other names are left aside, as are columns of fewer than 10 steps.
+    """
+    norms, ratios = _pick(columns, "gradient_norm/"), _pick(columns, "update_ratio/")
+    return [*_dead(norms), *_frozen(norms, ratios), *_exploding(norms), *_ratios(ratios)]
+
+
+def _pick(columns: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    found = {n.removeprefix(prefix): np.asarray(v, np.float64) for n, v in columns.items() if n.startswith(prefix)}
+    return {name: v for name, v in found.items() if len(v) >= SHORTEST}
+
+
+def _middle(v: np.ndarray) -> float:
+    v = v[np.isfinite(v)]
+    return float(np.median(v)) if len(v) else np.nan
+
+
+def _row(verdict: str, said: str, numbers: dict[str, float], advice: str, of: int) -> list[Row]:
+    if not numbers:
+        return []
+    shown = ", ".join(f"{name} {value:.2g}" for name, value in list(numbers.items())[:4])
+    more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+    return [(verdict, f"{len(numbers)} of {of} parameters {said}: {shown}{more}", numbers, advice)]
+
+
+def _dead(norms: dict[str, np.ndarray]) -> list[Row]:
+    # The first step is left out: behind a head that starts at zero there is no gradient yet.
+    middles = {name: _middle(v[1:]) for name, v in norms.items()}
+    alive = [m for m in middles.values() if m > 0]
+    usual = float(np.median(alive)) if alive else 0.0
+    dead = {name: m for name, m in middles.items() if m <= DEAD * usual}
+    advice = (
+        "look at what comes into those layers: dead ReLUs (start their biases at 0), a stop_gradient, unused inputs"
+    )
+    return _row("dead layers", "get no gradient (its median norm)", dead, advice, len(norms))
+
+
+def _frozen(norms: dict[str, np.ndarray], ratios: dict[str, np.ndarray]) -> list[Row]:
+    # A parameter that is zero has the ratio 0 too; it has moved after the first step, if it moves at all.
+    frozen = {n: _middle(norms[n][1:]) for n, r in ratios.items() if n in norms and not np.any(r[np.isfinite(r)])}
+    frozen = {name: norm for name, norm in frozen.items() if norm > 0}
+    advice = "check the groups if this is not meant: frozen, a mask, a learning rate of 0"
+    return _row("frozen layers", "never move, though a gradient comes (its median norm)", frozen, advice, len(ratios))
+
+
+def _exploding(norms: dict[str, np.ndarray]) -> list[Row]:
+    grown = {}
+    for name, v in norms.items():
+        if not np.isfinite(v).all():
+            grown[name] = float("inf")
+            continue
+        early, late = _middle(v[1 : max(2, len(v) // 2)]), _middle(v[-max(3, len(v) // 10) :])
+        if early > 0 and late > GROWTH * early:
+            grown[name] = late / early
+    advice = "clip by the global norm, warm up, or lower the learning rate 10x; put a norm before those layers"
+    return _row("exploding layers", "have gradients that grew (by this factor)", grown, advice, len(norms))
+
+
+def _ratios(ratios: dict[str, np.ndarray]) -> list[Row]:
+    middles = {}
+    for name, v in ratios.items():
+        moved = v[1:][np.isfinite(v[1:]) & (v[1:] > 0)]  # zeros: the parameter is zero, or does not move
+        if len(moved) >= SHORTEST // 2:
+            middles[name] = float(np.median(moved[len(moved) // 4 :]))
+    low, high = RATIOS
+    large = {name: m for name, m in middles.items() if m > high}
+    small = {name: m for name, m in middles.items() if m < low}
+    lower = "lower their learning rate 10x: such a parameter is another one after ten steps (1e-3 is usual)"
+    higher = "raise their learning rate 10x: 1,000 such steps move a parameter by 1% at most (1e-3 is usual)"
+    return [
+        *_row("ratio too large", "are moved by more than a tenth of their size in a step", large, lower, len(ratios)),
+        *_row("ratio too small", "are moved by less than 1e-5 of their size in a step", small, higher, len(ratios)),
+    ]
