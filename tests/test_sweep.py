@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxsgd
+from jaxsgd.probe import population
 from jaxsgd.probe.feed import Feed
 from jaxsgd.probe.population import STRATEGIES, Population
 from jaxsgd.probe.sweep import sweep
@@ -214,7 +215,7 @@ def test_a_population_can_be_restarted_in_part(started):
 
 
 def test_vmap_is_left_out_where_its_memory_is_not_there(started, monkeypatch):
-    monkeypatch.setattr("jaxsgd.probe.population._free_bytes", lambda device: 1.0)
+    monkeypatch.setattr(population, "_free_bytes", lambda device: 1.0)
     result = sweep(*started, learning_rate=RATES)
     assert result.strategy == "map" and "GiB" in result.why and result.compiles == 2
 

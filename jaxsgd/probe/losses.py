@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxsgd.train_state import TrainState, refuse_deleted
 
-__all__ = ["pure_loss", "three_arguments"]
+__all__ = ["apart", "pure_loss", "three_arguments"]
 
 
 def three_arguments(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +40,25 @@ def three_arguments(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     raise TypeError(f"loss_fn: it has to take (params, batch, key) or (params, batch); it takes {len(positional)}")
 
 
+def apart(model: Any) -> tuple[Any, Any, Any]:
+    """``(graphdef, params, held)``: the static half of an NNX model or None, what is trained, what else it carries.
+
+    Args:
+      model: a tree of parameters, an ``nnx.Module``, or a `TrainState`.
+
+    Raises:
+      RuntimeError: the parameters' memory was given to a train step.
+    """
+    if isinstance(model, TrainState):
+        graphdef, params, held = model.graphdef, model.params, model.model_state
+    elif isinstance(model, nnx.Module):
+        graphdef, params, held = nnx.split(model, nnx.Param, ...)
+    else:
+        graphdef, params, held = None, model, None
+    refuse_deleted("params", params)
+    return graphdef, params, held
+
+
 def pure_loss(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[[Any, Any, jax.Array], jax.Array], Any]:
     """``(fn, params)`` with ``fn(params, batch, key) -> loss``, a real scalar.
 
@@ -52,14 +71,7 @@ def pure_loss(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[[Any, A
       ValueError: at the call, the loss is no scalar.
     """
     loss_fn = three_arguments(loss_fn)
-    graphdef, held = None, None
-    if isinstance(model, TrainState):
-        graphdef, held, params = model.graphdef, model.model_state, model.params
-    elif isinstance(model, nnx.Module):
-        graphdef, params, held = nnx.split(model, nnx.Param, ...)
-    else:
-        params = model
-    refuse_deleted("params", params)
+    graphdef, params, held = apart(model)
 
     def fn(params: Any, batch: Any, key: jax.Array) -> jax.Array:
         if graphdef is not None:

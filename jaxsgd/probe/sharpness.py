@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from jaxsgd.batches import batch_size, check_divides
 from jaxsgd.paths import leaf_names
 from jaxsgd.probe.lanczos import Curvature, Spectrum, spectrum
-from jaxsgd.probe.losses import pure_loss
+from jaxsgd.probe.losses import apart, three_arguments
 from jaxsgd.probe.stability import Response, read_rule
 from jaxsgd.progress import Bar
 from jaxsgd.train_state import TrainState
@@ -267,12 +266,8 @@ def _preconditioned(
 
 def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any) -> tuple[Curvature, Any]:
     """What is to be differentiated, and the tree of parameters."""
-    _, params = pure_loss(loss_fn, model)
-    graphdef, held = None, None
-    if isinstance(model, TrainState):
-        graphdef, held = model.graphdef, model.model_state
-    elif isinstance(model, nnx.Module):
-        graphdef, _, held = nnx.split(model, nnx.Param, ...)
+    three_arguments(loss_fn)
+    graphdef, params, held = apart(model)
     if not jax.tree.leaves(params):
         raise ValueError("params: there are none")
     several = isinstance(batch, list)
