@@ -159,7 +159,12 @@ def main() -> None:
         jax.clear_caches()
         begin = time.perf_counter()
         result = jaxsgd.sweep(
-            jaxsgd.make_step(loss_fn, tx), state, batches, learning_rate=rates, strategy=args.strategy, progress=False
+            jaxsgd.make_step(loss_fn, tx),
+            state,
+            batches,
+            learning_rate=rates,
+            strategy=args.strategy,
+            mesh=jax.devices()[:1],
         )
         whole["jaxsgd.sweep, compile and all"].append(time.perf_counter() - begin)
         assert result.compiles == 1, result.compiles

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 import jaxsgd
 from jaxsgd.probe import population
@@ -60,7 +61,7 @@ def single(started):
 @pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES])
 def test_members_are_single_trainings(started, single, strategy, devices):
-    result = sweep(*started, learning_rate=RATES, strategy=strategy, devices=jax.devices()[:devices])
+    result = sweep(*started, learning_rate=RATES, strategy=strategy, mesh=jax.devices()[:devices])
     assert result.compiles == 1
     assert result.losses.shape == (4, STEPS)
     for i, rate in enumerate(RATES[:3]):
@@ -170,7 +171,7 @@ def test_a_training_of_ones_own(started, single, devices):
         state, metrics = jax.lax.scan(step.fn, state, data)
         return state, metrics["loss"] * scale
 
-    result = sweep(train, state, stacked, learning_rate=RATES, scale=[1.0, 2.0], devices=jax.devices()[:devices])
+    result = sweep(train, state, stacked, learning_rate=RATES, scale=[1.0, 2.0], mesh=jax.devices()[:devices])
     for i, rate in enumerate(RATES[:3]):
         np.testing.assert_allclose(result.losses[2 * i], single[rate][0], rtol=2e-5)
         np.testing.assert_allclose(result.losses[2 * i + 1], 2 * single[rate][0], rtol=2e-5)
@@ -190,7 +191,9 @@ def test_convolutions_on_cpu_are_stepped_one_by_one():
     state = jaxsgd.TrainState.create(Net(nnx.Rngs(0)), tx)
     step = jaxsgd.make_step(lambda model, batch, key: (model(batch["x"]) - 1.0) ** 2, tx)
     batch = {"x": np.random.default_rng(0).normal(size=(4, 5, 5, 1)).astype(np.float32)}
-    result = sweep(step, state, batch, steps=5, learning_rate=[1e-4, 1e-2, 1e-1], devices=jax.devices()[:2])
+    result = sweep(
+        step, state, batch, steps=5, learning_rate=[1e-4, 1e-2, 1e-1], mesh=Mesh(jax.devices()[:2], ("data",))
+    )
     assert result.strategy == "loop" and "convolutions" in result.why and result.compiles == 1
     assert result.losses[1, -1] < result.losses[0, -1] < result.losses[0, 0]
     assert int(state.step) == 0  # the caller's state is left alone
@@ -216,7 +219,7 @@ def test_a_population_can_be_restarted_in_part(started):
 
 def test_vmap_is_left_out_where_its_memory_is_not_there(started, monkeypatch):
     monkeypatch.setattr(population, "_free_bytes", lambda device: 1.0)
-    result = sweep(*started, learning_rate=RATES)
+    result = sweep(*started, learning_rate=RATES, mesh=jax.devices()[:1])
     assert result.strategy == "map" and "GiB" in result.why and result.compiles == 2
 
 

@@ -134,7 +134,7 @@ def sweep(
     steps: int | None = None,
     paired: bool = False,
     strategy: str = "auto",
-    devices: Sequence[Any] | None = None,
+    mesh: Mesh | Sequence[Any] | None = None,
     limit: float = 10.0,
     progress: bool | None = None,
     **values: Any,
@@ -160,8 +160,10 @@ def sweep(
         batch for all steps. For a training of your own whatever it takes.
       steps: steps to train; by default the length of the list.
       paired: the n-th of every name together.
-      strategy, devices, limit: see `jaxsgd.probe.population.Population`: vmap, map, a loop of single steps, or
-        ``"auto"``, which says what it chose and why.
+      strategy: vmap, map, a loop of single steps, or ``"auto"``, which says what it chose and why; see
+        `jaxsgd.probe.population.Population`.
+      mesh: the devices to share the members out to: a mesh, whatever its axes, or a list; all by default.
+      limit: three losses in a row so many times above the usual loss are a divergence, see there.
       progress: whether to show a bar; by default where somebody looks.
 
     Returns:
@@ -176,6 +178,7 @@ def sweep(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
     members = _combined(values, paired)
+    devices = list(mesh.devices.flat) if isinstance(mesh, Mesh) else jax.local_devices() if mesh is None else list(mesh)
     if isinstance(train, Step):
         if state is None:
             raise ValueError("state=None: a step needs the TrainState to begin from")
@@ -270,7 +273,7 @@ def _stepped(
     data: Any,
     steps: int | None,
     strategy: str,
-    devices: Sequence[Any] | None,
+    devices: list[Any],
     limit: float,
     progress: bool | None,
 ) -> Sweep:
@@ -324,7 +327,7 @@ def _whole(
     data: Any,
     members: Mapping[str, np.ndarray],
     strategy: str,
-    devices: Sequence[Any] | None,
+    devices: list[Any],
     limit: float,
 ) -> Sweep:
     """Trainings of the user's own, each as one step of a population."""
@@ -350,7 +353,7 @@ def _whole(
             raise ValueError("train: losses of the shape (steps,) are needed, or metrics with such a 'loss'")
         return last, {name: x for name, x in metrics.items() if jnp.shape(x) == jnp.shape(metrics["loss"])}
 
-    chosen = (list(devices) if devices else jax.devices()[:1])[: len(next(iter(members.values())))]
+    chosen = devices[: len(next(iter(members.values())))]
     way, why = strategy, "as asked"
     if strategy == "auto":
         way = "map" if chosen[0].platform == "cpu" else "vmap"
