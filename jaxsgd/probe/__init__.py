@@ -1,4 +1,12 @@
-"""A learning rate you can trust: sweeps, probes, sharpness, noise scale, verdicts.
+"""A learning rate you can trust.
 
-Floor 6.
+Floor 6. Each tool has a room, `jaxsgd` has their names:
+
+- sweep.py: many values from one compile, on population.py, which the next three train on too;
+- probing.py: the suggestion, with range_test.py beside it, both on trainings.py;
+- pick.py: which rule, from the trainings of race.py;
+- sharpness.py: eigenvalues by lanczos.py, what a rule makes of them by stability.py, which asks the rule by asking.py;
+- noise.py: the gradient's noise, and scaling.py: what follows from it;
+- diagnose.py: what a history (history.py) shows, by curves.py and layers.py;
+- losses.py and feed.py: the user's loss and batches, in one form.
 """

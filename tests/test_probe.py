@@ -1,0 +1,269 @@
+"""The probe and the range test: against the truth, under their budgets, and where there is nothing to find."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxsgd
+from jaxsgd.probe.probing import probe
+from jaxsgd.probe.range_test import range_test
+from jaxsgd.probe.trainings import manner, usual_rate
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+
+from learning_rate_tasks import TASKS  # noqa: E402
+from probe_learning_rates import train  # noqa: E402
+
+VERDICTS = {"diverged", "oscillating", "too slow", "plateau", "good"}
+CURVATURE = jnp.array([1.0, 3.0, 10.0])
+
+
+def bowl(params, batch):
+    """A quadratic: gradient descent is stable below 2 / 10."""
+    return 0.5 * jnp.sum(CURVATURE * params["x"] ** 2) + 0.0 * batch.sum()
+
+
+def noisy(params, batch, key):
+    """A regression: with noise from the batches."""
+    return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2), {"extra": jnp.zeros(())}
+
+
+def regression(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng([7, step])
+    x = rng.normal(size=(16, 4)).astype(np.float32)
+    return {"x": x, "y": (x @ np.array([1.0, -2.0, 3.0, 0.5]) + 0.3 * rng.normal(size=16)).astype(np.float32)}
+
+
+START = {"x": jnp.ones(3)}
+WEIGHTS = {"w": jnp.zeros(4)}
+ONE = np.zeros(2, np.float32)
+
+
+def against_the_truth(name: str, *, every: int) -> None:
+    """The suggestion reaches 95% of what the best rate reaches, and its training does not diverge."""
+    task = TASKS[name]()
+    found = probe(task.loss_fn, task.init(jax.random.key(0)), task.data(0), task.rule, steps=task.steps)
+    assert found.learning_rate is not None and found.range is not None
+    assert found.steps <= 0.25 * task.steps and found.share == found.steps / task.steps
+    assert found.range[0] < found.learning_rate <= found.range[1]
+    rates = [found.learning_rate, *10.0 ** (np.arange(-24, 12, every) / 6)]
+    runs = train(task, rates, 0)
+    assert not runs.diverged[0]
+    reached = (runs.start - runs.ends[0]) / (runs.start - runs.ends.min())
+    assert reached >= 0.95, f"{name}: {reached:.3f} at {found.learning_rate}"
+
+
+@pytest.mark.parametrize("name", ["wine tanh momentum full", "iris mlp rmsprop full"])
+def test_reaches_what_the_best_rate_reaches(name):
+    against_the_truth(name, every=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["digits mlp sgd full", "digits layernorm lion", "text bigram adam", "cancer mlp adagrad"]
+)
+def test_reaches_what_the_best_rate_reaches_slow(name):
+    against_the_truth(name, every=2)
+
+
+def test_the_edge_of_stability_of_a_bowl():
+    found = probe(bowl, START, ONE, jaxsgd.sgd, steps=400, around=1e-3)  # a hundred times too low
+    assert found.learning_rate is not None and 0.02 < found.learning_rate < 0.2 / 1.4
+    verdicts = {rate.learning_rate: rate.verdict for rate in found.rates}
+    assert set(verdicts.values()) <= VERDICTS
+    assert all(v in ("diverged", "oscillating") for r, v in verdicts.items() if r > 0.21), verdicts
+    assert verdicts[min(verdicts)] == "too slow" and "good" in verdicts.values()
+    unstable = min(r for r, v in verdicts.items() if v in ("diverged", "oscillating"))
+    assert found.learning_rate <= unstable / 2.5 + 1e-9
+    assert all(math.isfinite(rate.number) and rate.why for rate in found.rates)
+    assert np.allclose(START["x"], 1.0)  # left as it is
+
+
+def test_the_curves_are_the_trainings():
+    """A row of losses is what a loop over optax gives, as far as it was trained, and NaN from there."""
+    found = probe(noisy, WEIGHTS, regression, jaxsgd.adam, steps=300)
+    assert found.losses.shape[0] == len(found.rates) == len(found.learning_rates)
+    assert np.all(np.diff(found.learning_rates) > 0)
+    for rate, row in zip(found.rates, found.losses, strict=True):
+        assert np.isfinite(row[: rate.steps]).all() and np.isnan(row[rate.steps :]).all()
+    longest = max(found.rates, key=lambda r: r.steps)
+    tx, params = optax.adam(longest.learning_rate), WEIGHTS
+    state, losses = tx.init(params), []
+    loss_and_grad = jax.jit(jax.value_and_grad(lambda p, b: noisy(p, b, None)[0]))
+    for step in range(longest.steps):
+        loss, grads = loss_and_grad(params, regression(step))
+        updates, state = tx.update(grads, state)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    row = found.losses[found.rates.index(longest)]
+    np.testing.assert_allclose(row[: longest.steps], losses, rtol=1e-4)
+    text = str(found)
+    assert f"learning rate {found.learning_rate:.2g}" in text and "verdict" in text and f"{found.steps} steps" in text
+
+
+@pytest.mark.parametrize("steps", [24, 100, 1000])
+def test_the_budget_holds(steps):
+    found = probe(noisy, WEIGHTS, regression, jaxsgd.momentum, steps=steps)
+    assert found.steps <= steps // 4
+    # What a row shows is what was spent, but for the step that a diverging rate did not live through and the control.
+    rows = sum(rate.steps + (rate.verdict == "diverged") for rate in found.rates)
+    assert rows <= found.steps <= rows + max(4, steps // 64)
+    if steps == 24:
+        assert found.learning_rate is None or found.confidence == "low", str(found)
+
+
+def test_the_range_test_shares_the_budget():
+    found = probe(noisy, WEIGHTS, regression, jaxsgd.sgd, steps=400, range_test=True)
+    assert found.steps <= 100 and found.range_test is not None and 0 < found.range_test.steps <= 33
+    assert "range test" in str(found)
+
+
+def nothing(params, batch):
+    return jnp.mean(batch) + 0.0 * params["x"].sum()
+
+
+def broken(params, batch):
+    return jnp.log(-1.0 - params["x"].sum() ** 2)
+
+
+def cliff(params, batch):
+    return jnp.where(jnp.all(params["x"] == 0.0), 1.0 + params["x"].sum(), jnp.inf)
+
+
+def noise(params, batch):
+    return 1.0 + jnp.mean(batch @ params["x"])
+
+
+def white(step):
+    return np.random.default_rng([3, step]).normal(size=(8, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "loss, data, words",
+    [
+        (nothing, ONE, "no rate lowers the loss"),
+        (nothing, white, "no rate lowers the loss"),
+        (broken, ONE, "not finite"),
+        (cliff, ONE, "every rate diverges"),
+        (noise, white, "noise"),
+    ],
+)
+def test_no_good_rate(loss, data, words):
+    rule = jaxsgd.adam if loss is noise else jaxsgd.sgd
+    start = {"x": jnp.zeros(3)} if loss is cliff else START
+    found = probe(loss, start, data, rule, steps=300)
+    if loss is noise and found.learning_rate is not None:  # chance, and said to be
+        assert found.confidence == "low", str(found)
+        return
+    assert found.learning_rate is None and found.range is None
+    assert str(found).startswith("no good rate found") and words in found.why[0], str(found)
+    assert found.steps <= 75
+
+
+def test_models_and_data_in_every_form():
+    class Line(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.zeros(4))
+
+    def of_model(model, batch):
+        return jnp.mean((batch["x"] @ model.w[...] - batch["y"]) ** 2)
+
+    def of_state(params, held, batch, key):
+        return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2), (held, None)
+
+    batches = [regression(i) for i in range(120)]
+    state = jaxsgd.TrainState.create(WEIGHTS, jaxsgd.sgd(0.1), model_state={"seen": jnp.zeros(())})
+    found = [
+        probe(noisy, WEIGHTS, regression, jaxsgd.sgd, steps=200),
+        probe(of_model, Line(), batches, jaxsgd.sgd, steps=200),
+        probe(of_state, state, iter(batches), jaxsgd.sgd, steps=200),
+    ]
+    for other in found[1:]:
+        assert other.learning_rate == found[0].learning_rate
+        np.testing.assert_allclose(other.losses, found[0].losses, rtol=1e-5)
+    assert np.allclose(state.params["w"], 0.0)
+
+
+def test_rules_in_every_form():
+    def clipped(learning_rate):
+        return optax.chain(optax.clip_by_global_norm(1.0), jaxsgd.momentum(learning_rate))
+
+    assert usual_rate(clipped) == (0.03, "momentum") and usual_rate(optax.adamw) == (1e-3, "adamw")
+    unknown = lambda learning_rate: optax.sgd(learning_rate)  # noqa: E731
+    assert usual_rate(unknown) == (1e-2, "")
+    found = probe(noisy, WEIGHTS, regression, unknown, steps=200)
+    assert found.learning_rate is not None and any("around=" in reason for reason in found.why)
+    with pytest.raises(TypeError, match="learning rate already"):
+        probe(noisy, WEIGHTS, regression, jaxsgd.sgd(0.1))  # type: ignore[arg-type]
+
+
+def test_a_warm_up_is_known():
+    """In a long warm-up the short trainings see a fraction of the rate; the suggestion makes up for it."""
+    shape = optax.linear_schedule(0.0, 1.0, 200)
+    warmed = lambda learning_rate: jaxsgd.sgd(lambda count: learning_rate * shape(count))  # noqa: E731
+    seen = manner(warmed, 400)
+    np.testing.assert_allclose(seen.schedule[:200], np.arange(200) / 200, rtol=1e-5)
+    found = probe(bowl, START, ONE, warmed, steps=400)
+    assert found.learning_rate is not None and found.learning_rate < 0.2, str(found)
+    assert any("schedule" in reason for reason in found.why)
+
+
+def test_how_rules_step():
+    assert [manner(r, 50).proportional for r in (jaxsgd.sgd, jaxsgd.momentum, optax.sgd)] == [True] * 3
+    assert [manner(r, 50).proportional for r in (jaxsgd.adam, jaxsgd.lion, jaxsgd.rmsprop, jaxsgd.muon)] == [False] * 4
+
+
+def slope(params, batch):
+    return -params["x"].sum()
+
+
+@pytest.mark.parametrize("rule", [jaxsgd.sgd, optax.sgd, lambda r: jaxsgd.sgd(lambda count: r), jaxsgd.adam])
+def test_the_rate_of_a_range_test_rises(rule):
+    """On a slope each step shows the rate before it."""
+    found = range_test(slope, {"x": jnp.zeros(())}, ONE, rule, steps=40, low=1e-3, high=1.0)
+    np.testing.assert_allclose(found.rates, np.geomspace(1e-3, 1.0, 40), rtol=1e-5)
+    np.testing.assert_allclose(np.diff(found.losses), -found.rates[:-1], rtol=2e-3)
+    assert found.steps == 40 and found.diverged is None
+
+
+def test_a_range_test_of_a_bowl():
+    found = range_test(bowl, START, ONE, jaxsgd.sgd, steps=100, low=1e-5, high=10.0)
+    assert found.diverged is not None and 0.2 < found.diverged < 5.0
+    assert found.steepest is not None and 1e-3 < found.steepest < found.diverged
+    assert found.valley is not None and 1e-4 < found.valley < found.diverged
+    assert len(found.rates) == len(found.losses) == len(found.smoothed) < found.steps <= len(found.rates) + 16
+    assert found.losses.max() <= 4 * found.losses[0]
+    assert "steepest" in str(found) and "blew up" in str(found)
+    flat = range_test(nothing, START, ONE, jaxsgd.sgd, steps=20)
+    assert flat.steepest is None and flat.valley is None and "never fell" in str(flat)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"share": 0.0}, "share=0.0"),
+        ({"share": 1.5}, "share=1.5"),
+        ({"steps": 20}, "steps=20"),
+        ({"around": -1.0}, "around=-1.0"),
+        ({"steps": 100, "range_test": True}, "at least 30"),
+    ],
+)
+def test_arguments_are_checked(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        probe(bowl, START, ONE, jaxsgd.sgd, **arguments)
+
+
+def test_arguments_of_the_range_test_are_checked():
+    with pytest.raises(ValueError, match="low=1.0, high=0.1"):
+        range_test(bowl, START, ONE, jaxsgd.sgd, low=1.0, high=0.1)
+    with pytest.raises(ValueError, match="steps=5"):
+        range_test(bowl, START, ONE, jaxsgd.sgd, steps=5)
