@@ -165,6 +165,7 @@ def main() -> None:
             learning_rate=rates,
             strategy=args.strategy,
             mesh=jax.devices()[:1],
+            progress=False,
         )
         whole["jaxsgd.sweep, compile and all"].append(time.perf_counter() - begin)
         assert result.compiles == 1, result.compiles

@@ -12,6 +12,9 @@ from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
 from jaxsgd.probe.diagnose import Diagnosis, diagnose
 from jaxsgd.probe.noise import NoiseScale, noise_scale, scale_learning_rate
+from jaxsgd.probe.pick import Pick, pick
+from jaxsgd.probe.probing import Probe, probe
+from jaxsgd.probe.range_test import RangeTest, range_test
 from jaxsgd.probe.sharpness import Sharpness, sharpness
 from jaxsgd.probe.sweep import Sweep, sweep
 from jaxsgd.record import Recorder
@@ -59,6 +62,9 @@ __all__ = [
     "RULES",
     "Diagnosis",
     "NoiseScale",
+    "Pick",
+    "Probe",
+    "RangeTest",
     "Recorder",
     "Rule",
     "Sharpness",
@@ -79,8 +85,11 @@ __all__ = [
     "metrics",
     "migrate",
     "noise_scale",
+    "pick",
     "plain",
     "plan",
+    "probe",
+    "range_test",
     "rule",
     "scale_learning_rate",
     "shard_batch",

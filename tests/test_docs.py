@@ -52,6 +52,9 @@ def test_every_other_block_runs(index, forget_rules, tmp_path, monkeypatch):
     }  # fmt: skip
     names["state"] = jaxsgd.TrainState.create(names["init"], names["tx"])
     names["step"] = jaxsgd.make_step(names["loss_fn"], names["tx"])
+    names["batches"] = [names["batch_at"](i) for i in range(10)]
+    if "backbone" not in BLOCKS[index] and "describe" not in BLOCKS[index]:
+        names["params"] = names["init"](jax.random.key(0))
     exec(BLOCKS[index], names)
     if "tx" in names:
         names["tx"].init(params)

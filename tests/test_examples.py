@@ -19,7 +19,7 @@ def load(name):
     return module
 
 
-digits, paths = load("digits"), load("paths")
+digits, paths, choose_lr = load("digits"), load("paths"), load("choose_lr")
 
 
 def records(folder):
@@ -129,3 +129,31 @@ def test_paths_draws_and_refuses(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             paths.main(["--rules", rules])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["momentum", "muon"])
+def test_choose_lr_goes_from_a_probe_to_a_rate_that_works(rule, tmp_path, capsys):
+    rate = choose_lr.main(["--rule", rule, "--steps", "200", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert rate is not None and f"learning rate {rate:.2g}" in said
+    share = float(said.split("the suggestion reaches ")[1].split("%")[0])
+    assert share > 90
+    assert ("not treat" in said or "muon" in said.split("== Sharpness")[1]) if rule == "muon" else "stable" in said
+    wanted = {"probe.png", "curve.png", "sharpness.png", "sweep.png"}
+    assert wanted <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rule", "adamm"], "unknown rule 'adamm'"),
+        (["--steps", "50"], "--steps 50: at least 120"),
+        (["--batch-size", "0"], "--batch-size 0: a number from 1"),
+    ],
+)
+def test_choose_lr_says_what_is_wrong(arguments, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        choose_lr.main(arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and words in said and said.count("\n") == 1

@@ -8,6 +8,8 @@ import pytest
 
 import jaxsgd
 from jaxsgd import plot
+from jaxsgd.probe.pick import Entry
+from jaxsgd.probe.probing import Rate
 
 
 def test_a_path_is_the_loop_by_hand():
@@ -72,3 +74,95 @@ def test_bad_input_in_words():
         plot.loss_curves({})
     with pytest.raises(ValueError, match="smooth=1.5"):
         plot.loss_curves({"a": [1.0]}, smooth=1.5)
+
+
+# -- the tools for the learning rate --------------------------------------------------------------
+
+
+def drawn(figure, tmp_path):
+    """The lines of every panel, by label; the figure can be written."""
+    assert plot.save(figure, tmp_path / "picture.png").stat().st_size > 5_000
+    return {line.get_label(): line for ax in figure.axes for line in ax.get_lines()}
+
+
+def swept(**changes):
+    losses = np.array([[4.0, 3.0, 2.0], [4.0, 2.0, 1.0], [4.0, 3.0, 2.5], [4.0, np.nan, np.nan]], np.float32)
+    fields = {
+        "values": {"learning_rate": np.array([0.1, 0.3, 0.1, 1.0]), "seed": np.array([0, 0, 1, 0])},
+        "metrics": {"loss": losses}, "diverged_at": np.array([-1, -1, -1, 1]), "final": np.array([2.0, 1, 2.5, np.inf]),
+        "window": 1, "states": None, "strategy": "map", "why": "", "compiles": 1, "compile_seconds": 0.0,
+        "seconds": 0.0,
+    }  # fmt: skip
+    return jaxsgd.Sweep(**{**fields, **changes})
+
+
+def test_a_sweep_shows_means_and_who_diverged(tmp_path):
+    figure = plot.sweep(swept())
+    lines = drawn(figure, tmp_path)
+    np.testing.assert_allclose(lines["diverged"].get_xdata(), [1.0])
+    means = next(line for line in figure.axes[1].get_lines() if len(line.get_xdata()) == 2)
+    np.testing.assert_allclose(means.get_xydata(), [[0.1, 2.25], [0.3, 1.0]])
+    with pytest.raises(ValueError, match="by='b1': swept were learning_rate, seed"):
+        plot.sweep(swept(), by="b1")
+    with pytest.raises(ValueError, match="no states"):
+        swept().member(0)
+    everything_lost = {"diverged_at": np.zeros(4, int), "final": np.full(4, np.inf)}
+    drawn(plot.sweep(swept(**everything_lost)), tmp_path)
+
+
+def test_a_probe_and_its_range_test_are_drawn(tmp_path):
+    rates = np.geomspace(1e-4, 1e-1, 4)
+    ends, verdicts = [2.0, 1.0, 0.5, np.inf], ["too slow", "good", "good", "diverged"]
+    rows = tuple(
+        Rate(r, 10, 2.1, e, 2.1 - e, v, 0.0, "") for r, e, v in zip(rates.tolist(), ends, verdicts, strict=True)
+    )
+    losses = np.geomspace(2.0, 1.0, 20)
+    test = jaxsgd.RangeTest(np.geomspace(1e-6, 1, 20), losses, losses, 1e-2, 1e-3, None, 20)
+    found = jaxsgd.Probe(5e-3, (2e-3, 1e-2), "high", ("why",), rows, np.ones((4, 10)), 10, 0.01, 40, 0.1, 1e-3, test)
+    lines = drawn(plot.probe(found), tmp_path)
+    assert lines["suggested 0.005"].get_xdata()[0] == 5e-3 and lines["steepest 0.01"].get_xdata()[0] == 1e-2
+    assert list(lines["diverged"].get_xdata()) == [0.1] and len(lines["good"].get_xdata()) == 2
+    assert "valley 0.001" in drawn(plot.range_test(test), tmp_path)
+    nothing = jaxsgd.Probe(None, None, "low", ("noise",), rows, np.ones((4, 10)), 10, 0.5, 40, 0.1, 1e-3)
+    assert "no good rate" in plot.probe(nothing).axes[0].get_title(loc="left")
+
+
+def test_sharpness_noise_curve_and_race_are_drawn(tmp_path):
+    hessian = np.array([1.0, 5.0, 40.0, -2.0], np.float32)
+    params, tx = {"w": jnp.ones(4)}, jaxsgd.momentum(0.1)
+    sharp = jaxsgd.sharpness(lambda p, batch: 0.5 * jnp.sum(batch * p["w"] ** 2), params, hessian, tx=tx)
+    figure = plot.sharpness(sharp)
+    drawn(figure, tmp_path)
+    assert [t.get_text() for t in figure.axes[1].get_yticklabels()] == ["stable up to, momentum", "learning rate"]
+    widths = [bar.get_width() for bar in figure.axes[1].patches]
+    np.testing.assert_allclose(widths, [3.8 / 40, 0.1], rtol=1e-3)
+
+    known = {
+        "scale": 50.0, "standard_error": 5.0, "low": 40.0, "high": 60.0, "known": True, "gradient_norm_sq": 1.0,
+        "gradient_norm_sq_error": 0.1, "variance": 50.0, "variance_error": 2.0, "small": 2, "parts": 100,
+        "population": None, "as_sample": 51.0, "batch_size": 64,
+    }  # fmt: skip
+    lines = drawn(plot.noise_scale(jaxsgd.NoiseScale(**known)), tmp_path)
+    sizes, steps = lines["steps"].get_data()
+    np.testing.assert_allclose(steps, 1 + 50 / sizes, rtol=1e-6)
+    with pytest.raises(ValueError, match="could not be told"):
+        plot.noise_scale(jaxsgd.NoiseScale(**{**known, "known": False}))
+
+    losses = np.exp(-np.arange(100) / 10.0)
+    figure = plot.diagnosis(jaxsgd.diagnose(losses), losses)
+    drawn(figure, tmp_path)
+    assert figure.axes[0].get_title(loc="left") == "Verdict: good"
+
+    scores = {"adamw": np.array([1.0, 1.2, 1.4]), "momentum": np.array([2.0, 2.2, np.inf])}
+    entries = tuple(
+        Entry(
+            name, 1e-2, s, 3.0, float(s.mean()), 0.1, 1e-3, 1e-1, (True, True), False, np.ones(1), np.ones((1, 1)), {},
+            0, 10, 5, 1,
+        )
+        for name, s in scores.items()
+    )  # fmt: skip
+    race = jaxsgd.Pick("adamw", "adamw", 1e-2, "adamw wins", entries, (), "training loss", 100, 3, 1000, 900, 0.3)
+    figure = plot.pick(race)
+    drawn(figure, tmp_path)
+    assert figure.axes[0].get_title(loc="left") == "Winner: adamw"
+    assert [len(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_marker() == "o"] == [3, 2]

@@ -5,7 +5,23 @@ its own and leaves pyplot's global state alone; `save` writes one.
 """
 
 from jaxsgd.plot.landscapes import LANDSCAPES, Landscape, path, paths
+from jaxsgd.plot.rates import diagnosis, noise_scale, pick, probe, range_test, sharpness, sweep
 from jaxsgd.plot.style import save
 from jaxsgd.plot.training import loss_curves, memory_bars
 
-__all__ = ["LANDSCAPES", "Landscape", "loss_curves", "memory_bars", "path", "paths", "save"]
+__all__ = [
+    "LANDSCAPES",
+    "Landscape",
+    "diagnosis",
+    "loss_curves",
+    "memory_bars",
+    "noise_scale",
+    "path",
+    "paths",
+    "pick",
+    "probe",
+    "range_test",
+    "save",
+    "sharpness",
+    "sweep",
+]

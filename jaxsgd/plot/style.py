@@ -8,13 +8,16 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import numpy as np
+
 try:
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 except ImportError as error:  # pragma: no cover
     raise ImportError("jaxsgd.plot needs matplotlib: pip install 'jaxsgd[plot]'") from error
 
-__all__ = ["COLORS", "INK", "PAPER", "Figure", "LogNorm", "blank", "labelled", "save", "styled"]
+__all__ = ["COLORS", "INK", "PAPER", "Figure", "LogNorm", "averaged", "blank", "labelled", "save", "shades", "styled"]
 
 INK, PAPER = "#1b1e28", "#ffffff"
 COLORS = ("#3b6fd4", "#d4553b", "#2b9a66", "#8a4fd0", "#c98a12", "#1aa3b8", "#c23f86", "#6b7280", "#7a5230")
@@ -35,6 +38,20 @@ def styled(ax: Any) -> Any:
     for side in ("left", "bottom"):
         ax.spines[side].set_color("#9aa0ac")
     return ax
+
+
+def averaged(values: Any, decay: float) -> np.ndarray:
+    """A moving average that starts at the first value."""
+    mean, out = values[0], []
+    for value in values:
+        mean = decay * mean + (1 - decay) * value
+        out.append(mean)
+    return np.asarray(out)
+
+
+def shades(count: int) -> list[Any]:
+    """So many colours in order, from dark to light."""
+    return [colormaps["viridis"](0.92 * i / max(1, count - 1)) for i in range(count)]
 
 
 def labelled(ax: Any, title: str, xlabel: str, ylabel: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsgd.plot.style import COLORS, INK, PAPER, Figure, blank, labelled, styled
+from jaxsgd.plot.style import COLORS, INK, PAPER, Figure, averaged, blank, labelled, styled
 
 __all__ = ["loss_curves", "memory_bars"]
 
@@ -48,11 +48,7 @@ def loss_curves(
         color = COLORS[i % len(COLORS)]
         if smooth and len(y) > 2:
             ax.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-            mean, averaged = y[0], []
-            for value in y:
-                mean = smooth * mean + (1 - smooth) * value
-                averaged.append(mean)
-            y = np.asarray(averaged)
+            y = averaged(y, smooth)
         ax.plot(x, y, color=color, linewidth=1.6, label=name)
     if log and positive:
         ax.set_yscale("log")
