@@ -10,13 +10,23 @@ from jaxsgd import transforms as _transforms
 from jaxsgd.lift import describe
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
-from jaxsgd.probe.diagnose import Diagnosis, diagnose
-from jaxsgd.probe.noise import NoiseScale, noise_scale, scale_learning_rate
-from jaxsgd.probe.pick import Pick, pick
-from jaxsgd.probe.probing import Probe, probe
-from jaxsgd.probe.range_test import RangeTest, range_test
-from jaxsgd.probe.sharpness import Sharpness, sharpness
-from jaxsgd.probe.sweep import Sweep, sweep
+from jaxsgd.probe import (
+    Diagnosis,
+    NoiseScale,
+    Pick,
+    Probe,
+    RangeTest,
+    Sharpness,
+    Sweep,
+    diagnose,
+    noise_scale,
+    pick,
+    probe,
+    range_test,
+    scale_learning_rate,
+    sharpness,
+    sweep,
+)
 from jaxsgd.record import Recorder
 from jaxsgd.rule import RULES, Rule, rule
 from jaxsgd.rules import adam_variants as _adam_variants

@@ -10,3 +10,29 @@ Floor 6. Each tool has a room, `jaxsgd` has their names:
 - diagnose.py: what a history (history.py) shows, by curves.py and layers.py;
 - losses.py and feed.py: the user's loss and batches, in one form.
 """
+
+from jaxsgd.probe.diagnose import Diagnosis, diagnose
+from jaxsgd.probe.noise import NoiseScale, noise_scale, scale_learning_rate
+from jaxsgd.probe.pick import Pick, pick
+from jaxsgd.probe.probing import Probe, probe
+from jaxsgd.probe.range_test import RangeTest, range_test
+from jaxsgd.probe.sharpness import Sharpness, sharpness
+from jaxsgd.probe.sweep import Sweep, sweep
+
+__all__ = [
+    "Diagnosis",
+    "NoiseScale",
+    "Pick",
+    "Probe",
+    "RangeTest",
+    "Sharpness",
+    "Sweep",
+    "diagnose",
+    "noise_scale",
+    "pick",
+    "probe",
+    "range_test",
+    "scale_learning_rate",
+    "sharpness",
+    "sweep",
+]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import stdtrit
+import scipy
 
 from jaxsgd.batches import batch_size
 from jaxsgd.numerics import sq, wide, widest, zeros
@@ -170,7 +170,7 @@ def _estimate(norm_sq: float, away: np.ndarray, along: np.ndarray, small: int, u
     covariance = (count - 1) / count * centered @ centered.T
     # What is not drawn at random has no error, but who is in a part with whom is, also in a whole epoch.
     covariance *= np.array([[1.0 if small > 1 else unseen, unseen], [unseen, unseen]])
-    (trace, gradient), t = estimate, float(stdtrit(count - 1, 0.975))
+    (trace, gradient), t = estimate, float(scipy.special.stdtrit(count - 1, 0.975))
     low, high = _fieller(trace, gradient, covariance, t)
     known = math.isfinite(high)
     scale = trace / gradient if gradient > 0 else math.inf

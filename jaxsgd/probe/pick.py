@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy
 from flax import nnx
-from scipy.special import stdtrit
 
 from jaxsgd.paths import aligned
 from jaxsgd.probe.losses import three_arguments
@@ -311,7 +311,11 @@ def compare(best: str, other: str, a: np.ndarray, b: np.ndarray, comparisons: in
     """The paired t-interval of ``b - a``, wide enough for so many comparisons at 95% together (Bonferroni)."""
     difference = b - a
     mean, count = float(difference.mean()), len(difference)
-    half = float(stdtrit(count - 1, 1 - 0.025 / comparisons)) * float(difference.std(ddof=1)) / math.sqrt(count)
+    half = (
+        float(scipy.special.stdtrit(count - 1, 1 - 0.025 / comparisons))
+        * float(difference.std(ddof=1))
+        / math.sqrt(count)
+    )
     return Comparison(best, other, mean, mean - half, mean + half)
 
 

@@ -281,7 +281,10 @@ def _stepped(
         raise ValueError("data=None: batches are needed")
     if steps is None:
         if not isinstance(data, Sequence) or isinstance(data, tuple):
-            raise ValueError("steps=None: how many? Only a list of batches has a length")
+            raise ValueError(
+                "steps=None: how many? Only a list of batches has a length; a dict, a tuple or an array is one batch, "
+                "for every step, and arrays of many are given as lambda i: jax.tree.map(lambda x: x[i], arrays)"
+            )
         steps = len(data)
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")

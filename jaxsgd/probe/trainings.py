@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy.special import stdtr
+import scipy
 
 from jaxsgd.probe.asking import rule_name
 from jaxsgd.probe.feed import Feed
@@ -256,4 +256,4 @@ def noise_of(losses: np.ndarray) -> float:
 
 def chance(gain: float, error: float, freedom: int) -> float:
     """The chance of such a gain from noise of such an error."""
-    return float(stdtr(freedom, -gain / error)) if error else float(gain <= 0)
+    return float(scipy.special.stdtr(freedom, -gain / error)) if error else float(gain <= 0)
