@@ -269,6 +269,30 @@ def test_all_diverged_is_told(started):
     assert "diverged" in str(result)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_32_rates_are_one_program(task, devices):
+    params, loss_fn, batches = task
+    traced = []
+
+    def counted(params, batch, key):
+        traced.append(1)
+        return loss_fn(params, batch, key)
+
+    tx = jaxsgd.sgd(1e-2)
+    step, state = jaxsgd.make_step(counted, tx), jaxsgd.TrainState.create(params, tx)
+    few = sweep(step, state, batches, learning_rate=[1e-2, 2e-2], mesh=jax.devices()[:devices])
+    before = len(traced)
+    many = sweep(step, state, batches, learning_rate=np.geomspace(1e-3, 1e-1, 32), mesh=jax.devices()[:devices])
+    assert few.compiles == many.compiles == 1 and len(traced) - before <= before, "more rates, no more traces"
+    assert many.losses.shape == (32, STEPS) and len(set(many.final.tolist())) == 32
+
+
+def test_a_rate_that_only_harms_is_no_silent_best(started):
+    step, state, batches = started
+    result = sweep(step, state, batches, learning_rate=[0.5], limit=np.inf)
+    assert result.final[0] > result.losses[0, 0] and re.search(r"best, above its start, 0\.75", result.table())
+
+
 def test_a_feed_goes_around_lists_and_refuses_what_ends():
     assert [Feed([1, 2]).take(3).tolist()] == [[1, 2, 1]]
     assert Feed(lambda i: np.float32(i)).take(3).tolist() == [0, 1, 2]

@@ -2,7 +2,7 @@
 
 Floor 6. Each tool has a room, `jaxsgd` has their names:
 
-- sweep.py: many values from one compile, on population.py, which the next three train on too;
+- sweep.py: many values from one compile (swept.py), on population.py, which the next three train on too;
 - probing.py: the suggestion, with range_test.py beside it, both on trainings.py;
 - pick.py: which rule, from the trainings of race.py;
 - sharpness.py: eigenvalues by lanczos.py, what a rule makes of them by stability.py, which asks the rule by asking.py;
