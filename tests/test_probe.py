@@ -166,6 +166,7 @@ def test_no_good_rate(loss, data, words):
         return
     assert found.learning_rate is None and found.range is None
     assert str(found).startswith("no good rate found") and words in found.why[0], str(found)
+    assert all(rate.verdict != "good" for rate in found.rates), "none is good, none is called so"
     assert found.steps <= 75
 
 

@@ -106,14 +106,13 @@ class Probe:
         if self.range is not None:
             span = f"range {self.range[0]:.2g} to {self.range[1]:.2g}"
             first = f"learning rate {self.learning_rate:.2g}, {span}; confidence {self.confidence}"
-        cost = f"  {self.steps} steps taken, {self.share:.1%} of a training"
-        lines = [first, *(f"  {reason}" for reason in self.why[self.learning_rate is None :]), cost]
-        head = ("rate", "steps", "loss", "to", "verdict", "")
-        rows = [
+        lines = [first, *(f"  {reason}" for reason in self.why[self.learning_rate is None :])]
+        rows = [("rate", "steps", "loss", "to", "verdict", "")]
+        rows += [
             (f"{r.learning_rate:.2g}", str(r.steps), f"{r.start:.4g}", f"{r.end:.4g}", r.verdict, r.why)
             for r in self.rates
         ]
-        lines += ["", aligned([head, *rows])]
+        lines += [f"  {self.steps} steps taken, {self.share:.1%} of a training", "", aligned(rows)]
         return "\n".join(lines if self.range_test is None else [*lines, "", str(self.range_test)])
 
 
@@ -337,7 +336,8 @@ class _Search:
         spent = self.members.spent + (0 if tested is None else tested.steps)
         rest = (rates, losses, self.horizon, self.p_value, spent, spent / steps, self.usual, tested)
         if (reason := self._none(rates, best)) is not None:
-            return Probe(None, None, "low", (reason,), *rest)
+            rates = tuple(r._replace(verdict="plateau", why="no gain") if r.verdict == "good" else r for r in rates)
+            return Probe(None, None, "low", (reason,), rates, *rest[1:])
         assert best is not None
         peak = self._peak(best)
         risen = [r.learning_rate for r in rates if r.verdict == "oscillating" and r.learning_rate >= best]
