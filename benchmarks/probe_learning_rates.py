@@ -197,7 +197,9 @@ suggestions. Parts below 95% are bold; "div": the training diverged.
 
 The probe was designed on the first tasks. The held-out ones were written before its thresholds were fixed and first run
 after that; on that first run 23 of 24 reached 95%. What was changed later (how a start is read, what a rise above it
-means, warm-ups, how steps are counted) was not chosen by their scores."""
+means, warm-ups, how steps are counted) was not chosen by their scores. With other weights and batches
+(`--tasks held-out --seed 1`) all 24 reach it, the lowest 95.2%, and none diverges; the steepest point does in 75%, the
+valley in 38%."""
 
 
 def main() -> None:
