@@ -110,6 +110,13 @@ def test_batches_of_one_are_not_taken_for_divergence():
     result = sweep(step, state, [y[None] for y in targets], learning_rate=[1e-4, 1e-3, 1e-2], strategy="vmap")
     assert result.losses[0].max() > 1000 * result.losses[0, 0] and not result.diverged.any()
 
+    def train(state, data):
+        return jax.lax.scan(step.fn, state, data)[1]["loss"]
+
+    whole = sweep(train, state, targets[:, None], learning_rate=[1e-4, 1e-3, 1e-2])
+    np.testing.assert_allclose(whole.losses, result.losses, rtol=1e-5)
+    assert not whole.diverged.any(), "a training of one's own is judged by the same limit"
+
 
 def test_seeds_and_runtime_values_are_combined(started):
     step, state, batches = started

@@ -8,7 +8,7 @@ Floor 6. Each tool has a room, `jaxsgd` has their names:
 - sharpness.py: eigenvalues by lanczos.py, what a rule makes of them by stability.py, which asks the rule by asking.py;
 - noise.py: the gradient's noise, and scaling.py: what follows from it;
 - diagnose.py: what a history (history.py) shows, by curves.py and layers.py;
-- losses.py and feed.py: the user's loss and batches, in one form.
+- losses.py and feed.py: the user's loss and batches, in one form; limits.py: when a finite loss has diverged.
 """
 
 from jaxsgd.probe.diagnose import Diagnosis, diagnose

@@ -5,7 +5,7 @@ Floor 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsgd.batches import batch_size
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "stacked"]
 
 
 class Feed:
@@ -89,7 +89,11 @@ class Feed:
 
     def take(self, count: int) -> Any:
         """The next ``count`` batches stacked along a new first axis."""
-        batches = [self.next() for _ in range(count)]
-        if all(batch is batches[0] for batch in batches):  # one batch for all steps is not copied
-            return jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), batches[0])
-        return jax.tree.map(lambda *xs: np.stack(xs), *batches)
+        return stacked([self.next() for _ in range(count)])
+
+
+def stacked(batches: Sequence[Any]) -> Any:
+    """Batches along a new first axis; one that is every batch is not copied."""
+    if all(batch is batches[0] for batch in batches):
+        return jax.tree.map(lambda x: np.broadcast_to(x, (len(batches), *np.shape(x))), batches[0])
+    return jax.tree.map(lambda *xs: np.stack(xs), *batches)

@@ -17,14 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.paths import named_leaves
+from jaxsgd.probe.limits import EARLY, IN_A_ROW, least_losses, risen
 from jaxsgd.train import Step
 
 __all__ = ["STRATEGIES", "Population"]
 
 STRATEGIES = ("auto", "vmap", "map", "loop")
 MEMBERS = PartitionSpec("members")
-EARLY, IN_A_ROW = 8, 3
-"""Steps that say how large a loss is usual; losses in a row that have to exceed it by far."""
 TIMED = 0.05
 """Seconds, about, that ``strategy="auto"`` gives to the timing of each form."""
 
@@ -108,7 +107,7 @@ class Population:
         self._begin = jax.jit(self._dealt_out(born, 1))
         self._gone_at = -np.ones(self.members, int)  # members above the limit, the steps they had taken
         self._over = np.zeros((self.members, IN_A_ROW - 1), bool)
-        self._usual: list[float] = []
+        self._least: list[float] = []
         self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
         self._row = jax.jit(self._dealt_out(_row, 1))
         self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
@@ -292,18 +291,11 @@ class Population:
     def _judge(self, table: np.ndarray, before: np.ndarray) -> None:
         """Freeze whose losses are above the limit, and strike their metrics out from there on."""
         losses = table[:, :, self._names.index("loss")]
-        for column in losses.T[: EARLY - len(self._usual)]:
-            if np.any(np.isfinite(column)):
-                self._usual.append(float(np.nanmin(column)))
-        usual = max(self._usual, default=0.0)
-        bound = usual + self.limit * abs(usual) if usual else np.inf
-        over = np.concatenate([self._over, losses > bound], axis=1)
-        runs = np.lib.stride_tricks.sliding_window_view(over, IN_A_ROW, axis=1).min(axis=2)  # where one begins
-        for member in np.flatnonzero(runs.max(axis=1) & (self._gone_at < 0)):
-            at = max(0, int(np.argmax(runs[member])) - (IN_A_ROW - 1))
-            self._gone_at[member] = before[member] + at
-            table[member, at:] = np.nan
-        self._over = over[:, -(IN_A_ROW - 1) :]
+        self._least += least_losses(losses, EARLY - len(self._least))
+        found, self._over = risen(losses, self._least, self.limit, self._over)
+        for member in np.flatnonzero((found >= 0) & (self._gone_at < 0)):
+            self._gone_at[member] = before[member] + found[member]
+            table[member, found[member] :] = np.nan
 
     def _run(self, batches: Any, first: int, count: int, rows: tuple[Any, ...], form: int) -> Any:
         """One call of the program over so many batches, made up to a chunk by repeating the last."""

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.probe.feed import Feed
+from jaxsgd.probe.limits import IN_A_ROW, least_losses, risen
 from jaxsgd.probe.population import STRATEGIES, Population
 from jaxsgd.probe.swept import Sweep
 from jaxsgd.progress import Bar
@@ -230,7 +231,7 @@ def _whole(
     devices: list[Any],
     limit: float,
 ) -> Sweep:
-    """Trainings of the user's own, each as one step of a population."""
+    """Trainings of the user's own, from beginning to end."""
     inside = set()
     if state is not None:
         refuse_deleted("state", state)
@@ -285,10 +286,10 @@ def _trained(one: Any, given: Any, members: Any, way: str, why: str, devices: li
     states, metrics = jax.tree.map(lambda x: x[:count], (states, metrics))
     metrics = {name: np.asarray(x, np.float32) for name, x in metrics.items()}
     losses = metrics["loss"]
-    bound = losses[:, :1] + limit * np.maximum(np.abs(losses[:, :1]), np.finfo(np.float32).tiny)
-    bad = ~(np.isfinite(losses) & (losses <= bound))
-    diverged_at = np.where(bad.any(axis=1), bad.argmax(axis=1), -1)
-    gone = np.maximum.accumulate(bad, axis=1)
+    rose, _ = risen(losses, least_losses(losses), limit, np.zeros((count, IN_A_ROW - 1), bool))
+    gone = ~np.isfinite(losses) | (rose[:, None] >= 0) & (np.arange(losses.shape[1]) >= rose[:, None])
+    gone = np.maximum.accumulate(gone, axis=1)
+    diverged_at = np.where(gone.any(axis=1), gone.argmax(axis=1), -1)
     metrics = {name: np.where(gone, np.nan, x) for name, x in metrics.items()}
     window, final = _ends(metrics["loss"], diverged_at)
     return Sweep(

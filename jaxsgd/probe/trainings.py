@@ -16,7 +16,7 @@ import optax
 import scipy
 
 from jaxsgd.probe.asking import rule_name
-from jaxsgd.probe.feed import Feed
+from jaxsgd.probe.feed import Feed, stacked
 from jaxsgd.probe.losses import apart, three_arguments
 from jaxsgd.probe.population import Population
 from jaxsgd.progress import Bar
@@ -211,7 +211,7 @@ class Members:
     def _advance(self, rates: Sequence[float], batches: Sequence[Any]) -> None:
         index = [self._places.index(rate) for rate in rates]
         before = self._population.steps
-        losses = self._population.advance(_stacked(batches), active=np.isin(np.arange(PLACES), index))["loss"]
+        losses = self._population.advance(stacked(batches), active=np.isin(np.arange(PLACES), index))["loss"]
         went = self._population.steps - before
         for rate, i in zip(rates, index, strict=True):
             row = losses[i].astype(np.float64)
@@ -232,13 +232,6 @@ class Members:
             self._places[i], mask[i], values[i] = rate, True, rate
             self.curves[rate] = np.zeros(0)
         self._population.restart(mask, {"learning_rate": values})
-
-
-def _stacked(batches: Sequence[Any]) -> Any:
-    """Batches along a new first axis; one batch for all steps is not copied."""
-    if all(batch is batches[0] for batch in batches):
-        return jax.tree.map(lambda x: np.broadcast_to(x, (len(batches), *np.shape(x))), batches[0])
-    return jax.tree.map(lambda *xs: np.stack(xs), *batches)
 
 
 def tail(curve: np.ndarray, steps: int | None = None) -> float:
