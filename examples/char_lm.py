@@ -35,9 +35,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 import jaxsgd
 from jaxsgd.plot import loss_curves, save
 
-LEARNING_RATES = {"sgd": 0.5, "momentum": 0.2, "nesterov": 0.2, "lion": 1.5e-3, "muon": 3e-2, "adafactor": 1e-2}
-"""A learning rate that works here; 3e-3 for a rule not named."""
-
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
@@ -110,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--param-dtype", choices=("float32", "bfloat16"), help="of the parameters; bfloat16 ones are rounded at random")
     add("--remat", action="store_true", default=None, help="compute activations anew in the backward pass")
     add("--rule", default="muon", help=f"one of {', '.join(sorted(jaxsgd.RULES))}")
-    add("--learning-rate", type=float, help="the peak; by default one that works for the rule")
+    add("--learning-rate", type=float, help="the peak. Default: the rule's usual rate")
     add("--schedule", choices=sorted(SCHEDULES), help="warmup_cosine; constant for schedule-free rules")
     add("--clip", type=float, default=1.0, help="the largest norm of the gradients")
     add("--steps", type=int, default=600)
@@ -191,10 +188,11 @@ def mesh_of(args: argparse.Namespace, config: Config) -> Mesh | None:
 def optimizer(args: argparse.Namespace, config: Config, mesh: Mesh | None) -> optax.GradientTransformationExtraArgs:
     """The rule on its schedule with what the flags put around it. Raises ValueError, KeyError for what does not fit."""
     rule = jaxsgd.RULES[args.rule]
-    rate = LEARNING_RATES.get(args.rule, 3e-3) if args.learning_rate is None else args.learning_rate
+    rate = (rule.usual_rate or 3e-3) if args.learning_rate is None else args.learning_rate
     rule(rate)  # a schedule would hide a bad rate
-    # A schedule-free rule brings its own averaging in place of a decay.
-    schedule = args.schedule or ("constant" if args.rule.startswith("schedule_free") else "warmup_cosine")
+    # A rule that is evaluated at an average of its iterates needs no decay.
+    averages = any(slot.role is not None for slot in rule.slots.values())
+    schedule = args.schedule or ("constant" if averages else "warmup_cosine")
     extras: dict[str, Any] = {"rounding": "stochastic"} if config.param_dtype == "bfloat16" else {}
     if mesh is not None and "mesh" in inspect.signature(rule).parameters:
         extras["mesh"] = mesh  # Muon's kind: gather each matrix once

@@ -25,14 +25,6 @@ from sklearn.datasets import load_digits
 import jaxsgd
 from jaxsgd.plot import loss_curves, save
 
-LEARNING_RATES = {
-    "sgd": 0.2, "momentum": 0.03, "velocity": 0.03, "nesterov": 0.03, "torch_sgd": 0.2,
-    "adagrad": 0.06, "torch_adagrad": 0.06, "rmsprop": 1e-3, "torch_rmsprop": 1e-3, "adadelta": 1.0,
-    "adam": 2e-3, "adamw": 2e-3, "nadam": 2e-3, "torch_nadam": 2e-3, "amsgrad": 2e-3, "torch_amsgrad": 2e-3,
-    "adamax": 4e-3, "schedule_free_adamw": 1e-2, "lion": 1e-3,
-}  # fmt: skip
-"""A learning rate that works here for batches of 64 (README: "The main job"); 1e-3 for a rule not named."""
-
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
@@ -88,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Train a Flax CNN on handwritten digits with any rule of jaxsgd.")
     parser.add_argument("--rule", default="adamw", help=f"one of {', '.join(sorted(jaxsgd.RULES))}")
-    parser.add_argument("--learning-rate", type=float, help="the peak; by default one that works for the rule")
+    parser.add_argument("--learning-rate", type=float, help="the peak. Default: the rule's usual rate")
     parser.add_argument("--schedule", choices=sorted(SCHEDULES), help="cosine; constant for schedule-free rules")
     parser.add_argument("--batch-size", default="64", help="1 is stochastic, N a minibatch, 'full' the whole set")
     parser.add_argument("--epochs", type=int, default=20)
@@ -109,11 +101,12 @@ def choose(args: argparse.Namespace, examples: int) -> tuple[int, Any, int]:
     if args.epochs < 1:
         raise ValueError(f"--epochs {args.epochs}: at least 1 is needed")
     rule = jaxsgd.RULES[args.rule]
-    rate = LEARNING_RATES.get(args.rule, 1e-3) if args.learning_rate is None else args.learning_rate
+    rate = (rule.usual_rate or 1e-3) if args.learning_rate is None else args.learning_rate
     rule(rate)  # a schedule would hide a bad rate
     steps = args.epochs * (examples // size)
-    # A schedule-free rule brings its own averaging in place of a decay.
-    schedule = args.schedule or ("constant" if args.rule.startswith("schedule_free") else "cosine")
+    # A rule that is evaluated at an average of its iterates needs no decay.
+    averages = any(slot.role is not None for slot in rule.slots.values())
+    schedule = args.schedule or ("constant" if averages else "cosine")
     return size, rule(SCHEDULES[schedule](rate, steps)), steps
 
 

@@ -7,7 +7,7 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 # ruff: noqa: F403, F405
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
-from jaxsgd.lift import describe
+from jaxsgd.description import describe
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
 from jaxsgd.probe import (
@@ -28,22 +28,8 @@ from jaxsgd.probe import (
     sweep,
 )
 from jaxsgd.record import Recorder
-from jaxsgd.rule import RULES, Rule, rule
-from jaxsgd.rules import adam_variants as _adam_variants
-from jaxsgd.rules import adaptive as _adaptive
-from jaxsgd.rules import adaptive_lr as _adaptive_lr
-from jaxsgd.rules import averaging as _averaging
-from jaxsgd.rules import curvature as _curvature
-from jaxsgd.rules import factored as _factored
-from jaxsgd.rules import layerwise as _layerwise
-from jaxsgd.rules import lowrank as _lowrank
-from jaxsgd.rules import matrix as _matrix
-from jaxsgd.rules import momentum as _momentum
-from jaxsgd.rules import muon_kin as _muon_kin
-from jaxsgd.rules import psgd as _psgd
-from jaxsgd.rules import sign as _sign
-from jaxsgd.rules import torch as _torch
-from jaxsgd.rules import wrappers as _wrappers
+from jaxsgd.rule import RULES, Rule, rule, wrapper
+from jaxsgd.rules import FAMILIES
 from jaxsgd.rules.adam_variants import *
 from jaxsgd.rules.adaptive import *
 from jaxsgd.rules.adaptive_lr import *
@@ -108,20 +94,7 @@ __all__ = [
     "sweep",
     "torch",
     "with_hyper",
+    "wrapper",
 ]
-__all__ += _adam_variants.__all__
-__all__ += _layerwise.__all__
-__all__ += _lowrank.__all__
-__all__ += _factored.__all__
-__all__ += _adaptive_lr.__all__
-__all__ += _matrix.__all__
-__all__ += _adaptive.__all__
-__all__ += _averaging.__all__
-__all__ += _momentum.__all__
-__all__ += _curvature.__all__
-__all__ += _muon_kin.__all__
-__all__ += _psgd.__all__
-__all__ += _sign.__all__
-__all__ += _torch.__all__
-__all__ += _wrappers.__all__
+__all__ += [name for family in FAMILIES for name in family.__all__]
 __all__ += _transforms.__all__

@@ -1,7 +1,4 @@
-"""Batches of examples: trees of arrays that share their first axis.
-
-Floor 1.
-"""
+"""Batches of examples: trees of arrays that share their first axis."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ __all__ = ["batch_size", "check_divides"]
 
 
 def batch_size(batch: Any) -> int | None:
-    """The length of the first axis, which all arrays of a batch share; None where there is no array.
+    """The length of the first axis, which all arrays of a batch share; None if the batch has no array.
 
     Raises:
       ValueError: names the arrays that disagree, or the empty one.
@@ -38,10 +35,15 @@ def batch_size(batch: Any) -> int | None:
 
 
 def check_divides(batch: Any, unit: int, among: str) -> None:
-    """That the examples of a batch can be dealt out evenly among so many.
+    """Check that the number of examples divides by ``unit``.
+
+    Args:
+      batch: a tree of arrays.
+      unit: the divisor.
+      among: the divisor's name for the error, ``"8 devices"``.
 
     Raises:
-      ValueError: they cannot, and the nearest sizes are named; or as in `batch_size`.
+      ValueError: it does not divide, and the nearest sizes are named; or as in `batch_size`.
     """
     size = batch_size(batch)
     if size is None or size % unit == 0:

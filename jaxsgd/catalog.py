@@ -1,6 +1,6 @@
 """The documents made from `RULES`: the table of the README and the page of rules, with measured agreement.
 
-Floor 7. ``python -m jaxsgd.catalog`` prints the table, ``--write`` writes both documents, ``--check`` lists each rule
+``python -m jaxsgd.catalog`` prints the table, ``--write`` writes both documents, ``--check`` lists each rule
 with its measured agreement and fails where a document says something else, where a rule has no measurement or where
 one misses its bar. The measurements are in docs/agreement.json, which ``python tests/agreement.py`` writes.
 """
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jaxsgd import rules as _rules
 from jaxsgd import torch
-from jaxsgd.rule import FRAME, Rule
+from jaxsgd.call import FRAME
+from jaxsgd.rule import Rule
 from jaxsgd.rules import RULES
 
 __all__ = ["BARS", "Agreement", "entry", "main", "page", "table"]
@@ -142,8 +143,7 @@ def _section(rule: Rule, agreement: Agreement) -> list[str]:
     lines = [f"### {rule.name}", "", f"{name} ({source})", "", equation, "", *rest, *([""] if rest else [])]
     lines += [f"- Call: `{rule.name}({arguments})`", f"- State: {sum(kept.values()):.3g} bytes a parameter"]
     lines[-1] += f": {slots}" if slots else ""
-    exceptions = {k: v for k, v in rule.exceptions.items() if k.startswith("oracle")}
-    return [*lines, f"- Agrees with {agrees or 'nobody yet'}", *(f"- `{k[7:]}`: {v}." for k, v in exceptions.items())]
+    return [*lines, f"- Agrees with {agrees or 'nobody yet'}"]
 
 
 def _wrappers() -> dict[str, str]:

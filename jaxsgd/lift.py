@@ -1,16 +1,15 @@
 """From a rule on one array to a gradient transformation on a tree, written once.
 
-Floor 2. The only file that knows of trees, dtypes, schedules, groups, storage and runtime
-hyperparameters all at once.
+The only file that knows of trees, dtypes, schedules, groups, storage and runtime hyperparameters all at once.
 """
 
 from __future__ import annotations
 
-import functools
+import contextvars
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +17,79 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxsgd.numerics import compensated, global_norm, real_dtype, stochastic_round, wide, widest
-from jaxsgd.paths import Groups, Text, aligned, leaf_names, resolve_groups, same_structure
-from jaxsgd.spec import Spec, by_name, is_off, parameter_names
+from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
+from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, sum_leaf
+from jaxsgd.numerics import global_norm, real_dtype, wide, widest
+from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
+from jaxsgd.rounding import LOST, rounds
+from jaxsgd.slots import by_name, parameter_names
 from jaxsgd.state import FOLLOW, PIN, State
-from jaxsgd.storage import Blocks, Storage, plain
+from jaxsgd.storage import Storage, first_packed, needs_key, plain
 
-__all__ = ["ROUNDINGS", "Lift", "describe", "is_constant"]
-
-ROUNDINGS = (None, "stochastic", "compensated")
-LOST = "rounded_off"
-"""The slot for what rounding took from 16-bit parameters so far."""
+__all__ = ["Lift", "Transformation", "lifts_in", "shown", "watched"]
 
 
-def is_constant(value: Any) -> TypeGuard[float]:
-    """Whether ``value`` is a plain number, in contrast to a schedule, an array or a tracer."""
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+class Transformation(optax.GradientTransformationExtraArgs):
+    """A gradient transformation that knows its rule.
+
+    Attributes:
+      lift: the rule with its hyperparameters bound.
+      rule: the rule.
+    """
+
+    lift: Lift
+
+    def __new__(cls, lift: Lift) -> Transformation:
+        init: Any = lift.init  # a state is a named tuple, which optax's types do not say
+        made = super().__new__(cls, init, lift.update)
+        made.lift = lift
+        return made
+
+    @property
+    def rule(self) -> Any:
+        return self.lift.rule
+
+    def __repr__(self) -> str:
+        return repr(self.lift)
 
 
-def _is_scheduled(value: Any) -> bool:
-    """Whether ``value`` is given anew at each step: by a schedule, or by whoever passes an array."""
-    return callable(value) or isinstance(value, jax.Array | np.ndarray)
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Leaves with the same overrides.
+
+    Attributes:
+      settings: all that is static of them; None where they are frozen.
+      given: overrides that come at each step: name -> schedule or array.
+      constant: the names of the others.
+    """
+
+    settings: Settings | None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    constant: frozenset[str] = frozenset()
+
+    def overrides(self, name: str) -> bool:
+        """Whether a value of the call counts nothing here."""
+        return name in self.constant
 
 
-def _narrow(x: Any, dtype: Any) -> Any:
-    """A scalar in the real dtype of the leaf it meets; everything else as it is."""
-    return x.astype(dtype) if isinstance(x, jax.Array) and x.ndim == 0 and jnp.isdtype(x.dtype, "numeric") else x
+class _Part(NamedTuple):
+    """One leaf in one update."""
+
+    name: str
+    settings: Settings | None
+    g: Any
+    p: Any
+    rested: dict[str, Any]
+    hyper: dict[str, Any]
+    lost: Any
+    keys: dict[Any, Any]
+
+    def refused(self, error: ShapeError) -> ValueError:
+        slot, found, wanted = error.args
+        return ValueError(
+            f"state: {slot} of {self.name!r} has the shape {found}; a parameter of the shape {jnp.shape(self.g)} needs "
+            f"{wanted}. Use tx.init(params), or jaxsgd.migrate(state, tx, params)"
+        )
 
 
 @dataclass(eq=False)
@@ -51,101 +97,135 @@ class Lift:
     """A rule with its hyperparameters bound: ``init`` and ``update`` on trees.
 
     Attributes:
-      spec: the rule.
-      hyper: every hyperparameter by name, with ``learning_rate`` and ``weight_decay``: numbers,
-        schedules of the 0-based step, or arrays.
+      rule: the rule.
+      hyper: every hyperparameter by name, with ``learning_rate`` and ``weight_decay``: numbers, schedules of the
+        0-based step, or arrays.
       mask: where weight decay applies: a tree of booleans (or a prefix), or a function of the params.
       groups: see `jaxsgd.paths.Groups`; keys are hyperparameters, ``lr_mult``, ``frozen``, ``storage``.
-      storage: slot name -> how it rests.
+      storage: slot name -> how it is stored.
       dynamic: further hyperparameters to keep in the state.
       norms: keep the norms of gradients and updates in the state.
-      rounding: how 16-bit parameters take steps: one of `ROUNDINGS`.
-      routes: what a leaf has by its name and shape: a function of the params, overrides of each leaf.
+      rounding: how 16-bit parameters take steps: one of `jaxsgd.rounding.ROUNDINGS`.
+      routes: overrides by name and shape: a function of the params, overrides of each leaf.
+      shown: what the call said other than the defaults, for ``repr``.
     """
 
-    spec: Spec
+    rule: Equation
     hyper: Mapping[str, Any]
     mask: Any = None
     groups: Groups = ()
     storage: Mapping[str, Storage] = field(default_factory=dict)
     dynamic: tuple[str, ...] = ()
     norms: bool = False
-    routes: Callable[[Any], list[dict[str, Any]]] | None = None
     rounding: str | None = None
+    routes: Callable[[Any], list[dict[str, Any]]] | None = None
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        live = {"learning_rate", *self.dynamic, *self.spec.runtime}
+        in_state = {name for name, h in self.rule.hypers.items() if h.in_state}
+        live = {"learning_rate", *self.dynamic, *in_state}
         if not is_off(self.hyper["weight_decay"]):
             live.add("weight_decay")
-        live |= {name for name, value in self.hyper.items() if _is_scheduled(value)}
-        self.runtime = {name: self.hyper[name] for name in self.hyper if name in live}
-        self.decays = "weight_decay" in live or any(
-            not is_off(overrides.get("weight_decay")) for _, overrides in self.groups
-        )
-        variants = [{}, *(own for _, own in self.groups)]
-        self.slots = tuple(slot for slot in self.spec.slots if any(self._starts(slot, own) for own in variants))
+        live |= {name for name, value in self.hyper.items() if callable(value) and not self._static(name)}
+        self.runtime = {name: value for name, value in self.hyper.items() if name in live}
+        self.arrays = {name: v for name, v in self.hyper.items() if name not in live and is_array(v)}
+        self.constants = {n: v for n, v in self.hyper.items() if n not in live and n not in self.arrays}
+        self.decays = "weight_decay" in live or any(not is_off(own.get("weight_decay")) for _, own in self.groups)
+        # A runtime value that happens to be 0 now is not off.
+        known = {name: self.constants.get(name, True) for name in self.hyper}
+        variants = [{**known, **own, **self.rule.fixed} for own in ({}, *(own for _, own in self.groups))]
+        self.slots = tuple(name for name, s in self.rule.slots.items() if not all(s.off(own) for own in variants))
+        self._remembered: tuple[Any, list[_Group]] = (None, [])
         self._jitted = jax.jit(self._update, inline=True)  # makes the eager update one dispatch
 
+    def _static(self, name: str) -> bool:
+        return name in self.rule.hypers and self.rule.hypers[name].static
+
+    def __repr__(self) -> str:
+        return f"{self.rule.name}({', '.join(f'{name}={shown(value)}' for name, value in self.shown.items())})"
+
     @property
-    def transformation(self) -> optax.GradientTransformationExtraArgs:
-        return optax.GradientTransformationExtraArgs(self.init, self.update)
+    def transformation(self) -> Transformation:
+        return Transformation(self)
 
     # -- what holds for each leaf ------------------------------------------------------------
 
     def overrides(self, params: Any) -> list[dict[str, Any]]:
-        """What each leaf has other than the call says: by the mask, then by its route, then by its groups."""
+        """Per-leaf overrides: by the mask, then by its route, then by its groups."""
         leaves = jax.tree.leaves(params)
+        plain_call = self.mask is None and self.routes is None and not self.groups
+        if plain_call:
+            return [{}] * len(leaves)
         groups = resolve_groups(self.groups, leaf_names(params), leaves)
         routes = [{}] * len(leaves) if self.routes is None else self.routes(params)
-        mask: Any = True if self.mask is None else self.mask(params) if callable(self.mask) else self.mask
-        decays = jax.tree.leaves(jax.tree.broadcast(mask, params))
+        decays = self._masked(params)
         own = zip(decays, routes, groups, strict=True)
         return [({} if decay else {"weight_decay": 0.0}) | route | group for decay, route, group in own]
 
-    def _storage(self, slot: str, own: Mapping[str, Any]) -> Storage:
-        return own.get("storage", self.storage).get(slot, plain)
+    def _masked(self, params: Any) -> list[bool]:
+        mask: Any = True if self.mask is None else self.mask(params) if is_function(self.mask) else self.mask
+        try:
+            decays = jax.tree.leaves(jax.tree.broadcast(mask, params))
+        except ValueError as error:
+            raise ValueError(f"mask: it is no tree like the params, nor a prefix of one: {error}") from None
+        for name, decay in zip(leaf_names(params), decays, strict=True):
+            if isinstance(decay, Tracer) or np.shape(decay) != () or np.asarray(decay).dtype != bool:
+                raise TypeError(f"mask: {decay!r} at {name!r}. Use True or False, known while tracing")
+        return [bool(decay) for decay in decays]
 
-    def _start(self, slot: str, p: jax.Array, own: Mapping[str, Any], key: Any) -> Any:
-        hyper = {**self._initial(real_dtype(p.dtype)), **own}
-        value = self.spec.begin(slot, {"p": p, **hyper})
-        return None if value is None else self._pack(slot, value, own, key)
+    def storages(self, params: Any) -> list[Mapping[str, Storage]]:
+        """Slot -> storage of each leaf; a frozen leaf has none."""
+        return [{} if group.settings is None else group.settings.storages for group in self._own(params)]
 
-    def _rounds(self, p: Any) -> bool:
-        """Whether the steps of ``p`` are rounded with care: to 16 bits, and somebody asked."""
-        narrow = jnp.bfloat16 if self.rounding == "stochastic" else jnp.floating
-        return self.rounding is not None and jnp.issubdtype(p.dtype, narrow) and p.dtype.itemsize == 2
+    def _own(self, params: Any) -> list[_Group]:
+        """The group of each leaf; remembered, for patterns are slow."""
+        leaves, treedef = jax.tree.flatten(params)
+        key = treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        if self._remembered[0] != key:
+            made: dict[Any, _Group] = {}
+            groups = []
+            for own in self.overrides(params):
+                name = tuple((n, v if _is_hashable(v) else id(v)) for n, v in own.items() if n != "storage")
+                name = name, id(own.get("storage"))
+                if name not in made:
+                    made[name] = self._group(own)
+                groups.append(made[name])
+            self._remembered = key, groups
+        return self._remembered[1]
 
-    def _starts(self, slot: str, own: Mapping[str, Any]) -> bool:
-        """Whether any leaf may have the slot: some rules keep one for matrices only, some for all others."""
-        leaves = (jnp.zeros(shape, jnp.float32) for shape in ((), (2, 2)))
-        return any(self._start(slot, leaf, own, None) is not None for leaf in leaves)
+    def _group(self, own: Mapping[str, Any]) -> _Group:
+        if own.get("frozen"):
+            return _Group(None)
+        storage = own.get("storage", self.storage)
+        own = {name: value for name, value in own.items() if name not in ("storage", "frozen")}
+        given = {name: value for name, value in own.items() if self._comes(name, value)}
+        constant = {name: value for name, value in own.items() if name not in given}
+        values = {n: v for n, v in {**self.constants, **constant}.items() if n not in given}
+        settings = Settings(self.rule, tuple(values.items()), tuple(storage.items()), self.slots, self.rounding)
+        try:
+            hash(settings)
+        except TypeError as error:
+            raise TypeError(f"{self.rule.name}: each setting must be hashable: {error}") from None
+        return _Group(settings, given, frozenset(constant))
+
+    def _comes(self, name: str, value: Any) -> bool:
+        return not self._static(name) and (callable(value) or is_array(value))
 
     def _initial(self, dtype: Any) -> dict[str, Any]:
         """The hyperparameters as the first step will see them. Runtime ones are arrays, so that one that
         happens to be 0 now does not look switched off for good."""
-        start = jnp.zeros((), jnp.int32)
-        first = {n: jnp.asarray(v(start) if callable(v) else v, dtype) for n, v in self.runtime.items()}
-        return {**self.hyper, **first}
-
-    def _pack(self, slot: str, value: Any, own: Mapping[str, Any], key: Any) -> Any:
-        return jax.tree.map(lambda x: self._storage(slot, own).pack(x, key), value)
-
-    def _unpack(self, slot: str, value: Any, own: Mapping[str, Any]) -> Any:
-        return jax.tree.map(self._storage(slot, own).unpack, value, is_leaf=lambda x: isinstance(x, Blocks))
+        arrays = {name: jnp.asarray(value, dtype) if _real(value) else value for name, value in self.arrays.items()}
+        return {**self.constants, **arrays, **first_values(self.runtime, dtype)}
 
     # -- init --------------------------------------------------------------------------------
 
     def init(self, params: Any) -> State:
-        """The state before the first step; its slots lie where ``params`` lie. Shapes in place of params will do."""
+        """The state before the first step; its slots are sharded like ``params``. Shapes in place of params will do."""
+        check_params(params)
         leaves, treedef = jax.tree.flatten(params)
         leaves = [jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
-        overrides = self.overrides(params)
-        for name, leaf, own in zip(leaf_names(params), leaves, overrides, strict=True):
-            if not own.get("frozen") and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                raise ValueError(
-                    f"params: {name!r} is {jnp.result_type(leaf).name}; parameters are floating or complex "
-                    f'(or frozen: groups=[("{name}", {{"frozen": True}})])'
-                )
+        own = self._own(params)
+        self._check_dtypes(params, leaves, own)
         dtype = widest(jnp.result_type(x) for x in leaves)
         count = jnp.zeros((), jnp.int32)
         initial = self._initial(dtype)
@@ -154,39 +234,66 @@ class Lift:
             hyper[name] = initial[name]
             if hyper[name].shape != ():
                 raise ValueError(f"{name}: a scalar is needed; got the shape {hyper[name].shape}")
-            if not is_constant(value):
+            if callable(value):
                 hyper[PIN + name] = jnp.full((), FOLLOW, dtype)
-        shared = {name: jnp.asarray(self.spec.begin(name, initial), dtype) for name in self.spec.kept}
+        shared = {name: jnp.asarray(by_name(begin, initial), dtype) for name, begin in self.rule.kept.items()}
         if self.norms:
             shared |= {"gradient_norm": jnp.zeros((), dtype), "update_norm": jnp.zeros((), dtype)}
         keys = self._keys(count, len(leaves))
         slots = {
             slot: treedef.unflatten(
-                None if own.get("frozen") else self._start(slot, wide(p), own, keys(i, j))
-                for i, (p, own) in enumerate(zip(leaves, overrides, strict=True))
+                None if o.settings is None else self._first(slot, wide(p), o, initial, keys(i, j))
+                for i, (p, o) in enumerate(zip(leaves, own, strict=True))
             )
             for j, slot in enumerate(self.slots)
         }
         if self.rounding == "compensated":
-            zeros_like = lambda p, own: jnp.zeros_like(p) if self._rounds(p) and not own.get("frozen") else None  # noqa: E731
-            slots[LOST] = treedef.unflatten(zeros_like(p, own) for p, own in zip(leaves, overrides, strict=True))
-        return State(count, hyper, slots, shared)
+            careful = [o.settings is not None and rounds(p, self.rounding) for p, o in zip(leaves, own, strict=True)]
+            slots[LOST] = treedef.unflatten(
+                jnp.zeros_like(p) if c else None for p, c in zip(leaves, careful, strict=True)
+            )
+        roles = {name: {s.role: None} for name, s in self.rule.slots.items() if s.role is not None and name in slots}
+        state = State(count, hyper, slots, shared, roles)
+        if (seen := _seen.get()) is not None:
+            seen.append((self, jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)))
+        return state
+
+    def _check_dtypes(self, params: Any, leaves: list[Any], own: list[_Group]) -> None:
+        for i, (leaf, o) in enumerate(zip(leaves, own, strict=True)):
+            if o.settings is not None and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                name = leaf_names(params)[i]
+                raise ValueError(
+                    f"params: {name!r} is {jnp.result_type(leaf).name}; parameters are floating or complex "
+                    f'(or frozen: groups=[("{name}", {{"frozen": True}})])'
+                )
+
+    def _first(self, slot: str, p: jax.Array, own: _Group, initial: Mapping[str, Any], key: Any) -> Any:
+        assert own.settings is not None
+        dtype = real_dtype(p.dtype)
+        given = {name: jnp.asarray(scheduled(value, np.int32(0)), dtype) for name, value in own.given.items()}
+        runtime = (
+            {n: v.astype(dtype) if _real(v) else v for n, v in initial.items()} if dtype != jnp.float32 else initial
+        )
+        hyper = {**runtime, **own.settings.known, **given}
+        storage = own.settings.storages.get(slot, plain)
+        value = self.rule.first(slot, p, hyper)
+        if value is None or storage is plain:
+            return value
+        return first_packed(storage, value, self.rule.slots[slot].zero, key)
+
+    def _drawing(self) -> dict[Any, int]:
+        """The slots whose storage draws random numbers, and None for rounding, with their place in the keys."""
+        stores = [self.storage, *(own.get("storage", {}) for _, own in self.groups)]
+        drawn = {slot for store in stores for slot, storage in store.items() if needs_key(storage)}
+        places = {slot: j for j, slot in enumerate(self.slots) if slot in drawn}
+        return places | ({None: len(self.slots)} if self.rounding == "stochastic" else {})
 
     def _keys(self, count: jax.Array, leaves: int) -> Callable[[int, int], Any]:
         """A key for each leaf and slot in this step, the same on every replica."""
-        stores = [self.storage, *(own.get("storage", {}) for _, own in self.groups)]
-        stored = any(storage.needs_key for store in stores for storage in store.values())
-        if not stored and self.rounding != "stochastic":
+        if not self._drawing():
             return lambda leaf, slot: None
         key = jax.random.fold_in(jax.random.key(0), count)
         return lambda leaf, slot: jax.random.fold_in(key, slot * leaves + leaf)
-
-    def _rounded(self, p: Any, delta: jax.Array, lost: Any, key: Any) -> tuple[jax.Array, Any]:
-        """``delta`` as the difference of two values of the parameter's dtype, and what that leaves out."""
-        if self.rounding == "compensated":
-            return compensated(p, delta, lost)
-        bits = jax.random.bits(key, p.shape, jnp.uint16)
-        return wide(stochastic_round(wide(p) + delta, p.dtype, bits)) - wide(p), None
 
     # -- update ------------------------------------------------------------------------------
 
@@ -194,195 +301,226 @@ class Lift:
         """One step: ``(updates, new state)``; updates are in the dtype of ``params`` (or of the gradients).
 
         Raises:
-          ValueError: ``params`` missing where weight decay or the rule needs them; another structure or
-            shape than ``params``; an extra argument that the rule needs is missing.
+          ValueError: ``params`` missing where weight decay or the rule needs them; another structure or shape than
+            ``params``; a state of another optimizer or of other parameters; an extra argument that the rule needs is
+            missing.
         """
-        if not isinstance(state, State):
-            raise TypeError(f"state: {self.spec.name} needs its own State; got {type(state).__name__}")
-        slots = (*self.slots, LOST) if self.rounding == "compensated" else self.slots
-        for part, wanted, found in (("slots", slots, state.slots), ("hyper", self.runtime, state.hyper)):
-            if set(wanted) != {name for name in found if not name.startswith(PIN)}:
-                raise ValueError(
-                    f"state: made by another optimizer: {self.spec.name} keeps {part} {sorted(wanted)}, "
-                    f"the state has {sorted(found)}"
-                )
+        self._check_state(state)
         if params is not None:
             same_structure(params, updates)
-        elif "p" in self.spec.context or self.spec.trees is not None or self.rounding is not None:
-            raise ValueError(f"params: {self.spec.name} needs them: tx.update(grads, state, params)")
+        elif "p" in self.rule.context or self.rule.trees is not None or self.rounding is not None:
+            raise ValueError(f"params: {self.rule.name} needs them: tx.update(grads, state, params)")
         elif self.decays or self.routes and any(not is_off(own.get("weight_decay")) for own in self.overrides(updates)):
             raise ValueError(
                 f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
             )
-        extra = {name: extra_args[name] for name in self.spec.extra if name in extra_args}
-        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state)))
+        # The gradient of an integer is no argument of a compiled function.
+        updates = jax.tree.map(lambda g: np.zeros(g.shape, bool) if _is_float0(g) else g, updates)
+        extra = {name: extra_args[name] for name in self.rule.extra if name in extra_args}
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state, params)))
         as_it_is = traced or any(callable(value) for value in extra.values())  # a function is no argument of jit
-        return (self._update if as_it_is else self._jitted)(updates, state, params, extra)
+        # Schedules see the count as it is: outside jit they may be plain Python.
+        given = self._given(self._own(updates if params is None else params), state)
+        return (self._update if as_it_is else self._jitted)(updates, state, params, extra, given)
 
-    def _hyper(self, state: State) -> dict[str, jax.Array]:
-        """The runtime hyperparameters of this step: constants from the state, the others made anew."""
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, State):
+            raise TypeError(f"state: {self.rule.name} needs its own State; got {type(state).__name__}")
+        slots = (*self.slots, LOST) if self.rounding == "compensated" else self.slots
+        for part, wanted, found in (("slots", slots, state.slots), ("hyper", self.runtime, state.hyper)):
+            if set(wanted) != {name for name in found if not name.startswith(PIN)}:
+                raise ValueError(
+                    f"state: made by another optimizer: {self.rule.name} keeps {part} {sorted(wanted)}, "
+                    f"the state has {sorted(found)}"
+                )
+
+    def _given(self, own: list[_Group], state: State) -> Any:
+        """What schedules and arrays say now: by name, and for each group of leaves."""
+        dtype = next(iter(state.hyper.values())).dtype
+
+        def now(value: Any) -> Any:
+            value = scheduled(value, state.count)
+            return jnp.asarray(value, dtype) if _real(value) or is_constant(value) else jnp.asarray(value)
+
+        changing = {n: v for n, v in self.runtime.items() if callable(v) or is_array(v)}
+        everywhere = {name: now(value) for name, value in (changing | self.arrays).items()}
+        return everywhere, [{name: now(value) for name, value in group.given.items()} for group in dict.fromkeys(own)]
+
+    def _hyper(self, state: State, given: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The runtime hyperparameters of this step: constants from the state, the others as given."""
         now = {}
-        for name, value in self.runtime.items():
-            held = state.hyper[name]
-            if not is_constant(value):
-                pin = state.hyper[PIN + name]
-                given = jnp.asarray(value(state.count) if callable(value) else value, held.dtype)
-                held = jnp.where(pin >= 0, pin, given)
-            now[name] = held
+        for name in self.runtime:
+            value = given.get(name, state.hyper[name])
+            pin = state.hyper.get(PIN + name)
+            now[name] = value if pin is None else jnp.where(pin >= 0, pin, value)
         return now
 
-    def _update(self, updates: Any, state: State, params: Any, extra: Mapping[str, Any]) -> tuple[Any, State]:
-        grads, treedef = jax.tree.flatten(updates)
-        ps = [None] * len(grads) if params is None else jax.tree.leaves(params)
-        overrides = self.overrides(updates if params is None else params)
-        names = leaf_names(updates)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        now = self._hyper(state)
-        keys = self._keys(count, len(grads))
-        rested = [treedef.flatten_up_to(state.slots[slot]) for slot in self.slots]
-
-        @functools.cache  # the same scalars serve every leaf of one dtype
-        def narrowed(dtype: Any) -> dict[str, Any]:
-            return {n: _narrow(now.get(n, v), dtype) for n, v in self.hyper.items()} | {"t": count.astype(dtype)}
-
-        calls = {
-            i: self._arguments(g, p, [r[i] for r in rested], own, narrowed, count) | self._leaf_key(count, names[i])
-            for i, (g, p, own) in enumerate(zip(grads, ps, overrides, strict=True))
-            if not own.get("frozen")
-        }
-
-        scalar = next(iter(state.hyper.values())).dtype
-        for name, made in self._trees({**extra, **now}, updates, params, count, scalar).items():
-            for i, call in calls.items():
-                call[name] = wide(made[i], call["dtype"])
-        shared = self._shared({**extra, **now}, calls, state, count, scalar)
-        new_slots = [[None] * len(grads) for _ in self.slots]
-        lost = treedef.flatten_up_to(state.slots[LOST]) if LOST in state.slots else [None] * len(grads)
-        out: list[Any] = [g if p is None else p for g, p in zip(grads, ps, strict=True)]
-        out = [x if i in calls else jnp.zeros_like(x) for i, x in enumerate(out)]
-        for i, call in calls.items():
-            delta, slots = self._step(call, {**extra, **shared})
-            if self._rounds(out[i]):
-                out[i], lost[i] = self._rounded(ps[i], delta, lost[i], keys(i, len(self.slots)))
-            else:
-                out[i] = delta.astype(out[i].dtype)
-            for j, (slot, held) in enumerate(zip(self.slots, (r[i] for r in rested), strict=True)):
-                if held is not None:
-                    packed = self._pack(slot, slots[slot], overrides[i], keys(i, j))
-                    new_slots[j][i] = jax.tree.map(lambda new, old: new.astype(old.dtype), packed, held)
-
-        kept = {name: jnp.asarray(shared[name], state.shared[name].dtype) for name in self.spec.kept}
+    def _update(
+        self, updates: Any, state: State, params: Any, extra: Mapping[str, Any], given: Any
+    ) -> tuple[Any, State]:
+        treedef, count = jax.tree.structure(updates), jnp.asarray(optax.safe_increment(state.count))
+        everywhere, by_group = given
+        now = self._hyper(state, everywhere)
+        scalar = now["learning_rate"].dtype
+        outside = {**extra, **everywhere, **now, "t": count.astype(scalar)}
+        parts = self._parts(updates, state, params, outside, by_group, count)
+        moving = [part for part in parts if part.settings is not None]
+        shared = self._shared(moving, state, outside, scalar)
+        out, slots = [], {name: [] for name in state.slots}
+        for part in parts:
+            update, kept = self._stepped(part, {**state.shared, **shared})
+            out.append(update)
+            for name, held in slots.items():
+                held.append(kept.get(name))
+        kept = {name: jnp.asarray(shared[name], state.shared[name].dtype) for name in self.rule.kept}
         if self.norms:
-            norms = {"gradient_norm": global_norm(grads), "update_norm": global_norm(out)}
+            norms = {"gradient_norm": global_norm([part.g for part in parts]), "update_norm": global_norm(out)}
             kept |= {name: norm.astype(scalar) for name, norm in norms.items()}
         pins = {name: pin for name, pin in state.hyper.items() if name.startswith(PIN)}
-        slots = {s: treedef.unflatten(new) for s, new in zip(self.slots, new_slots, strict=True)}
-        if LOST in state.slots:
-            slots[LOST] = treedef.unflatten(lost)
-        return treedef.unflatten(out), State(count, {**now, **pins}, slots, kept)
+        trees = {name: treedef.unflatten(held) for name, held in slots.items()}
+        return treedef.unflatten(out), State(count, {**now, **pins}, trees, kept, state.roles)
 
-    def _leaf_key(self, count: jax.Array, name: str) -> dict[str, jax.Array]:
-        """A key of this step and leaf, the same on every replica, for a rule that asks for it. It goes by the
-        leaf's name, which a partition of the tree leaves as it is."""
-        if "leaf_key" not in self.spec.context:
-            return {}
-        step_key = jax.random.fold_in(jax.random.key(self.hyper["key"]), count)
-        return {"leaf_key": jax.random.fold_in(step_key, zlib.crc32(name.encode()))}
-
-    def _arguments(self, g, p, rested, own, now, count) -> dict[str, Any]:
-        """Everything that the functions of a rule may ask for at one leaf, by name."""
-        slots = {s: self._unpack(s, r, own) for s, r in zip(self.slots, rested, strict=True)}
-        # Compute in the dtype that the state is kept in, whatever the gradient's.
-        kept = [p] if p is not None else jax.tree.leaves(slots) or [g]
-        real = widest(x.dtype for x in kept)
-        dtype = jnp.dtype(f"complex{real.itemsize * 16}") if jnp.iscomplexobj(g) else real
-        hyper = dict(now(real))
-        for name, value in own.items():
-            if name in hyper:
-                hyper[name] = _narrow(value(count - 1) if callable(value) else value, real)
-        if "lr_mult" in own:
-            hyper["learning_rate"] = hyper["learning_rate"] * own["lr_mult"]
-        return {
-            **hyper,
-            **{s: None for s in self.spec.slots},
-            **slots,
-            "g": wide(g, dtype),
-            "p": None if p is None else wide(p),
-            "dtype": real,
+    def _parts(
+        self, updates: Any, state: State, params: Any, outside: Mapping[str, Any], by_group: Any, count: jax.Array
+    ) -> list[_Part]:
+        """Every leaf with what its step needs."""
+        grads, treedef = jax.tree.flatten(updates)
+        ps = [None] * len(grads) if params is None else jax.tree.leaves(params)
+        own = self._own(updates if params is None else params)
+        names = leaf_names(updates)
+        trees = self._trees(outside, updates, params)
+        scalars = {name: value for name, value in outside.items() if not callable(value)}
+        hyper = {
+            id(group): {name: x for name, x in {**scalars, **values}.items() if not group.overrides(name)}
+            for group, values in zip(dict.fromkeys(own), by_group, strict=True)
         }
+        rested = {slot: treedef.flatten_up_to(held) for slot, held in state.slots.items()}
+        lost = rested.pop(LOST, None)
+        keys, stored = self._keys(count, len(grads)), self._drawing()
+        parts = []
+        for i, (g, p, group) in enumerate(zip(grads, ps, own, strict=True)):
+            asked = hyper[id(group)]
+            if "leaf_key" in self.rule.context:
+                asked = {**asked, "leaf_key": self._leaf_key(count, names[i], outside)}
+            if trees:
+                asked = {**asked, **{name: made[i] for name, made in trees.items()}}
+            parts.append(
+                _Part(
+                    names[i],
+                    group.settings,
+                    g,
+                    p,
+                    {slot: held[i] for slot, held in rested.items()},
+                    asked,
+                    None if lost is None else lost[i],
+                    {slot: keys(i, j) for slot, j in stored.items()},
+                )
+            )
+        return parts
 
-    def _trees(self, outside, updates, params, count, scalar) -> dict[str, list[Any]]:
-        """What the rule makes of the tree as a whole for each leaf, such as a diagonal of the Hessian."""
-        if self.spec.trees is None or not jax.tree.leaves(params):
-            return {}
-        hyper = {name: outside.get(name, value) for name, value in self.hyper.items()}
-        available = {**hyper, **outside, "params": params, "updates": updates, "t": count.astype(scalar)}
-        self._check_given(parameter_names(self.spec.trees), available)
-        made = by_name(self.spec.trees, available)
-        return {name: jax.tree.structure(params).flatten_up_to(tree) for name, tree in made.items()}
+    def _stepped(self, part: _Part, shared: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The update of one leaf and its new slots."""
+        if part.settings is None:
+            return jnp.zeros_like(part.g if part.p is None else part.p), part.rested
+        hyper = {**part.hyper, **shared}
+        self._check_given(self.rule.context, {*hyper, *self.constants, *part.settings.known, "p"})
+        try:
+            update, slots, lost = step_leaf(part.settings, part.g, part.p, part.rested, hyper, part.lost, part.keys)
+        except ShapeError as error:
+            raise part.refused(error) from None
+        return update, slots if part.lost is None else {**slots, LOST: lost}
 
-    def _shared(self, outside, calls, state, count, scalar) -> dict[str, jax.Array]:
+    def _shared(self, moving: list[_Part], state: State, outside: Mapping[str, Any], scalar: Any) -> dict[str, Any]:
         """Map, reduce, map: sums over the tree, then scalars made of them, once a step."""
-        if not calls:  # nothing to sum: an empty tree, or all of it frozen
-            return {name: state.shared[name] for name in self.spec.kept}
+        if not moving:  # nothing to sum: an empty tree, or all of it frozen
+            return {name: state.shared[name] for name in self.rule.kept}
         totals: dict[str, Any] = {}
-        if self.spec.sums is not None:
-            for call in calls.values():
-                scalars = {n: _narrow(v, call["dtype"]) for n, v in {**outside, **state.shared}.items()}
-                for name, value in by_name(self.spec.sums, {**scalars, **call}).items():
+        if self.rule.sums is not None:
+            for part in moving:
+                assert part.settings is not None
+                try:
+                    terms = sum_leaf(part.settings, part.g, part.p, part.rested, {**part.hyper, **state.shared})
+                except ShapeError as error:
+                    raise part.refused(error) from None
+                for name, value in terms.items():
                     totals[name] = totals.get(name, jnp.zeros((), scalar)) + value.astype(scalar)
-        if self.spec.shared is None:
+        if self.rule.shared is None:
             return totals
-        hyper = {name: outside.get(name, value) for name, value in self.hyper.items()}
-        available = {**hyper, **outside, **totals, **state.shared, "t": count.astype(scalar)}
-        self._check_given(parameter_names(self.spec.shared), available)
-        return totals | by_name(self.spec.shared, available)
+        available = {**self.constants, **outside, **totals, **state.shared, **self.rule.fixed}
+        self._check_given(parameter_names(self.rule.shared), available)
+        made = by_name(self.rule.shared, available)
+        for name in made:
+            if name in self.rule.hypers:
+                raise TypeError(f"rule {self.rule.name}: shared returns {name!r}, which is a hyperparameter")
+        return totals | made
 
-    def _check_given(self, names: Iterable[str], available: Mapping[str, Any]) -> None:
+    def _trees(self, outside: Mapping[str, Any], updates: Any, params: Any) -> dict[str, list[Any]]:
+        """What the rule makes of the tree as a whole for each leaf, such as a diagonal of the Hessian."""
+        if self.rule.trees is None or not jax.tree.leaves(params):
+            return {}
+        available = {**self.constants, **outside, "params": params, "updates": updates}
+        self._check_given(parameter_names(self.rule.trees), available)
+        made = by_name(self.rule.trees, available)
+        return {name: [wide(x) for x in jax.tree.structure(params).flatten_up_to(tree)] for name, tree in made.items()}
+
+    def _check_given(self, names: Iterable[str], available: Iterable[str]) -> None:
         for name in names:
             if name not in available:
-                raise ValueError(f"{name}: {self.spec.name} needs it: tx.update(grads, state, params, {name}=...)")
+                raise ValueError(f"{name}: {self.rule.name} needs it: tx.update(grads, state, params, {name}=...)")
 
-    def _step(self, call: dict[str, Any], tree_wide: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The rule on one leaf: ``(delta, slots by name)``."""
-        spec = self.spec
-        available = {**{k: _narrow(v, call["dtype"]) for k, v in tree_wide.items()}, **call}
-        self._check_given(spec.context, available)
-        delta, slots = spec.step(call["g"], [call[s] for s in spec.slots], available)
-        return delta, dict(zip(spec.slots, slots, strict=True))
+    def _leaf_key(self, count: jax.Array, name: str, outside: Mapping[str, Any]) -> jax.Array:
+        """A key of this step and leaf, the same on every replica, for a rule that asks for it. It goes by the
+        leaf's name, which a partition of the tree leaves as it is."""
+        seed = self.constants["key"] if "key" in self.constants else outside["key"]
+        step_key = jax.random.fold_in(jax.random.key(seed), count)
+        return jax.random.fold_in(step_key, zlib.crc32(name.encode()))
 
 
-def describe(tx: optax.GradientTransformation, params: Any) -> str:
-    """What each parameter gets, as a table: ``print(describe(tx, params))``.
+# -- which lifts a transformation holds -------------------------------------------------------------
 
-    Columns: the leaf's name, shape and dtype; how its learning rate is multiplied; its weight decay;
-    what its groups override; its state in bytes. ``params`` may be shapes (`jax.ShapeDtypeStruct`).
+_Seen = list[tuple["Lift", Any]]
+_seen: contextvars.ContextVar[_Seen | None] = contextvars.ContextVar("seen", default=None)
 
-    Raises:
-      TypeError: ``tx`` is not made by a jaxsgd rule (describe the parts of a chain one by one).
+
+def watched(tx: optax.GradientTransformation, params: Any) -> tuple[_Seen, Any]:
+    """Every lift inside a transformation with the shapes it is given, and the shapes of the state.
+
+    ``tx.init`` runs on shapes, and each lift in it reports itself: in chains, partitions and wrappers alike.
     """
-    lift = getattr(tx.update, "__self__", None)
-    if not isinstance(lift, Lift):
-        raise TypeError("tx: not made by a jaxsgd rule; describe the parts of a chain one by one")
-    state = jax.eval_shape(lift.init, params)
-    treedef = jax.tree.structure(params)
-    held = [treedef.flatten_up_to(state.slots[slot]) for slot in lift.slots]
-    rows = [("parameter", "shape", "dtype", "learning rate", "weight decay", "overrides", "state bytes")]
-    total = 0
-    leaves = jax.tree.leaves(params)
-    for i, (name, p, s) in enumerate(zip(leaf_names(params), leaves, lift.overrides(params), strict=True)):
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([h[i] for h in held]))
-        total += size
-        rate = "frozen" if s.get("frozen") else _show({**lift.hyper, **s}["learning_rate"])
-        if "lr_mult" in s and not s.get("frozen"):
-            rate += f" x {s['lr_mult']:g}"
-        decay = "-" if s.get("frozen") else _show({**lift.hyper, **s}["weight_decay"])
-        columns = ("learning_rate", "weight_decay", "lr_mult", "frozen")
-        overrides = ", ".join(f"{k}={_show(v)}" for k, v in s.items() if k not in columns)
-        rows.append((name, str(jnp.shape(p)), jnp.result_type(p).name, rate, decay, overrides, f"{size:,}"))
-    rows.append((f"total of {len(leaves)} parameters", "", "", "", "", "", f"{total:,}"))
-    return Text(aligned(rows))
+    seen: _Seen = []
+    token = _seen.set(seen)
+    try:
+        state = jax.eval_shape(lambda params: tx.init(params), params)  # a new function: JAX keeps traces by function
+    finally:
+        _seen.reset(token)
+    return seen, state
 
 
-def _show(value: Any) -> str:
-    return f"{value:g}" if is_constant(value) else getattr(value, "__name__", str(value))
+def lifts_in(tx: optax.GradientTransformation, params: Any) -> list[Lift]:
+    """The rules of jaxsgd inside any transformation, with their hyperparameters bound, in the order of their state."""
+    return list(dict.fromkeys(lift for lift, _ in watched(tx, params)[0]))
+
+
+def _real(value: Any) -> bool:
+    return is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _is_float0(g: Any) -> bool:
+    return getattr(g, "dtype", None) == jax.dtypes.float0
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A setting in a line: numbers in six digits, functions by their name."""
+    if is_constant(value):
+        return f"{value:g}"
+    if is_array(value):
+        return f"array{value.shape}"
+    return repr(value) if isinstance(value, str) or not hasattr(value, "__name__") else value.__name__

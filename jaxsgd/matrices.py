@@ -1,10 +1,12 @@
-r"""Matrices in, matrices out: what rules on whole matrices are made of.
+r"""Matrices in, matrices out: the parts of rules on whole matrices.
 
-Floor 0. Every function works on the last two axes and is batched over all before them.
+Every function works on the last two axes and is batched over all before them. No decomposition sees a matrix that is
+not finite, for `jnp.linalg.svd` on CPU may never return from one; its results are NaN instead.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import sq
 
@@ -27,11 +30,18 @@ __all__ = [
     "completed",
     "eigenbasis",
     "frobenius",
+    "gathered",
     "inverse_root",
+    "known",
+    "matrix_shape",
     "newton_schulz",
+    "on_finite",
+    "orthonormal",
+    "partitioned",
     "reordered_basis",
     "rotated",
     "rotated_back",
+    "singular_vectors",
     "table_of",
 ]
 
@@ -86,7 +96,7 @@ def table_of(coefficients: str | Sequence[Any]) -> tuple[tuple[Triple, ...], boo
     A single triple, and the Polar Express, serve any number of steps; any other table is all of its steps.
 
     Raises:
-      ValueError: an unknown preset, or something else than triples of numbers.
+      ValueError: an unknown preset, or anything but triples of numbers.
     """
     if isinstance(coefficients, str):
         if coefficients not in PRESETS:
@@ -108,7 +118,44 @@ def adjoint(x: jax.Array) -> jax.Array:
 def frobenius(x: jax.Array) -> jax.Array:
     """The Frobenius norm, with shape ``(..., 1, 1)``; its derivative at zero is zero."""
     total = jnp.sum(sq(x), axis=(-2, -1), keepdims=True)
-    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+    return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+
+
+# -- decompositions ------------------------------------------------------------------------------
+
+
+def on_finite(decompose: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """``decompose(x)``, where ``decompose`` sees zeros in place of each matrix that is not finite; the result there is
+    NaN."""
+    whole = jnp.all(jnp.isfinite(x + x), axis=(-2, -1))  # eigh adds a matrix to its transpose
+
+    def honest(y: jax.Array) -> jax.Array:
+        return jnp.where(whole.reshape(whole.shape + (1,) * (y.ndim - whole.ndim)), y, jnp.nan)
+
+    return jax.tree.map(honest, decompose(jnp.where(whole[..., None, None], x, 0)))
+
+
+def eigenvectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of a Hermitian matrix, the smallest first, and eigenvectors in columns."""
+    return on_finite(jnp.linalg.eigh, x)
+
+
+def singular_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The reduced singular value decomposition $U, s, V^*$."""
+    return on_finite(functools.partial(jnp.linalg.svd, full_matrices=False), x)
+
+
+def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The reduced QR decomposition."""
+    return on_finite(jnp.linalg.qr, x)
+
+
+def spectral(x: jax.Array) -> jax.Array:
+    """The largest singular value, with shape ``(..., 1, 1)``."""
+    return on_finite(functools.partial(jnp.linalg.norm, ord=2, axis=(-2, -1), keepdims=True), x)
+
+
+# -- Newton-Schulz -------------------------------------------------------------------------------
 
 
 def _prescaled(x: jax.Array, kind: str, eps: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -116,7 +163,7 @@ def _prescaled(x: jax.Array, kind: str, eps: Any) -> tuple[jax.Array, jax.Array 
     if kind == "frobenius":
         return x / (frobenius(x) + eps), None
     if kind == "spectral":
-        return x / (jnp.linalg.norm(x, ord=2, axis=(-2, -1), keepdims=True) + eps), None
+        return x / (spectral(x) + eps), None
     gram = x @ adjoint(x)  # squares: eps bounds their root, so that small gradients are scaled like large ones
     if kind == "aol":  # almost orthogonal layers: Gershgorin's bound, row by row
         scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(gram), axis=-1, keepdims=True), eps * eps))
@@ -152,7 +199,10 @@ def newton_schulz(
 
     if isinstance(steps, jax.Array):
         rows = jnp.asarray(table, x.dtype)
-        body = lambda i, x: step(x, x @ adjoint(x), rows[jnp.minimum(i, len(table) - 1)])  # noqa: E731
+
+        def body(i: jax.Array, x: jax.Array) -> jax.Array:
+            return step(x, x @ adjoint(x), rows[jnp.minimum(i, len(table) - 1)])
+
         x = jax.lax.fori_loop(0, steps.astype(jnp.int32), body, x)
     else:
         for i in range(int(steps)):
@@ -163,13 +213,13 @@ def newton_schulz(
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """How to orthogonalise: `newton_schulz` with its settings, and where.
+    """How to orthogonalise: `newton_schulz` with its settings and its place.
 
     Attributes:
       table, whole: see `table_of`; the number of steps counts unless the table is whole.
       preconditioning: see `newton_schulz`.
-      mesh: if given, the steps run without communication: matrices of a stack that divides among all devices are
-        computed each on a device of its own, any other matrix is gathered once and computed on each.
+      mesh: if given, the steps run without communication: the matrices of a stack that divides among all devices are
+        computed each on one device, any other matrix is gathered once and computed on each.
     """
 
     table: Sequence[Triple] = JORDAN
@@ -182,13 +232,70 @@ class NewtonSchulz:
         if self.mesh is not None:
             owned = x.ndim > 2 and x.shape[0] % self.mesh.size == 0
             spec = PartitionSpec(self.mesh.axis_names) if owned else PartitionSpec()
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+            explicit = AxisType.Explicit in self.mesh.axis_types  # then `partitioned` has set the mesh
+            x = jax.lax.with_sharding_constraint(x, spec if explicit else NamedSharding(self.mesh, spec))
         steps = len(self.table) if self.whole else steps
         return newton_schulz(x, self.table, steps, eps=eps, preconditioning=self.preconditioning)
 
 
 USUAL = NewtonSchulz()
 """Jordan's quintic, from the Frobenius norm."""
+
+
+def known(name: str, value: Any) -> Any:
+    """``value``, a hyperparameter that decides the shape of the state.
+
+    Raises:
+      TypeError: it is not known while tracing.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} decides the shape of the state: a number known while tracing is needed. Under "
+            "optax.inject_hyperparams use static_args for it"
+        )
+    return value
+
+
+# -- where a matrix is ---------------------------------------------------------------------------
+
+
+def partitioned(fn: Callable) -> Callable:
+    """``fn(g, *slots, **rest)``, a rule on whole matrices, with explicit mesh axes left to the compiler.
+
+    The types of sharded matrices alone do not decide how a product or a decomposition is sharded. Each result is
+    sharded like its argument: the first like ``g``, the others like their slots.
+    """
+
+    @functools.wraps(fn)
+    def on_mesh(*arrays: Any, **rest: Any) -> Any:
+        given = {name: x for name, x in rest.items() if isinstance(x, jax.Array)}
+        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves((arrays, given))]
+        mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+        if mesh is None:
+            return fn(*arrays, **rest)
+        out = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), arrays)
+
+        def inside(arrays: Any, given: Any) -> Any:
+            return fn(*arrays, **{**rest, **given})
+
+        on_compiler: Any = jax.sharding.auto_axes(inside, axes=mesh.explicit_axes, out_sharding=out)
+        return on_compiler(arrays, given)
+
+    return on_mesh
+
+
+def gathered(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """``x`` whole on every device if its mesh axes are explicit, else as it is, and the way back."""
+    there = jax.typeof(x).sharding
+    if AxisType.Explicit not in there.mesh.axis_types:
+        return x, lambda whole: whole
+    return jax.sharding.reshard(x, NamedSharding(there.mesh, PartitionSpec())), lambda w: jax.sharding.reshard(w, there)
+
+
+def matrix_shape(shape: tuple[int, ...], rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an array with the axes ``rows`` and ``columns`` flattened into its last two."""
+    batch = [size for axis, size in enumerate(shape) if axis not in rows + columns]
+    return *batch, *(math.prod(shape[axis] for axis in axes) for axes in (rows, columns))
 
 
 def as_matrices(
@@ -200,10 +307,12 @@ def as_matrices(
     if order == tuple(range(x.ndim)) and len(rows) == len(columns) == 1:
         return x, lambda matrices: matrices
     there = [x.shape[axis] for axis in order]
-    flat = [x.shape[axis] for axis in batch]
-    flat += [math.prod(x.shape[axis] for axis in axes) for axes in (rows, columns)]
     back = sorted(range(x.ndim), key=order.__getitem__)
-    return x.transpose(order).reshape(flat), lambda matrices: matrices.reshape(there).transpose(back)
+    flat = x.transpose(order).reshape(matrix_shape(x.shape, rows, columns))
+    return flat, lambda matrices: matrices.reshape(there).transpose(back)
+
+
+# -- bases ---------------------------------------------------------------------------------------
 
 
 def completed(vectors: jax.Array, null: jax.Array) -> jax.Array:
@@ -221,16 +330,16 @@ def completed(vectors: jax.Array, null: jax.Array) -> jax.Array:
 def eigenbasis(x: jax.Array) -> jax.Array:
     """Eigenvectors of a positive semidefinite matrix in columns, those of the largest eigenvalues first.
 
-    The eigenvectors of the eigenvalue 0, which a solver picks by its rounding, are here the same on every
-    machine: cosines, made orthogonal to the others and to each other. The basis of a zero matrix is the identity.
+    The eigenvectors of the eigenvalue 0, which a solver picks by its rounding, are here the same on every machine:
+    cosines, made orthogonal to the others and to each other. The basis of a zero matrix is the identity.
     """
     n, real = x.shape[-1], jnp.finfo(x.dtype).dtype
-    values, vectors = jnp.linalg.eigh(x)
+    values, vectors = eigenvectors(x)
     values, vectors = jnp.flip(values, -1), jnp.flip(vectors, -1)
     largest = values[..., :1]
     null = jnp.expand_dims(values <= 8 * n * float(jnp.finfo(real).eps) * largest, -2)
-    basis = jnp.linalg.qr(completed(vectors, null))[0]
-    return jnp.where(jnp.expand_dims(largest, -1) > 0, basis, jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), x.shape))
+    basis = orthonormal(completed(vectors, null))[0]
+    return jnp.where(jnp.expand_dims(largest, -1) <= 0, jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), x.shape), basis)
 
 
 def reordered_basis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,21 +351,21 @@ def reordered_basis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Arra
     image = x @ basis
     order = jnp.argsort(-jnp.real(jnp.sum(basis.conj() * image, axis=-2)), axis=-1)
     index = jnp.broadcast_to(jnp.expand_dims(order, -2), image.shape)
-    return order, jnp.linalg.qr(jnp.take_along_axis(image, index, axis=-1))[0]
+    return order, orthonormal(jnp.take_along_axis(image, index, axis=-1))[0]
 
 
 def rotated(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
     """$Q_L^* X Q_R$, with zeros where only rounding is left; a side without a basis stays as it is.
 
-    What divides by the size of a coordinate's history would make full steps of that rounding wherever a
-    gradient is of low rank.
+    Wherever a gradient is of low rank, a rule that divides by the size of a coordinate's history would make full steps
+    of that rounding.
     """
     if left is None and right is None:
         return x
     y = x if left is None else adjoint(left) @ x
     y = y if right is None else y @ right
     rounding = 64 * float(jnp.finfo(x.dtype).eps) / math.sqrt(max(x.shape[-2:])) * frobenius(x)
-    return jnp.where(jnp.abs(y) > rounding, y, 0)
+    return jnp.where((jnp.abs(y) <= rounding) & (rounding < jnp.inf), 0, y)
 
 
 def rotated_back(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
@@ -266,7 +375,7 @@ def rotated_back(x: jax.Array, left: jax.Array | None, right: jax.Array | None) 
 
 
 def inverse_root(x: jax.Array, order: int, floor: Any) -> jax.Array:
-    """``x**(-1 / order)`` of a positive definite matrix whose eigenvalues are known to be ``floor`` or more."""
-    values, vectors = jnp.linalg.eigh(x)
+    """``x**(-1 / order)`` of a positive definite matrix whose eigenvalues are ``floor`` or more."""
+    values, vectors = eigenvectors(x)
     powers = jnp.maximum(values, floor) ** (-1 / order)
     return (vectors * jnp.expand_dims(powers, -2).astype(x.dtype)) @ adjoint(vectors)

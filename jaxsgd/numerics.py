@@ -1,21 +1,21 @@
-"""Array in, array out: the few formulas that every rule is made of.
-
-Floor 0: nothing here knows of trees, state or hyperparameters' origin.
-"""
+"""Array in, array out: the few formulas that every rule is made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
     "compensated",
+    "conjugated",
     "debias",
+    "differentiable",
     "ema",
     "filled",
     "global_norm",
@@ -24,6 +24,7 @@ __all__ = [
     "real_zeros",
     "sq",
     "stochastic_round",
+    "strong",
     "wide",
     "wide_dtype",
     "widest",
@@ -101,11 +102,52 @@ def filled(decay: Any, t: Any) -> jax.Array:
     return -jnp.expm1(t * log_decay)
 
 
+def conjugated(grads: Any) -> Any:
+    """``grads`` with its complex leaves conjugated: the direction of steepest ascent.
+
+    `jax.grad` of a real loss gives the conjugate of that direction for a complex parameter.
+    """
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
+
+
+def differentiable(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
+    """The leaves of ``tree`` that have a gradient, and the way back to a tree.
+
+    Returns:
+      ``(leaves, whole)``: the floating and complex leaves in flattening order, and ``whole(values, fill)``, a tree like
+      ``tree`` with ``values`` in their places. ``fill(leaf)`` makes what stands in for each other leaf, by default the
+      leaf itself.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    moves = [bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact)) for x in leaves]
+
+    def whole(values: Iterable[Any], fill: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+        given = iter(values)
+        return treedef.unflatten(next(given) if move else fill(x) for x, move in zip(leaves, moves, strict=True))
+
+    return [x for x, move in zip(leaves, moves, strict=True) if move], whole
+
+
+def strong(x: Any) -> Any:
+    """A number or a weakly typed array as an array of its own dtype; anything else as it is.
+
+    A parameter that starts weakly typed comes back strongly typed from its first step, which compiles the step twice.
+    """
+    weak = isinstance(x, jax.Array) and not is_key(x) and jax.typeof(x).weak_type
+    if weak or isinstance(x, bool | int | float | complex | np.generic):
+        return jnp.asarray(x, jnp.result_type(x))
+    return x
+
+
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all leaves together, accumulated in at least float32 (0 if empty)."""
-    leaves = jax.tree.leaves(tree)
+    """The Euclidean norm of all leaves together, accumulated in at least float32 (0 if empty).
+
+    Leaves of the dtype float0, which are the gradients of integers, count nothing.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if getattr(x, "dtype", None) != jax.dtypes.float0]
     dtype = widest(jnp.result_type(x) for x in leaves)
-    return jnp.sqrt(sum((jnp.sum(sq(wide(x))).astype(dtype) for x in leaves), jnp.zeros((), dtype)))
+    numbers = [x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else jnp.asarray(x, dtype) for x in leaves]
+    return jnp.sqrt(sum((jnp.sum(sq(wide(x))).astype(dtype) for x in numbers), jnp.zeros((), dtype)))
 
 
 def stochastic_round(x: jax.Array, dtype: DTypeLike, bits: jax.Array) -> jax.Array:

@@ -1,27 +1,51 @@
 """Names of leaves, groups of leaves by name, and tables of them.
 
-Floor 0. A leaf's name is its path joined by ``/``: ``"encoder/layer_0/kernel"``.
+A leaf's name is its path joined by ``/``: ``"encoder/layer_0/kernel"``.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
-    "Groups", "Text", "aligned", "leaf_names", "named_leaves", "nearest", "owners", "resolve_groups", "same_structure",
-]  # fmt: skip
+    "Groups",
+    "Text",
+    "aligned",
+    "check_optimizer",
+    "check_params",
+    "find_nodes",
+    "is_function",
+    "leaf_names",
+    "leaf_paths",
+    "named_leaves",
+    "nearest",
+    "owners",
+    "resolve_groups",
+    "same_structure",
+]
 
 T = TypeVar("T")
+
+Path = tuple[str, ...]
+"""The names along the path to a node."""
 
 Groups = Sequence[tuple[str | Callable[[str, Any], bool], Mapping[str, Any]]]
 """``[(pattern, overrides), ...]``: ``pattern`` is a regular expression searched in the leaf's name,
 or a function ``(name, leaf) -> bool``; later matches win, setting by setting."""
+
+BOXES = {"flax.nnx": "Variable", "flax.core.meta": "AxisMetadata"}
+"""Modules and their types that hold an array as ``value``. The array has the same name outside of its box."""
+
+
+# -- names -----------------------------------------------------------------------------------------
 
 
 def _key_name(key: Any) -> str:
@@ -31,57 +55,184 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def name_parts(path: Sequence[Any]) -> tuple[str, ...]:
-    """The names along one tree path. The ``value`` that an `nnx.Variable` puts at the end is left out,
-    so that a leaf has one name whether it is wrapped (``init``) or bare (``update``)."""
-    keys = list(path)
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys.pop()
-    return tuple(_key_name(key) for key in keys)
+def _is_value(key: Any) -> bool:
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+
+
+Keyed = list[tuple[tuple[Any, ...], Any]]
+
+
+def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
+    """The leaves of ``tree`` with the names along their paths, in flattening order."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    if any(_is_value(key) for path, _ in flat for key in path):
+        # A path does not tell a box from a node that happens to have a field "value": the nodes have to be seen.
+        found = [getattr(sys.modules.get(module), name, None) for module, name in BOXES.items()]
+        boxes = tuple(box for box in found if box is not None)
+        flat = _unboxed(tree, flat, boxes, is_leaf) if boxes else flat
+    return [(tuple(map(_key_name, path)), leaf) for path, leaf in flat]
+
+
+def _unboxed(tree: Any, flat: Keyed, boxes: tuple[type, ...], is_leaf: Callable[[Any], bool] | None) -> Keyed:
+    """``flat``, the leaves of ``tree`` with their keys, without the keys that lead into a box."""
+    seen: set[int] = set()
+
+    def stop(node: Any) -> bool:
+        if is_leaf is not None and is_leaf(node):
+            return True
+        if node is not tree and isinstance(node, boxes):
+            seen.add(id(node))
+        return id(node) in seen
+
+    root = isinstance(tree, boxes) and not (is_leaf is not None and is_leaf(tree))
+    out: Keyed = []
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
+        depth, inner = len(path), [((), node)]
+        if id(node) in seen:
+            count = len(jax.tree.leaves(node, is_leaf=is_leaf))
+            inner = [(keys[depth:], leaf) for keys, leaf in flat[len(out) : len(out) + count]]
+            if any(_is_value(key) for keys, _ in inner for key in keys[1:]):
+                inner = _unboxed(node, inner, boxes, is_leaf)
+            else:
+                inner = [(keys[_is_value(keys[0]) :], leaf) for keys, leaf in inner]
+        path = path[root and depth > 0 and _is_value(path[0]) :]
+        out += [((*path, *keys), leaf) for keys, leaf in inner]
+    return out
+
+
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Path]:
+    """The names along the path to each leaf of ``tree``, in flattening order: ``("encoder", "kernel")``.
+
+    The ``value`` of an `nnx.Variable` and of a linen box is left out, so that a leaf has one name, boxed or bare.
+    """
+    return [path for path, _ in _flatten(tree, is_leaf)]
+
+
+def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """The names of the leaves of ``tree``, in flattening order: `leaf_paths` joined by ``/``."""
+    return ["/".join(path) for path, _ in _flatten(tree, is_leaf)]
+
+
+def find_nodes(tree: Any, kind: type | tuple[type, ...]) -> list[tuple[str, Any]]:
+    """Every node of type ``kind`` in ``tree`` with its name."""
+    flat = _flatten(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [("/".join(path), node) for path, node in flat if isinstance(node, kind)]
+
+
+def named_leaves(tree: Any, what: str) -> dict[str, Any]:
+    """The leaves of ``tree`` by name, in flattening order.
+
+    Args:
+      tree: any pytree.
+      what: the argument that an error names.
+
+    Raises:
+      ValueError: two leaves have the same name.
+    """
+    flat = [("/".join(path), leaf) for path, leaf in _flatten(tree)]
+    out = dict(flat)
+    if len(out) < len(flat):
+        names = [name for name, _ in flat]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what}: two leaves have the name {twice!r}; rename one of them")
+    return out
+
+
+def name_parts(path: Sequence[Any]) -> Path:
+    """The names along one tree path, for those who have no tree: a ``value`` at its end is taken for a box's.
+
+    Use `leaf_paths` or `find_nodes` where the tree is at hand.
+    """
+    keys = path[:-1] if path and _is_value(path[-1]) else path
+    return tuple(map(_key_name, keys))
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """One tree path as text."""
+    """One tree path as text, see `name_parts`."""
     return "/".join(name_parts(path))
 
 
 def owners(state: Any, params: Any, values: Iterable[T]) -> list[T | None]:
-    """For each leaf of an optimizer's state, the one of ``values``, one for each parameter, of its parameter.
+    """For each leaf of an optimizer's state the entry of ``values`` that belongs to the leaf's parameter.
 
-    That is the parameter whose name stands in the leaf's path: of several the longest name counts, then the last place.
-    In the slots of a `jaxsgd.State` the name begins right behind the slot's. None where there is none.
+    A leaf belongs to the parameter whose name its path contains. The longest name wins, then the last place.
+    In the slots of a `jaxsgd.State` the name starts right behind the slot's.
+
+    Args:
+      state: any optimizer state.
+      params: the parameters.
+      values: one entry for each parameter.
+
+    Returns:
+      A list in the order of the state's leaves; None for a leaf that belongs to no parameter.
     """
-    paths = [name_parts(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    known = dict(zip(paths, values, strict=True))
-    return [_owner(name_parts(path), known) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    known = dict(zip(leaf_paths(params), values, strict=True))
+    return [_owner(path, known) for path in leaf_paths(state)]
 
 
-def _owner(parts: tuple[str, ...], known: Mapping[tuple[str, ...], T]) -> T | None:
+def _owner(parts: Path, known: Mapping[Path, T]) -> T | None:
     lengths = range(len(parts), -1, -1)
-    places = [(i, n) for n in lengths for i in range(len(parts) - n, -1, -1)]
+    # The first part is a field of the state or a place in a chain, if more than a name follows it.
+    places = [(i, n) for n in lengths for i in range(len(parts) - n, -1, -1) if i > 0 or n in (0, len(parts))]
     if "slots" in parts[:-1]:
         behind = parts.index("slots") + 2
         places = [(behind, n) for n in lengths if behind + n <= len(parts)] + places
     return next((known[parts[i : i + n]] for i, n in places if parts[i : i + n] in known), None)
 
 
-def leaf_names(tree: Any) -> list[str]:
-    """The names of the leaves of ``tree``, in flattening order."""
-    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+# -- kinds of input --------------------------------------------------------------------------------
 
 
-def named_leaves(tree: Any, what: str) -> dict[str, Any]:
-    """The leaves of ``tree`` by name, in flattening order.
+def check_optimizer(tx: Any) -> None:
+    """Check that ``tx`` is a gradient transformation.
 
     Raises:
-      ValueError: two leaves have the same name; ``what`` says whose.
+      TypeError: it has no ``init`` and ``update``.
     """
-    names, leaves = leaf_names(tree), jax.tree.leaves(tree)
-    out = dict(zip(names, leaves, strict=True))
-    if len(out) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{what}: two leaves have the name {twice!r}, by which they are told apart")
-    return out
+    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
+        return
+    call = "; call it with a learning rate first" if callable(tx) else ""
+    raise TypeError(f"tx={tx!r}: a gradient transformation such as jaxsgd.adamw(1e-3) is needed{call}")
+
+
+def is_function(x: Any) -> bool:
+    """Whether ``x`` is to be called: it is callable and no pytree of arrays that happens to have ``__call__``.
+
+    A model of Equinox, or another registered class with ``__call__``, is a tree of its leaves.
+    """
+    if not callable(x):
+        return False
+    leaves = jax.tree.leaves(x)
+    return isinstance(x, jax.tree_util.Partial) or not leaves or len(leaves) == 1 and leaves[0] is x
+
+
+def check_params(params: Any, what: str = "params") -> None:
+    """Check that every leaf is an array, the shape of one, or a number.
+
+    Args:
+      params: any pytree.
+      what: the argument that the error names.
+
+    Raises:
+      TypeError: names the first leaf that is something else.
+    """
+    for path, leaf in _flatten(params):
+        if isinstance(leaf, bool | int | float | complex):
+            continue
+        dtype = getattr(leaf, "dtype", None) if hasattr(leaf, "shape") else None
+        if dtype is not None and (jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)):
+            continue
+        where = f"{what}: {'/'.join(path)!r}" if path else what
+        if dtype is not None:
+            raise TypeError(f"{where} has the dtype {dtype}; parameters are arrays of numbers")
+        kind = f"the function {getattr(leaf, '__name__', leaf)}" if callable(leaf) else f"a {type(leaf).__name__}"
+        raise TypeError(
+            f"{where} is {kind}; parameters are arrays or numbers. Use a pytree of arrays; of an Equinox model, "
+            "filter it: eqx.filter(model, eqx.is_inexact_array)"
+        )
+
+
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -103,6 +254,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+# -- groups ----------------------------------------------------------------------------------------
+
+
 def resolve_groups(groups: Groups, names: Sequence[str], leaves: Sequence[Any]) -> list[dict]:
     """The overrides of each leaf, merged in the order of ``groups``.
 
@@ -122,6 +276,9 @@ def resolve_groups(groups: Groups, names: Sequence[str], leaves: Sequence[Any]) 
             if hit:
                 setting.update(overrides)
     return settings
+
+
+# -- two trees -------------------------------------------------------------------------------------
 
 
 def same_structure(params: Any, grads: Any) -> None:

@@ -1,7 +1,4 @@
-"""Metrics of many steps, fetched together.
-
-Floor 5.
-"""
+"""Metrics of many steps, fetched together."""
 
 from __future__ import annotations
 

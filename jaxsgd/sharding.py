@@ -1,6 +1,6 @@
-"""Where parameters, state and batches live on a mesh of devices.
+"""Shardings of parameters, optimizer state and batches on a mesh of devices.
 
-Floor 5. Everything here works on shapes and shardings; a step that obeys them is in `jaxsgd.train`.
+Everything here works on shapes and shardings; the step that follows them is in `jaxsgd.train`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import check_divides
-from jaxsgd.numerics import is_key
-from jaxsgd.paths import Text, aligned, leaf_names, named_leaves, nearest, owners
+from jaxsgd.numerics import is_key, strong
+from jaxsgd.paths import (
+    Text,
+    aligned,
+    check_optimizer,
+    check_params,
+    is_function,
+    leaf_names,
+    named_leaves,
+    nearest,
+    owners,
+)
 
 __all__ = ["assert_sharded", "init_sharded", "shard_batch", "state_sharding"]
 
@@ -31,7 +41,7 @@ Specs = Any
 
 
 def check_axes(argument: str, axes: Axes, mesh: Mesh) -> tuple[str, ...]:
-    """``axes`` as a tuple, all of them of ``mesh``, whose axes XLA is to partition by itself.
+    """``axes`` as a tuple, after a check that the mesh has them and that its axes are Auto.
 
     Raises:
       ValueError: one is missing, or the mesh has Explicit or Manual axes.
@@ -69,7 +79,9 @@ def _spec(entries: Sequence[Any]) -> PartitionSpec:
     return PartitionSpec(*kept)
 
 
-def _check_spec(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> None:
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"specs: {name!r} has {spec!r}; a jax.sharding.PartitionSpec or None is needed")
     if len(spec) > len(shape):
         raise ValueError(f"specs: {name!r} has the shape {shape}, {spec} has {len(spec)} entries")
     for i, entry in enumerate(spec):
@@ -82,24 +94,40 @@ def _check_spec(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
 
 
 def param_sharding(params: Any, mesh: Mesh, specs: Specs = None) -> Any:
-    """A `NamedSharding` for each parameter: by ``specs``, else where it lies already, else replicated.
+    """A `NamedSharding` for each parameter: by ``specs``, else its present one on ``mesh``, else replicated.
 
     Raises:
-      ValueError: a spec names an axis that is not there, has too many entries, or does not divide its dimension.
+      ValueError: a spec names an axis that the mesh lacks, has too many entries, or does not divide its dimension;
+        ``specs`` is no prefix of the parameters.
+      TypeError: an entry of ``specs`` is no `PartitionSpec`.
     """
     leaves, treedef = jax.tree.flatten(params)
     names = leaf_names(params)
     if specs is None:
-        given = [_present_spec(leaf, mesh) for leaf in leaves]
-    elif callable(specs):
-        given = [specs(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        chosen = [_present_spec(leaf, mesh) for leaf in leaves]
+    elif is_function(specs):
+        chosen = [specs(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     else:
-        is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
-        given = jax.tree.leaves(jax.tree.broadcast(specs, params, is_leaf=is_spec), is_leaf=is_spec)
-    given: Any = [PartitionSpec() if spec is None else spec for spec in given]
-    for name, leaf, spec in zip(names, leaves, given, strict=True):
+        chosen = _spread(specs, params)
+    chosen = [PartitionSpec() if spec is None else spec for spec in chosen]
+    for name, leaf, spec in zip(names, leaves, chosen, strict=True):
         _check_spec(name, jnp.shape(leaf), spec, mesh)
-    return treedef.unflatten(NamedSharding(mesh, spec) for spec in given)
+    return treedef.unflatten(NamedSharding(mesh, spec) for spec in chosen)
+
+
+def _spread(specs: Any, params: Any) -> list[Any]:
+    """The entry of ``specs``, a tree or a prefix of one, for each parameter."""
+
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, PartitionSpec)
+
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(specs, params, is_leaf=is_spec), is_leaf=is_spec)
+    except ValueError as error:
+        raise ValueError(
+            f"specs: {jax.tree.structure(specs, is_leaf=is_spec)} is no prefix of the parameters, which are "
+            f"{jax.tree.structure(params)}"
+        ) from error
 
 
 def _present_spec(leaf: Any, mesh: Mesh) -> PartitionSpec | None:
@@ -108,10 +136,10 @@ def _present_spec(leaf: Any, mesh: Mesh) -> PartitionSpec | None:
 
 
 def _follow(shape: tuple[int, ...], param: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """The spec of a slot of a parameter: dimensions that it has from the parameter are split alike.
+    """The spec of a parameter's slot: the dimensions that both have are split alike.
 
-    A slot of lower rank, such as a factored moment, has some of the parameter's dimensions in their order;
-    the last one may be shorter, such as the scales of blocks.
+    A slot of lower rank, such as a factored moment, has some of the parameter's dimensions in their order.
+    The last one may be shorter, such as the scales of blocks.
     """
     entries, out, i = _entries(spec, len(param)), [], 0
     for d, size in enumerate(shape):
@@ -142,21 +170,26 @@ def split_further(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, axes:
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
-    """The shape of the part of an array that one device holds; the whole of what has no sharding."""
+    """The shape of the part of an array that one device holds; the whole shape without a sharding."""
     sharding = getattr(x, "sharding", None)
     return tuple(x.shape) if sharding is None else sharding.shard_shape(x.shape)
 
 
 def local_bytes(x: Any) -> int:
     """Bytes of the part of an array that one device holds."""
+    return _bytes(x, local_shape(x))
+
+
+def _bytes(x: Any, shape: tuple[int, ...]) -> int:
+    """Bytes of an array of the dtype of ``x`` and of this shape."""
     if is_key(x):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
-        return math.prod(local_shape(x)) * math.prod(words.shape[x.ndim :]) * words.dtype.itemsize
-    return math.prod(local_shape(x)) * x.dtype.itemsize
+        return math.prod(shape) * math.prod(words.shape[x.ndim :]) * words.dtype.itemsize
+    return -(-math.prod(shape) * jax.dtypes.itemsize_bits(x.dtype) // 8)
 
 
 def _placed(params: Any, mesh: Mesh, specs: Specs) -> Any:
-    """The shapes of ``params`` with the shardings they are to have."""
+    """The shapes of ``params`` with their shardings on ``mesh``."""
     return jax.tree.map(
         lambda p, sharding: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p), sharding=sharding),
         params,
@@ -167,24 +200,27 @@ def _placed(params: Any, mesh: Mesh, specs: Specs) -> Any:
 def state_sharding(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, *, specs: Specs = None, zero1: Axes | None = None
 ) -> Any:
-    """Where the state of ``tx`` should live: a tree of `jax.sharding.NamedSharding` like ``tx.init(params)``.
+    """The sharding of the state of ``tx``: a tree of `jax.sharding.NamedSharding` like ``tx.init(params)``.
 
-    Every slot follows its parameter, packed (`jaxsgd.int8`) and factored ones in the dimensions that they share
-    with it; scalars are replicated. With ``zero1``, ZeRO stage 1 (Rajbhandari et al. 2019, arXiv:1910.02054), a slot
-    is split further over the devices that hold copies of its parameter, on the dimension that is largest on a device
-    and divides by their number. What has no such dimension stays replicated; `assert_sharded` lists it.
+    Every slot follows its parameter. Packed (`jaxsgd.int8`) and factored slots follow it in the dimensions that they
+    share; scalars are replicated. With ``zero1``, ZeRO stage 1 (Rajbhandari et al. 2019, arXiv:1910.02054), a slot is
+    split further over the devices that hold copies of its parameter. It is split on the dimension that is largest on
+    a device and divides by their number. A slot without such a dimension stays replicated; `assert_sharded` lists it.
 
     Args:
       tx: any optax gradient transformation.
-      params: a tree of arrays or shapes.
+      params: a tree of arrays, numbers or shapes.
       mesh: a mesh with Auto axes.
-      specs: how the parameters are split: None (as their ``sharding`` says, else replicated), a tree of
-        `jax.sharding.PartitionSpec` or a prefix of one, or a function ``(name, leaf) -> PartitionSpec``.
-      zero1: the mesh axis, or axes, over which the batch is split and parameters are copied.
+      specs: the sharding of the parameters: a tree of `jax.sharding.PartitionSpec` or a prefix of one, or a function
+        ``(name, leaf) -> PartitionSpec``. Default: the present sharding, else replicated.
+      zero1: the mesh axis, or axes, over which the batch is split and parameters are copied. Default: no ZeRO-1.
 
     Raises:
       ValueError: an axis that the mesh lacks (the nearest are named), a spec that does not fit its parameter.
+      TypeError: a leaf of ``params`` is no array, shape or number; an entry of ``specs`` is no `PartitionSpec`.
     """
+    check_optimizer(tx)
+    check_params(params)
     extra = check_axes("zero1", zero1 or (), mesh)
     placed = _placed(params, mesh, specs)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), placed)
@@ -199,7 +235,7 @@ def state_sharding(
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has alike, on their places; those that lie on several processes are left to XLA."""
+    """Arrays that are the same in every process, moved to ``shardings``. XLA moves those that span processes."""
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -215,18 +251,22 @@ def put(tree: Any, shardings: Any) -> Any:
 def init_sharded(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, *, specs: Specs = None, zero1: Axes | None = None
 ) -> Any:
-    """``tx.init(params)`` made where `state_sharding` says: each device makes its own part, none ever holds the whole.
+    """``tx.init(params)`` with the shardings of `state_sharding`: each device makes its own part only.
+
+    Args:
+      tx, params, mesh, specs, zero1: as in `state_sharding`.
 
     Raises:
-      ValueError: as in `state_sharding`.
+      ValueError, TypeError: as in `state_sharding`.
     """
     where = state_sharding(tx, params, mesh, specs=specs, zero1=zero1)
+    params = jax.tree.map(strong, params)
     params = put(params, param_sharding(params, mesh, specs))
     return jax.jit(tx.init, out_shardings=where)(params)
 
 
 def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
-    """For each parameter, where its slots of the same shape lie; None where it has none."""
+    """For each parameter, the sharding of its first slot of the same shape; None where it has none."""
     shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
     found: list[NamedSharding | None] = [None] * len(shapes)
     leaves = jax.tree.leaves(opt_state)
@@ -237,12 +277,12 @@ def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
 
 
 class ShardingReport(Text):
-    """A table of what lies where.
+    """A table of the leaves of a state with their shardings.
 
     Attributes:
-      bytes_per_device: of the optimizer's state, on the fullest device.
-      bytes_in_all: of the optimizer's state, each element counted once.
-      replicated: names of the leaves that stay whole on every device, scalars left out.
+      bytes_per_device: bytes of the optimizer's state on the fullest device.
+      bytes_in_all: bytes of the optimizer's state, each element counted once.
+      replicated: names of the leaves that stay whole on every device, without scalars.
     """
 
     bytes_per_device: int
@@ -251,18 +291,18 @@ class ShardingReport(Text):
 
 
 def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
-    """What each leaf of a state takes on a device, and a check that it is split as far as it can be.
+    """Check that a state is split as far as possible, and report the bytes of each leaf on a device.
 
     Args:
-      state: an optimizer state, or a `jaxsgd.TrainState` (whose ``opt_state`` is meant): arrays, or shapes with
+      state: an optimizer state, or a `jaxsgd.TrainState`, of which ``opt_state`` is checked: arrays, or shapes with
         shardings.
       zero1: the mesh axes that the state should be split over.
 
     Returns:
-      A `ShardingReport`: a table of the leaves' shapes, specs and bytes with the sums, then what stays replicated.
+      A `ShardingReport`: a table of the leaves' shapes, specs and bytes with the sums, then the replicated leaves.
 
     Raises:
-      AssertionError: a leaf lies on no mesh, or could be split over ``zero1`` and is not (ZeRO-1 as a silent no-op).
+      AssertionError: a leaf is on no mesh, or could be split over ``zero1`` and is not (ZeRO-1 as a silent no-op).
     """
     state = getattr(state, "opt_state", state)
     rows = [("state", "shape", "dtype", "spec", "bytes", "on a device")]
@@ -271,10 +311,10 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             raise AssertionError(
-                f"state: {name!r} lies on no mesh; make it by init_sharded or TrainState.create(mesh=)"
+                f"state: {name!r} is on no mesh. Use init_sharded(...) or TrainState.create(..., mesh=mesh)"
             )
         mesh, spec = sharding.mesh, sharding.spec
-        size, here = math.prod(leaf.shape) * leaf.dtype.itemsize, local_bytes(leaf)
+        size, here = _bytes(leaf, leaf.shape), local_bytes(leaf)
         totals = [totals[0] + size, totals[1] + here]
         axes = check_axes("zero1", zero1 or (), mesh)  # type: ignore[arg-type]
         if split_further(leaf.shape, spec, mesh, axes) != spec:  # type: ignore[arg-type]
@@ -286,7 +326,7 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
     if undone:
         raise AssertionError(
             f"state: {len(undone)} leaves could be split over {zero1!r} and are not: {'; '.join(undone[:8])}"
-            f"{'; ...' if len(undone) > 8 else ''}; make the state by init_sharded(..., zero1={zero1!r})"
+            f"{'; ...' if len(undone) > 8 else ''}. Use init_sharded(..., zero1={zero1!r})"
         )
     rows.append(("in all, scalars too", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}"))
     report = ShardingReport(f"{aligned(rows)}\nwhole on every device: {', '.join(whole) or 'nothing'}")
@@ -299,8 +339,7 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
 
 @functools.lru_cache
 def _parts_here(split: NamedSharding, parts: int) -> int:
-    """How many of so many parts lie on devices of this process, or on all where none is here: of a mesh that is only
-    compiled for."""
+    """The number of parts on devices of this process; on all devices if none is here (a mesh to compile for)."""
     slices = split.devices_indices_map((parts,))
     return len({str(slices[device]) for device in split.addressable_devices or split.device_set})
 
@@ -309,12 +348,12 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
     """A batch on the mesh, split on the first axis of its arrays: ``shard_batch({"x": x, "y": y}, mesh)``.
 
     Args:
-      batch: a tree of arrays: the examples of this process, which are all of them where there is one process.
-        Scalars are replicated; arrays that lie on the mesh already are left as they are. Shapes
+      batch: a tree of arrays: the examples of this process, or the whole batch if there is one process.
+        Scalars are replicated; arrays that are on the mesh already stay as they are. Shapes
         (`jax.ShapeDtypeStruct`, of the whole batch) get the sharding that the arrays would have.
       mesh: a mesh with Auto axes.
-      batch_axes: the mesh axes that the examples are split over.
-      multiple: what the number of examples on one device must be a multiple of.
+      batch_axes: the mesh axes that the examples are split over. Default: ``"data"``.
+      multiple: the number of examples on one device must be a multiple of it. Default: 1.
 
     Raises:
       ValueError: an axis that the mesh lacks; examples that cannot be split evenly (the nearest sizes are named).

@@ -1,20 +1,21 @@
 """The state of a lifted rule: what it is, how to read it, how to set it.
 
-Floor 1. Everything here finds `State` wherever it is: inside `optax.chain`, `partition`,
+Everything here finds `State` wherever it is: inside `optax.chain`, `partition`,
 `MultiSteps`, a Flax `TrainState`, so no caller needs to know how a transformation was built.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.paths import nearest, path_name
+from jaxsgd.paths import find_nodes, nearest
 
-__all__ = ["State", "find_states", "metrics", "with_hyper"]
+__all__ = ["State", "find_states", "metrics", "plain", "with_hyper"]
 
 PIN = "pinned_"
 FOLLOW = -1.0  # no hyperparameter is negative, and unlike NaN it leaves jax_debug_nans usable
@@ -30,22 +31,32 @@ class State(NamedTuple):
         ``pinned_<name>`` is negative until `with_hyper` pins it.
       slots: ``{"mu": tree like params, ...}``; a slot of a frozen leaf is None.
       shared: scalars that belong to the tree as a whole.
+      roles: the slots that `jaxsgd.eval_params` reads, ``{slot: {role: None}}``; structure alone, without leaves.
     """
 
     count: jax.Array
     hyper: dict[str, jax.Array]
     slots: dict[str, Any]
     shared: dict[str, jax.Array]
+    roles: dict[str, dict[str, None]] = {}
 
 
 def _is_state(node: Any) -> bool:
     return isinstance(node, State)
 
 
+def plain(tree: Any) -> Any:
+    """``tree`` with the array in place of each variable of Flax NNX, as in `nnx.Optimizer.opt_state`."""
+    variable = getattr(sys.modules.get("flax.nnx"), "Variable", None)
+    if variable is None:
+        return tree
+    is_variable = lambda node: isinstance(node, variable)  # noqa: E731
+    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)
+
+
 def find_states(tree: Any) -> list[tuple[str, State]]:
-    """Every `State` in ``tree`` with its path."""
-    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0]
-    return [(path_name(path), node) for path, node in found if _is_state(node)]
+    """Every `State` in ``tree`` with its path, with arrays in place of NNX variables."""
+    return [(path, plain(node)) for path, node in find_nodes(tree, State)]
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -85,7 +96,7 @@ def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
       ValueError: no rule in ``state`` has the hyperparameter as a runtime value, or several have it and
         ``at`` does not say which; a value below 0 or NaN; None for one that follows no schedule.
     """
-    found = [(p, s) for p, s in find_states(state) if at is None or re.search(at, p)]
+    found = [(p, s) for p, s in find_nodes(state, State) if at is None or re.search(at, p)]
     for name, value in values.items():
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{name}={value}: a hyperparameter must be 0 or more")
@@ -109,10 +120,12 @@ def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
                 continue
             if value is None and PIN + name not in hyper:
                 raise ValueError(f"{name}=None: it follows no schedule; give it a value")
+            # Mapped, so that the variable of an NNX optimizer stays one.
             if value is not None:
-                hyper[name] = jnp.asarray(value, hyper[name].dtype)
+                hyper[name] = jax.tree.map(lambda old: jnp.asarray(value, old.dtype), hyper[name])  # noqa: B023
             if PIN + name in hyper:
-                hyper[PIN + name] = jnp.asarray(FOLLOW if value is None else value, hyper[name].dtype)
+                pin = FOLLOW if value is None else value
+                hyper[PIN + name] = jax.tree.map(lambda old: jnp.asarray(pin, old.dtype), hyper[PIN + name])  # noqa: B023
         return node._replace(hyper=hyper)
 
     return jax.tree.map(set_values, state, is_leaf=_is_state)

@@ -1,21 +1,22 @@
 """How a slot rests between two steps. Rules never see it: they get and return wide arrays.
 
-Floor 1. A storage is a pair of functions on one array; the lift packs after a step and unpacks
-before the next.
+A storage is any object with ``pack`` and ``unpack``; the lift packs after a step and unpacks before the next.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxsgd.numerics import real_dtype, stochastic_round, wide
 
-__all__ = ["Blocks", "Storage", "cast", "decode", "encode_like", "int8", "plain"]
+__all__ = ["Blocks", "Storage", "accepts", "cast", "decode", "encode_like", "first_packed", "int8", "of_kind", "plain"]
 
 
 class Blocks(NamedTuple):
@@ -24,7 +25,7 @@ class Blocks(NamedTuple):
     Attributes:
       codes: of the array's shape, indices of `dynamic_map`: uint8 where no value is negative, else int8, less 1
         (so that -127 to 128 fit).
-      scale: what each block is a multiple of, its largest magnitude: shape ``(*shape[:-1], blocks)``.
+      scale: the largest magnitude of each block, of which its values are multiples: shape ``(*shape[:-1], blocks)``.
     """
 
     codes: jax.Array
@@ -33,15 +34,19 @@ class Blocks(NamedTuple):
 
 @runtime_checkable
 class Storage(Protocol):
-    """What the lift asks of a storage."""
+    """How one slot is stored: a hashable object, such as a frozen dataclass.
 
-    @property
-    def needs_key(self) -> bool:
-        """Whether `pack` wants a random key."""
-        ...
+    ``pack`` may give any pytree of arrays; ``unpack`` gives the wide array again, of the same shape. A storage may have
+    further attributes:
+
+    - ``needs_key = True``: ``pack`` gets a random key in place of None;
+    - ``accepts(kind) -> bool``: whether a slot of this kind can be stored so (see `jaxsgd.slots`); by default any;
+    - ``of_kind(kind) -> Storage``: the form for slots of this kind; by default itself;
+    - ``zeros(x) -> packed``: the form of an array of zeros like ``x``, where that is cheaper than packing one.
+    """
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
-        """The resting form of one wide array."""
+        """The stored form of one wide array."""
         ...
 
     def unpack(self, packed: Any) -> jax.Array:
@@ -49,17 +54,49 @@ class Storage(Protocol):
         ...
 
 
+def accepts(storage: Storage, kind: str) -> bool:
+    """Whether ``storage`` takes slots of this kind."""
+    ask = getattr(storage, "accepts", None)
+    return True if ask is None else bool(ask(kind))
+
+
+def of_kind(storage: Storage, kind: str) -> Storage:
+    """The form of ``storage`` for slots of this kind."""
+    ask = getattr(storage, "of_kind", None)
+    return storage if ask is None else ask(kind)
+
+
+def needs_key(storage: Storage) -> bool:
+    """Whether ``storage.pack`` wants a random key."""
+    return bool(getattr(storage, "needs_key", False))
+
+
+def first_packed(storage: Storage, x: jax.Array, zero: bool, key: jax.Array | None) -> Any:
+    """The stored form of a slot's first value; ``zero`` says that it is zeros."""
+    written = getattr(storage, "zeros", None)
+    if zero and written is not None and (isinstance(x, Tracer) or len(x.sharding.device_set) == 1):
+        return written(x)
+    # Behind a barrier: XLA would pack constants while compiling, for minutes.
+    return _packed(storage, x, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _packed(storage: Storage, x: jax.Array, key: jax.Array | None) -> Any:
+    return storage.pack(jax.lax.optimization_barrier(x), key)
+
+
 @dataclass(frozen=True)
 class Plain:
     """As computed: at least float32."""
-
-    needs_key = False
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return x
 
     def unpack(self, packed: jax.Array) -> jax.Array:
         return wide(packed)
+
+    def zeros(self, x: jax.Array) -> jax.Array:
+        return x
 
 
 @dataclass(frozen=True)
@@ -72,6 +109,10 @@ class Cast:
     @property
     def needs_key(self) -> bool:
         return self.stochastic
+
+    def accepts(self, kind: str) -> bool:
+        """A second moment needs the exponents of float32: in float16 it underflows at gradients of 1e-4."""
+        return kind != "square" or jnp.finfo(self.dtype).nexp >= 8
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -129,9 +170,23 @@ class Int8:
     def needs_key(self) -> bool:
         return self.stochastic
 
-    def of_squares(self) -> Int8:
-        """The same for what is never negative."""
-        return replace(self, signed=False)
+    def accepts(self, kind: str) -> bool:
+        return kind in ("mean", "square")
+
+    def of_kind(self, kind: str) -> Int8:
+        return replace(self, signed=kind != "square")
+
+    def _packs(self, x: jax.Array) -> bool:
+        # A last axis of 1 would have a scale for each number, which takes more than it saves.
+        small = x.size < max(self.min_size, 1) or x.ndim == 0 or x.shape[-1] == 1
+        return not small and jnp.issubdtype(x.dtype, jnp.floating)
+
+    def zeros(self, x: jax.Array) -> Any:
+        if not self._packs(x):
+            return x
+        blocks = -(-x.shape[-1] // min(self.block, x.shape[-1]))
+        codes = jnp.full_like(x, -1, jnp.int8) if self.signed else jnp.zeros_like(x, jnp.uint8)
+        return Blocks(codes, jnp.zeros((*x.shape[:-1], blocks), x.dtype))
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         """``x`` with its last axis cut into blocks of equal length, the last filled up with zeros."""
@@ -152,7 +207,7 @@ class Int8:
         return (jnp.where(unit < 0, -index, index) - 1).astype(jnp.int8) if self.signed else index.astype(jnp.uint8)
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
-        if x.size < max(self.min_size, 1) or x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        if not self._packs(x):
             return x
         blocks = self._blocks(x)
         scale = jnp.max(jnp.abs(blocks), axis=-1)
@@ -208,6 +263,8 @@ def cast(dtype: DTypeLike, *, stochastic: bool = False) -> Storage:
         resolved = real_dtype(resolved)
     if not jnp.issubdtype(resolved, jnp.floating):
         raise ValueError(f"dtype={resolved.name}: a slot is stored in a floating dtype")
+    if resolved.itemsize < 2:
+        raise ValueError(f"dtype={resolved.name}: too few exponents without a scale. Use jaxsgd.int8()")
     if stochastic and resolved != jnp.bfloat16:
         raise ValueError(f"stochastic=True rounds to bfloat16; got dtype={resolved.name}")
     return Cast(resolved, stochastic)

@@ -1,7 +1,4 @@
-"""The train step: from a loss and a gradient transformation to one compiled, donating function.
-
-Floor 5.
-"""
+"""The train step: from a loss and a gradient transformation to one compiled, donating function."""
 
 from __future__ import annotations
 
@@ -11,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsgd.batches import batch_size, check_divides
-from jaxsgd.numerics import global_norm, is_key
-from jaxsgd.paths import leaf_names
+from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key
+from jaxsgd.paths import check_optimizer, leaf_names, owners
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, shard_batch
 from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
@@ -29,13 +27,13 @@ __all__ = ["Step", "check_donation", "checked", "make_step"]
 
 
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn(state, ...)`` that refuses a state whose memory an earlier call took: ``checked(jax.pmap(step.fn, ...))``.
+    """``fn(state, ...)`` that refuses a donated state: ``checked(jax.pmap(step.fn, ...))``.
 
     Without it, jaxlib ends the process when a program over several devices gets a donated array again.
     `Step` itself does not need it.
 
     Raises:
-      RuntimeError: at the call, in words.
+      RuntimeError: at the call, if the state was donated to an earlier call.
     """
 
     @functools.wraps(fn)
@@ -61,41 +59,50 @@ def make_step(
     accumulate: int = 1,
     weight: str | Callable[[Any], Any] | None = None,
 ) -> Step:
-    """A train step: ``state, metrics = step(state, batch)``. The same on one device and on many:
+    """A train step: ``state, metrics = step(state, batch)``. It is the same on one device and on many.
 
-    - on one device, compiled, as it stands;
-    - on a mesh, compiled: ``make_step(loss_fn, tx, mesh=mesh)`` with a state of ``TrainState.create(..., mesh=mesh)``.
-      The state says by where it lies what is split: data parallel, ZeRO-1, FSDP, tensor parallel;
-    - inside `jax.pmap` or `jax.shard_map`: ``step = make_step(loss_fn, tx, axis_name="batch")`` is pure there, and
-      averages the gradients, the loss, metrics and model state: ``checked(jax.pmap(step.fn, "batch",
+    - On one device it is compiled and needs no further argument.
+    - On a mesh it is compiled too: ``make_step(loss_fn, tx, mesh=mesh)`` with a state from
+      ``TrainState.create(..., mesh=mesh)``. The state's sharding decides what is split: data parallel, ZeRO-1, FSDP,
+      tensor parallel.
+    - Inside `jax.pmap` or `jax.shard_map`, ``step = make_step(loss_fn, tx, axis_name="batch")`` is a pure function. It
+      averages the gradients, the loss, the metrics and the model state: ``checked(jax.pmap(step.fn, "batch",
       donate_argnums=0))``.
+
+    Parameters may be complex: the step descends in both their parts. Integer parameters get a gradient of zeros; the
+    optimizer has to freeze them.
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, a mean over the batch. With an NNX model,
-        ``params`` is the model itself, whose other variables (batch statistics, counters) are carried along. With a
-        ``model_state`` of its own: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
+        ``params`` is the model itself, and the step carries its other variables (batch statistics, counters) along.
+        With a ``model_state``: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
       tx: any optax gradient transformation; it receives the loss as the extra argument ``value``. It sees the whole
         batch's gradients, so that `jaxsgd.guard` and `jaxsgd.clip_by_global_norm` in it decide alike on all devices.
-      gradient_at: optional ``(opt_state, params) -> params`` where the gradient is taken, for example
-        `jaxsgd.look_ahead`.
-      donate: give the state's memory to the next state. The old state cannot be used again then.
+      gradient_at: ``(opt_state, params) -> params``, the point where the gradient is taken, such as
+        `jaxsgd.look_ahead`. Default: at the parameters.
+      donate: reuse the state's memory for the next state. The old state cannot be used again then. Default: True.
       axis_name: the axis, or axes, of the `jax.pmap` or `jax.shard_map` that the step is called in.
       mesh: the mesh, with Auto axes, whose devices share the work.
-      batch_axes: the axes of ``mesh`` over which the examples are split.
-      accumulate: microbatches per step, see `jaxsgd.accumulate_gradients`; the batch is split into so many.
-      weight: by what the mean of a microbatch, or of a device's part of the batch, counts: ``"tokens"`` (by
+      batch_axes: the axes of ``mesh`` over which the examples are split. Default: ``"data"``.
+      accumulate: the number of microbatches that the batch is split into, see `jaxsgd.accumulate_gradients`.
+        Default: 1.
+      weight: the weight of a microbatch's mean, or of a device's part of the batch: ``"tokens"`` (for
         ``aux["tokens"]``) or a function of the batch, see `jaxsgd.accumulate_gradients`. On a mesh without
-        accumulation the loss is of the whole batch and nothing is weighed.
+        accumulation the loss is that of the whole batch and needs no weight. Default: all weigh the same.
 
     Returns:
-      A `Step`. Its metrics are device scalars: ``loss``, ``gradient_norm``, ``update_norm``, what
-      `jaxsgd.metrics` reads in the optimizer's state (``step``, ``learning_rate``, ...), ``skipped`` (steps in all)
-      where there is a `jaxsgd.guard`, and ``aux``. Random numbers come from ``fold_in(state.key, state.step)``; inside
-      pmap and shard_map each device folds in its index too.
+      A `Step`. Its metrics are device scalars: ``loss``, ``gradient_norm``, ``update_norm``, the entries of
+      `jaxsgd.metrics` (``step``, ``learning_rate``, ...), ``skipped`` (the number of steps that a `jaxsgd.guard`
+      skipped), and ``aux``. Random numbers come from ``fold_in(state.key, state.step)``; inside pmap and shard_map
+      each device folds in its index too.
 
     Raises:
       ValueError: ``accumulate`` below 1; an axis that the mesh lacks; both ``mesh`` and ``axis_name``.
+      TypeError: ``loss_fn`` is no function; ``tx`` is no gradient transformation.
     """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r}: a function (params, batch, key) -> loss is needed")
+    check_optimizer(tx)
     return Step(
         loss_fn, optax.with_extra_args_support(tx), gradient_at, donate, axis_name, mesh, batch_axes, accumulate, weight
     )
@@ -106,8 +113,8 @@ class Step:
 
     Attributes:
       fn: ``(state, batch) -> (state, metrics)``, pure and not compiled.
-      jitted: ``fn`` compiled, donating the state (on a mesh: for where the last state lay).
-      compiles: how often ``fn`` was traced.
+      jitted: ``fn`` compiled, donating the state (on a mesh: for the last state's sharding).
+      compiles: the number of times ``fn`` was traced.
     """
 
     def __init__(
@@ -125,7 +132,9 @@ class Step:
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate}: at least one microbatch is needed")
         if mesh is not None and axis_name is not None:
-            raise ValueError(f"axis_name={axis_name!r}: on a mesh the step is whole; leave out one of the two")
+            raise ValueError(
+                f"axis_name={axis_name!r}: a step on a mesh needs no axis name; leave out axis_name or mesh"
+            )
         if mesh is not None:
             check_axes("batch_axes", batch_axes, mesh)
         self.loss_fn, self.tx, self.gradient_at = loss_fn, tx, gradient_at
@@ -142,25 +151,27 @@ class Step:
         """One step.
 
         Args:
-          state: a `TrainState`; on a mesh, one that lies there.
-          batch: a tree of arrays that share their first axis. On a mesh this process's part of the batch (all of it
-            where there is one process), or arrays that lie there already, see `jaxsgd.shard_batch`.
+          state: a `TrainState`; on a mesh, one that was made there.
+          batch: a tree of arrays that share their first axis. On a mesh this process's part of the batch (the whole
+            batch if there is one process), or arrays that are sharded already, see `jaxsgd.shard_batch`.
 
         Raises:
           ValueError: the batch is empty, its arrays disagree on their first axis, or it does not divide by the
-            devices and microbatches; the loss is no scalar; the state lies elsewhere than on the mesh.
-          RuntimeError: the state was given to an earlier step, which reused its memory; the step is of a pmap or
-            shard_map and not called in one.
+            devices and microbatches; the loss is no real scalar; the state is not on the mesh; the optimizer's state
+            was made for parameters of other shapes.
+          TypeError: the state is no `TrainState`.
+          RuntimeError: the state was donated to an earlier step; the step is for pmap or shard_map and called outside.
         """
         if self.axis_name is not None:
             try:
                 return self.fn(state, batch)
             except NameError:
                 raise RuntimeError(
-                    f"axis_name={self.axis_name!r}: this step is for the inside of jax.pmap or jax.shard_map over such "
-                    "an axis; on one device, or with mesh=, leave it out"
+                    f"axis_name={self.axis_name!r}: call this step inside jax.pmap or jax.shard_map over that axis; "
+                    "on one device, or with mesh=, leave axis_name out"
                 ) from None
-        # Over several devices jaxlib would end the process; on one it raises, and the step alone tells.
+        _check_kind(state)
+        # On several devices jaxlib would end the process. On one it raises; looking at one array is enough there.
         refuse_deleted("state", state.step if self.mesh is None else state)
         size = batch_size(batch)
         if size is not None and size not in self._sizes:
@@ -169,7 +180,7 @@ class Step:
             if self._sizes:
                 seen = ", ".join(map(str, sorted(self._sizes)))
                 warnings.warn(
-                    f"batch: {size} examples, so far {seen}: the step is compiled anew for each size; "
+                    f"batch: {size} examples, so far {seen}: the step compiles again for each size; "
                     "drop or pad the odd batch",
                     stacklevel=2,
                 )
@@ -178,22 +189,23 @@ class Step:
         return self.jitted(state, batch)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
-        """The step lowered for this state and batch, to compile or to look at: `jax.stages.Lowered`."""
+        """The step lowered for this state and batch: a `jax.stages.Lowered` to compile or to print."""
+        _check_kind(state)
         batch = self._settle(state, batch)
         return self.jitted.lower(state, batch)
 
     def _settle(self, state: TrainState, batch: Any) -> Any:
-        """The batch on the mesh; the compiled function for where the state lies."""
+        """The batch on the mesh. The step is compiled for the state's sharding."""
         if self.mesh is None:
             return batch
-        home = [x.sharding for x in jax.tree.leaves(state)]
+        home = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
         if home != self._home:
             names = leaf_names(state)
             for name, sharding in zip(names, home, strict=True):
                 if getattr(sharding, "mesh", None) != self.mesh:
                     raise ValueError(
-                        f"state: {name!r} lies on {sharding}, not on the step's mesh {dict(self.mesh.shape)}; "
-                        "make the state by TrainState.create(..., mesh=mesh)"
+                        f"state: {name!r} is on {sharding}, not on the step's mesh {dict(self.mesh.shape)}. "
+                        "Use TrainState.create(..., mesh=mesh)"
                     )
             self._home, self._moments = home, moment_sharding(state.opt_state, state.params)
             where = jax.tree.unflatten(jax.tree.structure(state), home)
@@ -208,18 +220,26 @@ class Step:
 
     def fn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
+        _check_kind(state)
+        _check_shapes(self.tx, state)
         key, carried = jax.random.fold_in(state.key, state.step), state.model_state
         if self.axis_name is not None:  # other random numbers on each device
             index = jax.lax.axis_index(self.axis_name)
             key = jax.random.fold_in(key, index)
             carried = jax.tree.map(lambda x: jax.random.fold_in(x, index) if is_key(x) else x, carried)
         at = state.params if self.gradient_at is None else self.gradient_at(state.opt_state, state.params)
-        loss_fn = functools.partial(self._loss, state.graphdef)
+        leaves, whole = differentiable(at)
+
+        def loss_fn(leaves: Any, carried: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+            return self._loss(state.graphdef, whole(leaves), carried, batch, key)
+
         gradients = carrying_gradients(loss_fn, self.accumulate, weight=self.weight, axis_name=self.axis_name)
-        (loss, (carried, aux)), grads = gradients(at, carried, batch, key)
+        (loss, (carried, aux)), grads = gradients(leaves, carried, batch, key)
+        # Zeros for integers: few transformations know float0.
+        grads = whole(conjugated(grads), jnp.zeros_like)
         carried = jax.tree.map(lambda new, old: old if is_key(old) else new, carried, state.model_state)
         if self._moments is not None:
-            # Where the moments lie: under ZeRO-1 the sum over devices is then a reduce-scatter.
+            # Sharded like the moments: under ZeRO-1 the sum over devices is then a reduce-scatter.
             leaves, treedef = jax.tree.flatten(grads)
             pairs = zip(leaves, self._moments, strict=True)
             place = jax.lax.with_sharding_constraint
@@ -258,26 +278,64 @@ class Step:
         else:
             out = self.loss_fn(params, batch, key)
         loss, aux = out if isinstance(out, tuple) else (out, None)
+        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(f"loss_fn: the loss is {jnp.result_type(loss).name}; a real floating scalar is needed")
         return loss, (model_state, aux)
 
 
-def check_donation(step: Step, state: TrainState, batch: Any) -> str:
-    """What a step takes on a device, and a check that the next state reuses the memory of the last one.
-
-    Args:
-      step: a compiled one (on a device, or on a mesh); it is compiled once more, not run.
-      state, batch: what it is to be called with; they are left as they are.
-
-    Returns:
-      Bytes on a device: of the state, of the temporaries, at the peak.
+def _check_kind(state: Any) -> None:
+    """Check that ``state`` is a `TrainState`.
 
     Raises:
-      AssertionError: part of the state's memory is not given on; both states are then alive at once.
+      TypeError: it is something else.
+    """
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: a jaxsgd.TrainState is needed, got a {type(state).__name__}. Use TrainState.create")
+
+
+def _check_shapes(tx: Any, state: TrainState) -> None:
+    """Check that the optimizer's state was made for parameters of these shapes: others may broadcast in silence.
+
+    Raises:
+      ValueError: names the first leaf of another shape than ``tx.init(params)`` gives it.
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(state.opt_state)]
+    owner = owners(state.opt_state, state.params, map(jnp.shape, jax.tree.leaves(state.params)))
+    other = [i for i, (shape, of) in enumerate(zip(shapes, owner, strict=True)) if of is not None and shape != of]
+    if not other:
+        return  # the usual case costs no trace of init
+    try:
+        fresh = jax.eval_shape(tx.init, state.params)
+    except jax.errors.JAXTypeError:  # it looks at values
+        return
+    wanted = [x.shape for x in jax.tree.leaves(fresh)]
+    if jax.tree.structure(fresh) != jax.tree.structure(state.opt_state):
+        return  # the optimizer refuses it by itself
+    for i in other:
+        if shapes[i] != wanted[i]:
+            raise ValueError(
+                f"state: 'opt_state/{leaf_names(state.opt_state)[i]}' has the shape {shapes[i]}; for these parameters "
+                f"it needs {wanted[i]}. Use TrainState.create(params, tx), or jaxsgd.migrate to carry the state over"
+            )
+
+
+def check_donation(step: Step, state: TrainState, batch: Any) -> str:
+    """Check that the next state reuses the memory of the last one, and report the bytes of a step.
+
+    Args:
+      step: a step for one device or for a mesh. It is compiled once more, not run.
+      state, batch: the arguments of a call. They are not changed.
+
+    Returns:
+      A line with the bytes per device: state, donated, temporaries, peak.
+
+    Raises:
+      AssertionError: part of the state's memory is not donated; two states then exist at once.
     """
     used = step.lower(state, batch).compile().memory_analysis()
     size, given = sum(map(local_bytes, jax.tree.leaves(state))), used.alias_size_in_bytes
     text = (
-        f"state {size:,} bytes on a device, {given:,} of them given on; "
+        f"state {size:,} bytes on a device, {given:,} of them donated; "
         f"temporaries {used.temp_size_in_bytes:,}, peak {used.peak_memory_in_bytes:,}"
     )
     if given < size:

@@ -1,7 +1,4 @@
-"""All that changes in training, as one pytree: on one device, or made in place on a mesh.
-
-Floor 5.
-"""
+"""All that changes in training, as one pytree: on one device, or made in place on a mesh."""
 
 from __future__ import annotations
 
@@ -10,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import linen, nnx, struct
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.numerics import strong
+from jaxsgd.paths import check_optimizer, check_params, is_function
 from jaxsgd.rules.averaging import eval_params
 from jaxsgd.sharding import param_sharding, put, state_sharding
 
@@ -26,10 +25,10 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, completed steps.
-      params: what is trained.
+      params: the trained parameters.
       opt_state: the transformation's state.
       key: the base PRNG key; step ``i`` uses ``jax.random.fold_in(key, i)``.
-      model_state: what the model changes by itself (batch statistics, NNX variables other than
+      model_state: the state that the model updates by itself (batch statistics, NNX variables other than
         ``nnx.Param``), or None.
       graphdef: the static half of an NNX model, or None.
     """
@@ -56,25 +55,28 @@ class TrainState:
         """The state before the first step. Arrays are copied: the step donates its own, never the caller's.
 
         Args:
-          model: an ``nnx.Module``, or a tree of parameters (of Flax linen's ``init``, or any other), or a function of a
-            key that makes either; on a mesh, what a function makes is never whole on one device.
+          model: an ``nnx.Module``, or a tree of parameters (from Flax linen's ``init``, or any other pytree of arrays
+            and numbers), or a function of a key that makes either. On a mesh a function's parameters are never whole
+            on one device. A pytree with ``__call__`` is a tree.
           tx: any optax gradient transformation.
-          key: a seed or a PRNG key.
-          model_state: with a tree of parameters, what else the model carries; then the loss takes and
-            returns it (see `make_step`).
-          mesh: put everything on this mesh, each device making its own part of the optimizer's state.
-          specs: how parameters are split on the mesh, see `jaxsgd.state_sharding`; by default as they lie, or copied.
+          key: a seed or a PRNG key. Default: 0.
+          model_state: with a tree of parameters, the other variables of the model; then the loss takes and
+            returns them (see `make_step`).
+          mesh: the mesh for the whole state. Each device makes its own part of the optimizer's state.
+          specs: the sharding of the parameters, see `jaxsgd.state_sharding`. Default: the present one, else replicated.
           zero1: the mesh axes to split the optimizer's state over, see `jaxsgd.state_sharding`.
 
         Raises:
-          ValueError: what ``tx.init`` refuses: integer parameters, group patterns that match nothing; what
-            `jaxsgd.state_sharding` refuses; specs or zero1 without a mesh.
-          RuntimeError: the parameters' memory was given to an earlier step.
+          ValueError: ``tx.init`` or `jaxsgd.state_sharding` refuses the parameters (integers that are not frozen,
+            group patterns that match nothing); specs or zero1 without a mesh.
+          TypeError: a leaf of the parameters is no array and no number, such as a function; ``tx`` is no gradient
+            transformation; ``model`` is a linen module.
+          RuntimeError: the parameters were donated to an earlier step.
         """
         build, key, arrays = cls._recipe(model, tx, key, model_state)
         if mesh is None:
             if specs is not None or zero1 is not None:
-                raise ValueError("mesh: specs and zero1 need one")
+                raise ValueError("mesh=None: specs and zero1 need a mesh")
             return build(key, arrays)
         where = cls._where(jax.eval_shape(build, key, arrays), arrays, tx, mesh, specs, zero1)
         if arrays is not None:
@@ -93,10 +95,10 @@ class TrainState:
         specs: Any = None,
         zero1: str | tuple[str, ...] | None = None,
     ) -> TrainState:
-        """What `create` would make, as `jax.ShapeDtypeStruct` with shardings; nothing is allocated.
+        """The state of `create` as `jax.ShapeDtypeStruct` with shardings; nothing is allocated.
 
-        To compile a step with (``step.lower(state, batch)``), or to restore a checkpoint into. The devices of ``mesh``
-        need not be there. Arguments and errors are those of `create`; parameters may be shapes themselves.
+        Use it to compile a step (``step.lower(state, batch)``), or to restore a checkpoint. The devices of ``mesh``
+        need not exist. Arguments and errors are those of `create`; parameters may be shapes themselves.
         """
         build, key, arrays = cls._recipe(model, tx, key, model_state)
         shapes = jax.eval_shape(build, key, arrays)
@@ -108,13 +110,18 @@ class TrainState:
     @classmethod
     def _recipe(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
         """``build, key, arrays``, where ``build(key, arrays)`` is the state."""
+        check_optimizer(tx)
         if isinstance(model, nnx.Module) and model_state is not None:
             raise ValueError("model_state: an nnx.Module carries its own; leave it out")
+        if isinstance(model, linen.Module):
+            raise TypeError(
+                f"model: a linen module has no parameters. Use {type(model).__name__}(...).init(key, x)['params']"
+            )
         key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
-        made = callable(model) and not isinstance(model, nnx.Module)
+        made = is_function(model) and not isinstance(model, nnx.Module)
         if not made:
             refuse_deleted("model", model)
-            # What stays static has to be split off before anything is traced.
+            # The static half has to be split off before tracing.
             graphdef, params, carried = _parts(model, model_state)
 
         def build(key: jax.Array, arrays: Any) -> TrainState:
@@ -123,14 +130,14 @@ class TrainState:
                 own, params, carried = _parts(model(init_key), model_state)
             else:
                 own, (params, carried) = graphdef, arrays
-            params, carried, key = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, carried, key))
+            params, carried, key = jax.tree.map(lambda x: jnp.array(strong(x), copy=True), (params, carried, key))
             return cls(jnp.zeros((), jnp.int32), params, tx.init(params), key, carried, own)
 
-        return build, key, None if made else (params, carried)
+        return build, key, None if made else jax.tree.map(strong, (params, carried))
 
     @staticmethod
     def _where(shapes: TrainState, arrays: Any, tx: Any, mesh: Mesh, specs: Any, zero1: Any) -> TrainState:
-        """Where each array of a state is to lie."""
+        """The sharding of each array of a state."""
         like = shapes.params if arrays is None else arrays[0]
         everywhere = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda _: everywhere, shapes).replace(
@@ -140,31 +147,37 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """The parameters to evaluate: those of `jaxsgd.eval_params`."""
+        """The parameters to evaluate, from `jaxsgd.eval_params`."""
         return eval_params(self.opt_state, self.params)
 
     @property
     def model(self) -> Any:
         """The NNX model with the parameters to evaluate. Its arrays are copies: the next step donates its own."""
         if self.graphdef is None:
-            raise ValueError("model: this state was not made from an nnx.Module; use state.eval_params")
+            raise ValueError("model: this state was not made from an nnx.Module. Use state.eval_params")
         parts = jax.tree.map(lambda x: jnp.array(x, copy=True), (self.eval_params, self.model_state))
         return nnx.merge(self.graphdef, *parts)
 
 
 def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:
-    """``graphdef, params, model_state`` of a module or of a tree of parameters."""
+    """``graphdef, params, model_state`` of a module or of a tree of parameters.
+
+    Raises:
+      TypeError: a leaf of the parameters is no array and no number.
+    """
     if not isinstance(model, nnx.Module):
+        check_params(model)
         return None, model, model_state
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    check_params(params)
     return graphdef, params, others
 
 
 def refuse_deleted(argument: str, tree: Any) -> None:
-    """That no array of ``tree`` was given away.
+    """Raise if an array of ``tree`` was donated.
 
     Raises:
-      RuntimeError: one was.
+      RuntimeError: an earlier step took its memory.
     """
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():

@@ -125,7 +125,7 @@ def test_a_rule_reads_like_its_equation(name):
 
     entry = catalog.entry(RULES[name], {})
     assert re.search(r"\d{4}", entry["source"]) and entry["update"].count("$") % 2 == 0
-    function = ast.parse(textwrap.dedent(inspect.getsource(RULES[name].spec.fn))).body[0]
+    function = ast.parse(textwrap.dedent(inspect.getsource(RULES[name].fn))).body[0]
     body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     assert sum(node.end_lineno - node.lineno + 1 for node in body) <= 12
 

@@ -47,13 +47,13 @@ def test_faults_are_named(held, monkeypatch, tmp_path, capsys):
     del rows["lion"]["bf16"]["v5e"], rows["yogi"]
     rows["nobody"] = rows["sgd"]
     monkeypatch.setitem(book.EXPLANATIONS, ("sgd", "plain"), "nothing is wrong with it")
-    monkeypatch.delitem(book.EXPLANATIONS, "lamb")
+    monkeypatch.delitem(book.EXPLANATIONS, "leaf_norms")
     said = "\n".join(book.faults(held))
     for fault in (
         "adam, plain on h100: fusions a leaf 1.5, temporaries 0.06: beyond the bar, and not explained",
         "adamw, plain: keeps 8 bytes a parameter, 12 when it was measured",
         "lion: not measured: bf16 on v5e", "yogi: not measured: plain on v5e, plain on h100",
-        "nobody: measured, but no rule", "lamb, plain on v5e: bytes / minimum 1.4",
+        "nobody: measured, but no rule", "lamb, plain on v5e: bytes / minimum 1.4", "lars, plain on v5e",
         "EXPLANATIONS[('sgd', 'plain')]: nothing needs it",
     ):  # fmt: skip
         assert fault in said

@@ -1,7 +1,8 @@
 """A state carried over an edit of its optimizer: the run goes on as if it had always been so."""
 
 import itertools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxsgd
 from jaxsgd.migration import adopt, migrate
 from jaxsgd.paths import leaf_names
+from jaxsgd.slots import Mean, Square
 
 PARAMS = {"dense": {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "bias": jnp.ones(3)}}
 HALF = 5
@@ -246,10 +248,189 @@ def test_storage_changed():
         assert 0 < jnp.max(error) < 0.03 * jnp.max(jnp.abs(plain.slots[slot]["w"]))
     assert_equal(migrate(packed, eight, params)[0], packed)
     longer = adam(1e-2, storage=jaxsgd.int8(block=16, min_size=8))
-    assert told(migrate(packed, longer, params)[1].kept)["mu", "w"] == "packed anew"
+    assert told(migrate(packed, longer, params)[1].kept)["mu", "w"] == "repacked at 8 bits"
     cast, report = migrate(plain, adam(1e-2, storage=jaxsgd.cast("bfloat16")), params)
     assert_equal(cast.slots, jax.tree.map(lambda x: x.astype(jnp.bfloat16), plain.slots))
     assert "cast from float32 to bfloat16" in str(report)
+
+
+class Outer(NamedTuple):
+    """A matrix of squares by the sums of its rows and columns."""
+
+    row: Any
+    col: Any
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A storage of one's own: matrices of squares as `Outer`, all else as it is."""
+
+    def accepts(self, kind):
+        return kind == "square"
+
+    def pack(self, x, key=None):
+        return Outer(x.sum(1), x.sum(0)) if x.ndim == 2 else x
+
+    def unpack(self, packed):
+        if not isinstance(packed, Outer):
+            return packed
+        return packed.row[:, None] * packed.col / jnp.maximum(packed.col.sum(), 1e-30)
+
+
+@dataclass(frozen=True)
+class Logarithm:
+    """A storage whose form looks like the plain one."""
+
+    def pack(self, x, key=None):
+        return jnp.log(x + 1e-12)
+
+    def unpack(self, packed):
+        return jnp.exp(packed) - 1e-12
+
+
+AROUND = {
+    "alone": lambda rule, **options: rule(1e-2, **options),
+    "wrapper": lambda rule, **options: jaxsgd.cautious(rule)(1e-2, **options),
+    "chain": lambda rule, **options: jaxsgd.guard(optax.chain(wide_clip, rule(1e-2, **options), jaxsgd.ema(0.9))),
+    "partition": lambda rule, **options: optax.partition(
+        {"vector": rule(1e-2), "matrix": rule(1e-2, **options)}, labels
+    ),
+    "steps": lambda rule, **options: optax.MultiSteps(rule(1e-2, **options), 1),
+    "injected": lambda rule, **options: optax.inject_hyperparams(rule)(learning_rate=1e-2, **options),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_storages_of_ones_own(around):
+    """Packed by the new optimizer's storage, unpacked by the old one's, wherever the rule stands."""
+    make = AROUND[around]
+    plain, own = make(jaxsgd.adam), make(jaxsgd.adam, storage={"nu": Factored()})
+    params, state = walk(plain, plain.init(PARAMS), PARAMS, HALF)
+    nu = find_node(state, "nu/dense/kernel")
+    packed, report = migrate(state, own, params)
+    assert_like(packed, own.init(params))
+    assert report.complete and told(report.kept)["nu", "dense/kernel"] == "packed by Factored"
+    np.testing.assert_allclose(find_node(packed, "nu/dense/kernel/row"), nu.sum(1), rtol=1e-6)
+    same, report = migrate(packed, own, params)
+    assert_equal(same, packed)
+    assert report.complete and told(report.kept)["nu", "dense/kernel"] == ""
+
+    back, report = migrate(packed, plain, params, old_tx=own)
+    assert_like(back, plain.init(params))
+    assert report.complete and told(report.kept)["nu", "dense/kernel"] == "unpacked by Factored"
+    wanted = nu.sum(1)[:, None] * nu.sum(0) / nu.sum()
+    np.testing.assert_allclose(find_node(back, "nu/dense/kernel"), wanted, rtol=1e-5)
+
+    unknown, report = migrate(packed, plain, params)
+    assert "stored in another form (row, col): give old_tx=" in told(report.reset)["nu", "dense/kernel"]
+    kept = told(report.reset if around == "partition" else report.kept)
+    assert ("mu", "dense/kernel") in kept, report
+    assert not np.any(find_node(unknown, "nu/dense/kernel"))
+
+    eight = make(jaxsgd.adam, storage=jaxsgd.int8(min_size=4, block=2))
+    packed, report = migrate(packed, eight, params, old_tx=own)
+    assert_like(packed, eight.init(params))
+    assert told(report.kept)["nu", "dense/kernel"] == "repacked at 8 bits"
+    again, report = migrate(packed, own, params)
+    assert told(report.kept)["nu", "dense/kernel"] == "repacked by Factored" and report.complete
+    np.testing.assert_allclose(find_node(again, "nu/dense/kernel/row"), nu.sum(1), rtol=0.03)
+
+
+def find_node(state, end):
+    """The leaf whose name ends so."""
+    return next(leaf for name, leaf in by_name(state).items() if name.endswith(end))
+
+
+def test_a_storage_that_looks_like_the_plain_one():
+    """Told apart by the two optimizers; by names alone the value is taken as it is."""
+    plain, own = adam(1e-2), adam(1e-2, storage={"nu": Logarithm()})
+    params, state = walk(plain, plain.init(PARAMS), PARAMS, HALF)
+    packed, report = migrate(state, own, params, old_tx=plain)
+    assert told(report.kept)["nu", "dense/kernel"] == "packed by Logarithm"
+    np.testing.assert_allclose(
+        packed.slots["nu"]["dense"]["kernel"], np.log(state.slots["nu"]["dense"]["kernel"] + 1e-12), rtol=1e-5
+    )
+    back, _ = migrate(packed, plain, params, old_tx=own)
+    assert_equal(back.slots, state.slots, 1e-6)
+    assert_equal(migrate(packed, own, params)[0], packed)
+
+
+def test_into_a_state_that_was_made_already():
+    """`adopt` packs into storages of one's own if it knows the optimizer, and says what it lacks if not."""
+    own = adam(1e-2, storage={"nu": Factored()})
+    params, state = walk(adam(1e-2), adam(1e-2).init(PARAMS), PARAMS, HALF)
+    packed, report = adopt(by_name(state), own.init(params), params, tx=own)
+    assert report.complete
+    _, report = adopt(by_name(state), own.init(params), params)
+    assert "its new form is not known: give tx=" in told(report.reset)["nu", "dense/kernel"]
+    _, report = adopt({f"run/opt/{n}": x for n, x in by_name(packed).items()}, state, params, old_tx=own)
+    assert report.complete and told(report.kept)["nu", "dense/kernel"] == "unpacked by Factored"
+
+
+@pytest.fixture
+def forget():
+    before = set(jaxsgd.RULES)
+    yield
+    for name in set(jaxsgd.RULES) - before:
+        del jaxsgd.RULES[name]
+
+
+def test_kinds(forget):
+    """A slot of another kind is reset, and so is a sum of squares that would be negative."""
+
+    @jaxsgd.rule
+    def summed(g, nu: Square):
+        return g, nu + g * g
+
+    @jaxsgd.rule
+    def signed(g, nu: Mean):
+        return g, nu + g
+
+    params = {"w": jnp.arange(3.0)}
+    state = signed(0.1).init(params)
+    state = state._replace(slots={"nu": {"w": jnp.array([1.0, -1.0, 2.0])}}, count=jnp.int32(4))
+    carried, report = migrate(state, summed(0.1), params)
+    assert not np.any(carried.slots["nu"]["w"]) and carried.count == 0
+    assert "a sum of squares" in told(report.reset)["nu", "w"]
+    positive = state._replace(slots={"nu": {"w": jnp.arange(3.0)}})
+    assert migrate(positive, summed(0.1), params)[1].complete
+    _, report = migrate(positive, summed(0.1), params, old_tx=signed(0.1))
+    assert told(report.reset)["nu", "w"] == "it was of the kind mean, now it is square"
+
+
+def test_a_copy_of_the_parameters_starts_at_any_step():
+    params, state = walk(adam(1e-2), adam(1e-2).init(PARAMS), PARAMS, HALF)
+    carried, report = migrate(state, jaxsgd.lookahead(adam)(1e-2), params)
+    assert carried.count == HALF and not told(report.reset).keys() & {("mu", "dense/bias"), ("nu", "dense/bias")}
+    assert_equal({k: carried.slots[k] for k in ("mu", "nu")}, state.slots)
+    copies = [slot for slot in carried.slots if slot not in state.slots]
+    assert copies
+    for slot in copies:
+        assert_equal(carried.slots[slot], params)
+
+
+def test_narrow_and_complex_leaves():
+    """A value goes into the new dtype if it fits, and complex ones stay complex."""
+    params, state = walk(adam(1e-2), adam(1e-2).init(PARAMS), PARAMS, HALF)
+    half = adam(1e-2, storage={"mu": jaxsgd.cast("float16")})
+    carried, report = migrate(state, half, params)
+    assert report.complete and carried.slots["mu"]["dense"]["kernel"].dtype == jnp.float16
+    huge = state._replace(slots={**state.slots, "mu": jax.tree.map(lambda x: x * 1e6, state.slots["mu"])})
+    carried, report = migrate(huge, half, params)
+    assert told(report.reset)["mu", "dense/bias"] == "its values do not fit into float16" and carried.count == 0
+    for name in ("float16", "bfloat16", "float8_e4m3fn"):
+        dtype = jnp.dtype(name)
+        narrow = {n: np.asarray(x, dtype) if "/slots/" in f"/{n}" else x for n, x in by_name(state).items()}
+        carried, report = migrate(narrow, adam(1e-2), params)
+        assert report.complete and told(report.kept)["mu", "dense/bias"] == f"cast from {name} to float32"
+        assert_equal(carried.slots["mu"], state.slots["mu"], 0.1)
+    z = {"w": jnp.array([1 + 2j, 3 - 1j], jnp.complex64)}
+    state = adam(1e-2).update(z, adam(1e-2).init(z), z)[1]
+    carried, report = migrate(state, optax.chain(wide_clip, adam(1e-2)), z)
+    assert report.complete
+    assert_equal(carried[1], state)
+    carried, report = migrate(state, adam(1e-2), {"w": jnp.ones(2)})
+    assert told(report.reset)["mu", "w"] == "it was complex64, now it is float32"
 
 
 def test_rounding_added():

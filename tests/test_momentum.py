@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxsgd
 
@@ -107,3 +108,31 @@ def test_look_ahead_through_a_chain_and_a_frozen_leaf():
 
 def test_plain_sgd_keeps_nothing():
     assert jax.tree.leaves(jaxsgd.sgd(0.1).init(jnp.ones(5)).slots) == []
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_look_ahead_with_an_nnx_optimizer(pure):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, jaxsgd.velocity(0.1, groups=[("bias", {"frozen": True})]), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    params = nnx.state(model, nnx.Param)
+    params = nnx.to_pure_dict(params) if pure else params
+    ahead = jaxsgd.look_ahead(optimizer.opt_state, params)
+    assert jax.tree.structure(ahead) == jax.tree.structure(params)
+    moved = jax.tree.map(lambda a, p: np.asarray(a - p), ahead, params)
+    assert np.allclose(jax.tree.leaves(moved["kernel"])[0], -0.09) and not np.any(jax.tree.leaves(moved["bias"])[0])
+
+
+@pytest.mark.parametrize("storage", [jaxsgd.cast("bfloat16"), jaxsgd.int8(min_size=1, stochastic=False)])
+def test_look_ahead_of_a_stored_velocity(storage):
+    params = {"a": jnp.ones(4)}
+    tx = jaxsgd.velocity(0.1, storage=storage)
+    _, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(jaxsgd.look_ahead(state, params)["a"], 1 - 0.9 * 0.1, rtol=2**-8)
+
+
+def test_look_ahead_names_a_parameter_without_velocity():
+    state = jaxsgd.velocity(0.1).init({"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match="it holds no velocity of 'b'"):
+        jaxsgd.look_ahead(state, {"b": jnp.ones(2)})

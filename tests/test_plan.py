@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 import jaxsgd
 from jaxsgd.plan import compare, plan
 from jaxsgd.plan.__main__ import main
+from jaxsgd.plan.accounts import int8_bytes
 from jaxsgd.plan.devices import known
 from jaxsgd.plan.devices import lookup as describe
 from jaxsgd.plan.hlo import Program
@@ -197,6 +198,39 @@ def test_only_suggestions_that_apply():
     loss_fn, params, batch = mlp(width=2**15, depth=40)
     words = plan(loss_fn, params, jaxsgd.sgd(0.1), {k: shape(1, 2**15) for k in batch}).verdict
     assert "does not fit" in words and "ZeRO" not in words and "int8" not in words and "accumulate" not in words
+
+
+SHAPES = {"matrix": shape(512, 256), "vector": shape(300), "cube": shape(4, 64, 64)}
+AROUND = {
+    "alone": lambda rule: rule,
+    "cautious": jaxsgd.cautious,
+    "grokfast": jaxsgd.grokfast,
+    "lookahead": jaxsgd.lookahead,
+}
+
+
+@pytest.mark.parametrize("name", sorted(jaxsgd.RULES))
+@pytest.mark.parametrize("around", AROUND)
+def test_int8_saves_what_is_said(name, around):
+    """Of every rule, alone and in a wrapper: the bytes that its state has less with it; none where it is refused."""
+    try:
+        rule = AROUND[around](jaxsgd.RULES[name])
+    except ValueError:
+        return  # no such wrapper of this rule
+    chained = lambda storage: optax.chain(optax.identity(), rule(1e-3, storage=storage))
+    before = jaxsgd.TrainState.shapes(SHAPES, chained(None))
+    said = int8_bytes(chained(None), before)
+    try:
+        after = jaxsgd.TrainState.shapes(SHAPES, chained(jaxsgd.int8()))
+    except ValueError as error:
+        assert said == 0 and "it takes no slot of this rule" in str(error)
+        return
+    sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(s.opt_state)) for s in (before, after)]
+    assert said == sizes[0] - sizes[1] >= 0
+    least = jaxsgd.TrainState.shapes(SHAPES, chained(jaxsgd.int8(min_size=0)))
+    fewest = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(least.opt_state))
+    moments = [slot for slot in rule.slots.values() if slot.kind in ("mean", "square") and slot.unless is None]
+    assert fewest < sizes[0] or not moments, "it has moments, and none is packed"
 
 
 def test_a_variant_is_compiled():

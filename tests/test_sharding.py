@@ -1,4 +1,4 @@
-"""One step, from one device to eight: the same parameters on every road, and state that is split as it says."""
+"""One step, from one device to eight: the same parameters on every road, and the state is split as asked."""
 
 import re
 from collections import Counter
@@ -172,7 +172,7 @@ def test_pain_5_state_is_made_in_place(mesh):
     params = jax.tree.map(lambda s: jnp.ones(s.shape), BIG)
     tx = jaxsgd.adamw(1e-3)
     lost = jax.jit(tx.init)(jax.device_put(params, NamedSharding(mesh, P())))
-    with pytest.raises(AssertionError, match="lies on no mesh|could be split over 'data' and are not"):
+    with pytest.raises(AssertionError, match="is on no mesh|could be split over 'data' and are not"):
         jaxsgd.assert_sharded(lost, zero1="data")
     state = jaxsgd.init_sharded(tx, params, mesh, zero1="data")
     report = jaxsgd.assert_sharded(state, zero1="data")
@@ -214,7 +214,7 @@ def test_a_model_is_made_in_place(mesh):
     alone, _ = train(make_step(loss, tx), alone, [batch] * 31)
     assert apart(nnx.to_pure_dict(state.params), nnx.to_pure_dict(alone.params)) < 1e-4, "dropout is that of the whole"
 
-    # A given module, and given arrays that lie on the mesh already.
+    # A given module, and given arrays that are on the mesh already.
     given = TrainState.create(Net(nnx.Rngs(0)), tx, mesh=mesh, zero1="data")
     jaxsgd.assert_sharded(given, zero1="data")
     placed = jax.device_put({"w": jnp.ones((16, 8))}, NamedSharding(mesh, P("data")))
@@ -295,7 +295,7 @@ def test_pain_14_the_state_is_given_on(mesh):
     for place in ({}, {"mesh": mesh, "zero1": "data"}):
         state = TrainState.create(params, tx, **place)
         step = make_step(loss_fn, tx, mesh=place.get("mesh"))
-        assert "of them given on; temporaries" in jaxsgd.check_donation(step, state, batch)
+        assert "of them donated; temporaries" in jaxsgd.check_donation(step, state, batch)
         with pytest.raises(AssertionError, match="bytes of the state are not reused"):
             jaxsgd.check_donation(make_step(loss_fn, tx, mesh=place.get("mesh"), donate=False), state, batch)
         step(state, batch)  # looking did not take the state
@@ -304,7 +304,7 @@ def test_pain_14_the_state_is_given_on(mesh):
 # -- bad input -------------------------------------------------------------------------------------
 
 
-def test_a_state_used_twice_is_an_error_in_words_on_every_road(mesh):
+def test_a_state_used_twice_raises_a_clear_error_on_every_road(mesh):
     """jaxlib ends the process where a program over several devices gets a donated array again."""
     tx = jaxsgd.adam(1e-2)
     params, batch = as_dtype(PARAMS, np.float32), as_dtype(BATCHES[0], np.float32)
@@ -337,7 +337,7 @@ def test_errors_name_what_is_wrong(mesh):
         make_step(loss_fn, tx, mesh=mesh, batch_axes="batch")
     with pytest.raises(ValueError, match=r"zero1='date': the mesh has no axis 'date'; did you mean 'data'\?"):
         TrainState.create(params, tx, mesh=mesh, zero1="date")
-    with pytest.raises(ValueError, match="mesh: specs and zero1 need one"):
+    with pytest.raises(ValueError, match="mesh=None: specs and zero1 need a mesh"):
         TrainState.create(params, tx, zero1="data")
     with pytest.raises(ValueError, match=r"specs: 'odd' has the shape \(5,\); its dimension 0 does not divide"):
         TrainState.create(params, tx, mesh=mesh, specs=lambda name, leaf: P("data"))
@@ -345,7 +345,7 @@ def test_errors_name_what_is_wrong(mesh):
         TrainState.create(params, tx, mesh=mesh, specs=lambda name, leaf: P(None, "data"))
     with pytest.raises(ValueError, match=r"mesh: its axes are .*Explicit.*, Auto is needed"):
         make_step(loss_fn, tx, mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)))
-    with pytest.raises(ValueError, match="axis_name='data': on a mesh the step is whole"):
+    with pytest.raises(ValueError, match="axis_name='data': a step on a mesh needs no axis name"):
         make_step(loss_fn, tx, mesh=mesh, axis_name="data")
     with pytest.raises(ValueError, match="accumulate=0: at least one microbatch"):
         make_step(loss_fn, tx, accumulate=0)
@@ -356,8 +356,8 @@ def test_errors_name_what_is_wrong(mesh):
         make_step(loss_fn, tx, mesh=mesh, accumulate=2)(state, odd)
     with pytest.raises(ValueError, match="not divisible by accumulate=3 microbatches; nearest: 18 or 21"):
         make_step(loss_fn, tx, accumulate=3)(TrainState.create(params, tx), odd)
-    with pytest.raises(ValueError, match="state: 'step' lies on SingleDeviceSharding.*not on the step's mesh"):
+    with pytest.raises(ValueError, match="state: 'step' is on SingleDeviceSharding.*not on the step's mesh"):
         make_step(loss_fn, tx, mesh=mesh)(TrainState.create(params, tx), batch)
-    with pytest.raises(RuntimeError, match="axis_name='batch': this step is for the inside of jax.pmap"):
+    with pytest.raises(RuntimeError, match="axis_name='batch': call this step inside jax.pmap"):
         make_step(loss_fn, tx, axis_name="batch")(TrainState.create(params, tx), batch)
     assert not state.step.is_deleted(), "nothing was lost on the way"

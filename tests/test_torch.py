@@ -14,6 +14,8 @@ import jaxsgd
 from jaxsgd import torch as ours
 from jaxsgd.testing import check_laws
 
+FRAME = {"groups", "storage", "dynamic", "norms", "mask", "rounding"}
+"""jaxsgd's own arguments."""
 LIVE = importlib.util.find_spec("torch") is not None
 
 
@@ -90,7 +92,7 @@ def test_every_name_is_recorded():
         assert {case.gradients for case in own} >= set(recorded.DISTRIBUTIONS)
         assert any(case.drop for case in own)
         arguments = set(inspect.signature(getattr(ours, name)).parameters)
-        arguments -= {"foreach", "fused", "capturable", "differentiable", "frame"}
+        arguments -= {"foreach", "fused", "capturable", "differentiable", *FRAME}
         assert arguments <= {argument for case in own for argument in case.kwargs}, name
     with np.load(recorded.DATA) as data:
         assert str(data["torch_version"]) >= "2.13"
@@ -120,13 +122,13 @@ def test_jaxsgd_arguments_work_there_too():
         (lambda: ours.SGD(momentum=0.9, dampening=0.1, nesterov=True), ValueError, "dampening=0.1"),
         (lambda: ours.Adam(betas=0.9), TypeError, r"betas=0.9: two numbers are needed"),
         (lambda: ours.Adam(betas=(0.9, 1.0)), ValueError, r"b2=1.0"),
-        (lambda: ours.RMSprop(alpha=1.0), ValueError, r"alpha=1.0: it must lie in \[0, 1\)"),
+        (lambda: ours.RMSprop(alpha=1.0), ValueError, r"alpha=1.0: it is the decay of an average, in \[0, 1\)"),
         (lambda: ours.AdamW(lr=-1), ValueError, "learning_rate=-1"),
         (lambda: ours.Rprop(etas=(1.2, 0.5)), ValueError, r"eta_minus=1.2: it must lie in \[0, 1\)"),
         (lambda: ours.Rprop(step_sizes=50), TypeError, r"step_sizes=50: two .* \(min_step_size, max_step_size\)"),
         (lambda: ours.Adafactor(beta2_decay=0.8), ValueError, "beta2_decay=0.8: it must be 0 or less"),
         (lambda: ours.Adafactor(eps=1e-3), TypeError, r"eps=0.001: two numbers are needed, \(eps1, eps2\)"),
-        (lambda: ours.Adafactor(d=0.5), ValueError, r"d=0.5: it must lie in \[1, inf\)"),
+        (lambda: ours.Adafactor(d=0.5), ValueError, "d=0.5: it must be 1 or more"),
         (lambda: ours.Muon(adjust_lr_fn="rms"), ValueError, "adjust_lr_fn='rms': .*match_rms_adamw"),
         (lambda: ours.Muon(ns_coefficients=(1, 2)), TypeError, r"three numbers are needed, \(a, b, c\)"),
         (lambda: ours.AdamW(learning_rate=1), TypeError, "learning_rate"),
@@ -172,7 +174,7 @@ def test_rprop_takes_its_learning_rate_once(x64):
 def test_sparse_adam_leaves_other_rows_alone():
     params = {"embedding": jnp.ones((4, 3)), "scale": jnp.ones(3)}
     grads = {"embedding": jnp.zeros((4, 3)).at[1, 2].set(5.0), "scale": jnp.zeros(3)}
-    tx = ours.SparseAdam(lr=0.1, weight_decay=0.5)
+    tx = ours.SparseAdam(lr=0.1, groups=[("", {"weight_decay": 0.5})])
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(grads, state, params)
@@ -192,7 +194,7 @@ def test_adafactor_remembers_the_sides_of_a_matrix():
 
 def test_muon_takes_matrices_only():
     params = {"conv": {"kernel": jnp.ones((3, 3, 2, 4))}, "dense": {"kernel": jnp.ones((2, 4))}}
-    with pytest.raises(ValueError, match=r"Muon: 'conv/kernel' has the shape \(3, 3, 2, 4\).*jaxsgd.muon takes whole"):
+    with pytest.raises(ValueError, match=r"'conv/kernel' has the shape \(3, 3, 2, 4\).*jaxsgd.muon, which takes whole"):
         ours.Muon().init(params)
     tx = ours.Muon(groups=[("conv", {"frozen": True})])
     updates, _ = tx.update(params, tx.init(params), params)

@@ -1,4 +1,4 @@
-"""The train step on one device: linen, NNX and plain functions; compiled once, donating, in words."""
+"""The train step on one device: linen, NNX and plain functions; compiled once, donating, clear errors."""
 
 import flax.linen as nn
 import jax
@@ -217,18 +217,18 @@ def test_a_batch_that_does_not_fit(batch, message):
     assert not state.params["w"].is_deleted(), "a refused batch must not cost the state"
 
 
-def test_another_batch_size_is_said():
+def test_another_batch_size_warns():
     tx = jaxsgd.sgd(0.1)
     state, step = TrainState.create(LINEAR, tx), make_step(linear_loss, tx)
     state, _ = step(state, BATCH)
-    with pytest.warns(UserWarning, match="batch: 8 examples, so far 32: the step is compiled anew"):
+    with pytest.warns(UserWarning, match="batch: 8 examples, so far 32: the step compiles again"):
         state, _ = step(state, {"x": X[:8], "y": Y[:8]})
     state, _ = step(state, BATCH)
     assert step.compiles == 2
     assert batch_size({"scalar": 3.0}) is None
 
 
-def test_bad_input_in_words():
+def test_bad_input_raises_a_clear_error():
     tx = jaxsgd.sgd(0.1)
     with pytest.raises(ValueError, match=r"loss_fn: the loss has the shape \(32, 1\); a scalar is needed"):
         per_example = lambda p, b, k: (b["x"] @ p["w"] - b["y"]) ** 2

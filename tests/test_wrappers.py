@@ -45,6 +45,20 @@ def test_wrappers_nest():
         lookahead(lookahead(sgd))
 
 
+def test_a_hyperparameter_that_the_base_settles_and_has_itself_is_its_own():
+    """Schedule-free settles the b1 of the rule inside, and has a b1 of its own."""
+    state = cautious(jaxsgd.schedule_free(adam))(0.1, b1=0.8).init(jnp.ones(3))
+    assert set(state.slots) == {"z", "nu"} and float(state.hyper["b1"]) == np.float32(0.8)
+
+
+def test_wrappers_keep_the_kinds_of_slots():
+    base, wrapped = adam.slots, cautious(grokfast(adam)).slots
+    assert {name: wrapped[name].kind for name in base} == {name: slot.kind for name, slot in base.items()}
+    assert wrapped["slow"].kind == "mean" and lookahead(adam).slots["slow"].kind == "iterate"
+    state = cautious(adam)(1e-3, storage=jaxsgd.int8()).init(jnp.ones(65536))
+    assert all(isinstance(held, jaxsgd.storage.Blocks) for held in state.slots.values())
+
+
 def test_lookahead_is_optax_lookahead():
     params = {"w": jnp.asarray([1.0, -2.0])}
     theirs = optax.lookahead(optax.sgd(0.1, 0.9), sync_period=5, slow_step_size=0.5)

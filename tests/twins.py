@@ -115,11 +115,11 @@ def torch_rmsprop(p, grads, learning_rate, weight_decay=0.0, *, alpha=0.99, eps=
     return out
 
 
-def torch_adagrad(p, grads, learning_rate, weight_decay=0.0, *, initial_accumulator_value=0.0, eps=1e-10):
+def torch_adagrad(p, grads, learning_rate, weight_decay=0.0, *, initial_accumulator_value=0.0, eps=1e-10, lr_decay=0.0):
     s, out = np.full_like(p, initial_accumulator_value), []
-    for g in grads:
+    for t, g in enumerate(grads):
         s = s + g**2
-        p = p - learning_rate * (g / (np.sqrt(s) + eps) + weight_decay * p)
+        p = p - learning_rate * (g / ((np.sqrt(s) + eps) * (1 + t * lr_decay)) + weight_decay * p)
         out.append(p)
     return out
 

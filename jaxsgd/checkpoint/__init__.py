@@ -1,7 +1,7 @@
 """Checkpoints: a run on disk, so that one that was killed goes on as if it had not been.
 
-Floor 6. The only import of orbax.checkpoint: it writes and reads the arrays. Here is what it leaves open: checksums,
-what counts as saved, what may be deleted, dtypes, SIGTERM.
+The only import of orbax.checkpoint, which writes and reads the arrays. Added here: checksums, when a checkpoint counts
+as saved, which may be deleted, dtypes, SIGTERM.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ class Checkpoints:
             self._recover()
             raise OSError(self._failure(error)) from error
 
-    def restore(self, like: Any, *, step: int | None = None, migrate: bool = False) -> Restored:
+    def restore(
+        self, like: Any, *, step: int | None = None, migrate: bool = False, tx: Any = None, old_tx: Any = None
+    ) -> Restored:
         """Read the newest good checkpoint. One that is damaged is passed over with a warning.
 
         Args:
@@ -240,6 +242,8 @@ class Checkpoints:
           step: this checkpoint and no other.
           migrate: take ``opt_state`` over by name where the optimizer was edited, and leave the rest of it as it is in
             ``like``, which must then be a state. See `jaxsgd.migration`.
+          tx, old_tx: with ``migrate``, the new optimizer and the one that was saved, for storages of your own. Default:
+            unknown.
 
         Returns:
           `Restored`.
@@ -273,7 +277,7 @@ class Checkpoints:
             from jaxsgd.migration import adopt
 
             old = {name.removeprefix("opt_state/"): read.pop(name) for name in table if name in moved}
-            adopted, report = adopt(old, like.opt_state, like.params)
+            adopted, report = adopt(old, like.opt_state, like.params, tx=tx, old_tx=old_tx)
             names = {"opt_state/" + name: leaf for name, leaf in named_leaves(adopted, "opt_state").items()}
             read |= {name: put(leaf, leaves[name]) for name, leaf in names.items()}
         state = jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in leaves])

@@ -1,7 +1,4 @@
-"""A tree as named arrays that can be written down without its classes, and back.
-
-Floor 6. What `jaxsgd.checkpoint` gives to Orbax and takes from it.
-"""
+"""A tree as named arrays that can be saved without its classes, and back: the form that Orbax writes and reads."""
 
 from __future__ import annotations
 

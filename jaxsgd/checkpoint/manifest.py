@@ -1,6 +1,6 @@
 """The files of one checkpoint: which they are, whether they still are what was written, and how they go away.
 
-Floor 6. Knows of directories and bytes only.
+Knows of directories and bytes only.
 """
 
 from __future__ import annotations

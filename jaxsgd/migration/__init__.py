@@ -1,7 +1,4 @@
-"""An optimizer's state carried over an edit of the optimizer: kept where names agree, begun anew elsewhere.
-
-Floor 6.
-"""
+"""An optimizer's state carried over an edit of the optimizer: kept where names agree, reset elsewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxsgd.forms import forms
 from jaxsgd.migration.moving import Migration
 from jaxsgd.migration.report import Entry, Report
 from jaxsgd.paths import named_leaves
@@ -24,6 +22,7 @@ def migrate(
     tx: optax.GradientTransformation,
     params: Any,
     *,
+    old_tx: optax.GradientTransformation | None = None,
     count: Literal["auto", "keep", "reset"] | int = "auto",
 ) -> tuple[Any, Report]:
     """Go on with a state after an edit of its optimizer: ``state, report = migrate(old_state, tx, params)``.
@@ -31,33 +30,41 @@ def migrate(
     A clip or a guard was added, a schedule replaces a constant, AdamW replaces Adam, groups or storage changed, the
     run began with optax: ``tx.init`` would forget the moments, and a checkpoint does not fit. Leaves are matched by
     name. One that belongs to a parameter (``"1/slots/mu/dense/kernel"``) goes where the new state has the same slot
-    (mu) of the same parameter, whatever is around it; in the new form if it rests in another one (cast, eight bits).
-    What has no counterpart, or another shape, is as ``tx.init`` makes it. Where several are alike (two rules in a
-    chain with a mu each), those of rules with the same slots are matched in order if they are as many, then by their
-    full names; what is uncertain still is reset. The report says all of it.
+    (mu) of the same parameter, whatever is around it. A leaf without a counterpart, or of another shape, is as
+    ``tx.init`` makes it. Of several alike (two rules in a chain with a mu each), those of rules with the same slots
+    are matched in order if they are as many, then by their full names; the others are reset. The report says all of
+    it.
 
-    Names are all there is: the report cannot know that adam's nu is a mean of squares and adamax's a maximum, or that
-    a rule sums its momentum where another averages it. Switch between such rules with ``tx.init(params)``.
+    **Storage.** Each slot is packed by the storage that the new optimizer has for it: `cast`, `int8` or your own.
+    Values that were cast or packed by `int8` unpack by themselves; those of your own storage need ``old_tx``, and are
+    reset without it. A value that does not fit into its new dtype is reset too.
+
+    **Kinds.** A slot is reset where the new rule has another kind of slot under its name: with ``old_tx``, any other
+    kind; without, where a sum of squares would become negative. Within a kind names are all there is: the report
+    cannot know that adam's nu is a mean of squares and adamax's a maximum, or that a rule sums its momentum where
+    another averages it. Switch between such rules with ``tx.init(params)``.
 
     **The count** of completed steps drives schedules and bias correction. A rule's goes on if each of its slots was
-    found for one parameter at least. Otherwise the whole rule starts anew, those that were found included, at count 0:
-    a moment that starts at zero is taken for an average of ``count`` steps, and a full one at count 0 for an average
-    of none. With adam's b1=0.9, b2=0.999, t=10,000 and both moments at zero, the first step is 3.2 times too long, the
-    twelfth 6.6 times, and it takes 1,750 steps to come within 10%; with nu alone at zero the first is 32 times too
-    long; with a full mu at count 0, 10 times. The first holds for a single parameter that starts anew (reshaped,
-    no longer frozen) while the count goes on: a short warmup helps.
+    found for one parameter at least; a copy of the parameters (the slow weights of `lookahead`) may start at any step.
+    Otherwise the whole rule is reset, with all its slots, to count 0: a moment that starts at zero is taken for an
+    average of ``count`` steps, and a full one at count 0 for an average of none. With adam's b1=0.9, b2=0.999,
+    t=10,000 and both moments at zero, the first step is 3.2 times too long, the twelfth 6.6 times, and it takes 1,750
+    steps to come within 10%; with nu alone at zero the first is 32 times too long; with a full mu at count 0, 10
+    times. The first holds for a single parameter that is reset (reshaped, no longer frozen) while the count goes on: a
+    short warmup helps.
 
     **Hyperparameters** are as ``tx`` says; one that was set or pinned by `with_hyper` is to be set again. Scalars of a
     rule (weight sums) go with its slots, those of other transformations (counters, norms, statistics) by name.
 
     Args:
-      old_state: an optimizer state of jaxsgd or optax, within whatever; nested dicts and lists of arrays, as a
-        checkpoint is read without its structure; or a dict from names to arrays.
+      old_state: an optimizer state of jaxsgd or optax, in any tree; nested dicts and lists of arrays, as a checkpoint
+        is read without its structure; or a dict from names to arrays.
       tx: the new optimizer.
       params: the parameters it is to train.
+      old_tx: the optimizer that made ``old_state``. Default: unknown.
       count: ``"auto"``, as above; ``"keep"``: it goes on, and found slots with it, in any case; ``"reset"``: it is 0
         for every rule, and found slots are kept; or a number of steps, for states that hold none
-        (``optax.sgd`` with a constant learning rate).
+        (``optax.sgd`` with a constant learning rate). Default: ``"auto"``.
 
     Returns:
       ``(state, report)``: a state like ``tx.init(params)``, in structure, dtypes and sharding, which shares no memory
@@ -69,7 +76,7 @@ def migrate(
     """
     old = named_leaves(old_state, "old_state")
     _check_old(old)
-    return adopt(old, tx.init(params), params, count=count)
+    return adopt(old, tx.init(params), params, tx=tx, old_tx=old_tx, count=count)
 
 
 def adopt(
@@ -77,18 +84,23 @@ def adopt(
     fresh_state: Any,
     params: Any,
     *,
+    tx: optax.GradientTransformation | None = None,
+    old_tx: optax.GradientTransformation | None = None,
     count: Literal["auto", "keep", "reset"] | int = "auto",
 ) -> tuple[Any, Report]:
     """`migrate` into a state that was made already: ``adopt(leaves, jaxsgd.init_sharded(tx, params, mesh), params)``.
 
     Args:
       old_leaves: names, as of `jaxsgd.paths.leaf_names`, to arrays.
-      fresh_state: the new optimizer's state before its first step. What is not replaced is returned as it is.
+      fresh_state: the new optimizer's state before its first step. Leaves that are not replaced are returned as they
+        are.
       params: the parameters; only names, shapes and dtypes matter.
+      tx: the new optimizer, whose storages pack the old values. Default: unknown; `cast` and `int8` need none.
+      old_tx: the optimizer that made the old leaves. Default: unknown.
       count: as in `migrate`.
 
     Returns:
-      ``(state, report)``. Each array lies where that of ``fresh_state`` does.
+      ``(state, report)``. Each array has the sharding that it has in ``fresh_state``.
 
     Raises:
       ValueError: as in `migrate`.
@@ -97,7 +109,8 @@ def adopt(
         raise ValueError(f'count={count!r}: "auto", "keep", "reset" or a number of steps from 0 is needed')
     _check_old(old_leaves)
     count = count if isinstance(count, str) else int(count)
-    moving = Migration(old_leaves, fresh_state, named_leaves(params, "params"), count)
+    was, now = (() if each is None else forms(each, params) for each in (old_tx, tx))
+    moving = Migration(old_leaves, fresh_state, named_leaves(params, "params"), count, was, now)
     report = moving.run()
     return jax.tree.unflatten(jax.tree.structure(fresh_state), list(moving.out.values())), report
 

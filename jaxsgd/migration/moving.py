@@ -1,10 +1,8 @@
-"""One migration: what is matched with what, in which form it is carried over, and what is said of it.
-
-Floor 6.
-"""
+"""One migration: what is matched with what, in which form it is carried over, and what is said of it."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.lift import LOST
-from jaxsgd.migration.names import CLOCKS, HYPER, SHARED, Item, Leaves, Place, kind
+from jaxsgd.forms import Form
+from jaxsgd.migration.names import CLOCKS, HYPER, SHARED, Item, Leaves, Place, kind, whole
 from jaxsgd.migration.report import SECTIONS, Entry, Report, listed
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import named_leaves
+from jaxsgd.rounding import LOST
 from jaxsgd.state import PIN, find_states
-from jaxsgd.storage import Blocks, decode, encode_like
+from jaxsgd.storage import Blocks, Cast, Plain, Storage, decode, encode_like, needs_key
 
 __all__ = ["Migration"]
 
@@ -44,33 +43,108 @@ class _Unfit(Exception):
     """Why an old value cannot serve as a new one."""
 
 
-def _adapted(old: Any, new: Any) -> tuple[Any, str]:
-    """``old`` in the form, dtype and place of ``new``, and what that changed, in words."""
-    how = ""
-    if isinstance(old, Blocks) or isinstance(new, Blocks):
-        forms = [[(jnp.shape(x), kind(x)) for x in blocks] for blocks in (old, new) if isinstance(blocks, Blocks)]
-        if len(forms) == 2 and forms[0] == forms[1]:
-            return Blocks(*map(_placed, old, new)), how
+def _carried(old: Item, new: Item, was: Form | None, now: Form | None) -> tuple[Any, str]:
+    """The value of ``old`` in the form, dtype and place of ``new``, and how it got there."""
+    if was is not None and now is not None and was.slot.kind != now.slot.kind:
+        raise _Unfit(f"it was of the kind {was.slot.kind}, now it is {now.slot.kind}")
+    other = was is not None and now is not None and was.storage != now.storage
+    if not _is_single(new.value, now) and _layout(old.value) == _layout(new.value) and not other:
+        return jax.tree.map(_placed, old.value, new.value), ""
+    wide, how = _unpacked(old, was)
+    if now is not None and now.slot.kind == "square" and _negative(wide):
+        raise _Unfit(f"{now.slot.name} is a sum of squares in the new optimizer, and the old value is negative")
+    if _is_single(new.value, now):
+        return _cast(wide, new.value, how)
+    packed = _packed(wide, new.value, now)
+    name = "at 8 bits" if isinstance(new.value, Blocks) else f"by {type(now and now.storage).__name__}"
+    return jax.tree.map(_placed, packed, new.value), f"repacked {name}" if how else f"packed {name}"
+
+
+def _layout(value: Any) -> Any:
+    return jax.tree.structure(value), [(jnp.shape(x), kind(x)) for x in jax.tree.leaves(value)]
+
+
+def _negative(x: Any) -> bool:
+    return jnp.size(x) > 0 and not jnp.iscomplexobj(x) and bool(jnp.min(jnp.asarray(x)) < 0)
+
+
+def _is_single(value: Any, form: Form | None) -> bool:
+    """Whether the value is the array itself, perhaps in another dtype."""
+    return _is_array(value) and (form is None or isinstance(form.storage, Plain | Cast))
+
+
+def _is_array(value: Any) -> bool:
+    return jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+
+
+def _unpacked(old: Item, form: Form | None) -> tuple[Any, str]:
+    if isinstance(old.value, Blocks):
         try:
-            if isinstance(old, Blocks):
-                old, how = _decode(Blocks(*old)), "unpacked from 8 bits"
-            if isinstance(new, Blocks) and jnp.shape(old) == new.codes.shape and not jnp.iscomplexobj(old):
-                packed = _encode_like(new, jnp.asarray(old, new.scale.dtype))
-                return Blocks(*map(_placed, packed, new)), "packed anew" if how else "packed at 8 bits"
+            return _decode(Blocks(*old.value)), "unpacked from 8 bits"
         except ValueError as error:
             raise _Unfit(str(error)) from None
-    like = new.codes if isinstance(new, Blocks) else new
+    if _is_single(old.value, form):
+        return old.value, ""
+    if form is None:
+        parts = listed(name.rpartition("/")[2] for name in old.names)
+        raise _Unfit(f"it is stored in another form ({parts}): give old_tx=, the optimizer that made it")
+    value = _unpack(form.storage, jax.tree.map(jnp.asarray, old.value))
+    return value, f"unpacked by {type(form.storage).__name__}"
+
+
+def _packed(wide: Any, like: Any, form: Form | None) -> Any:
+    """A wide array in the stored form of ``like``."""
+    if isinstance(like, Blocks):
+        shape, dtype = like.codes.shape, like.scale.dtype
+    elif form is None:
+        raise _Unfit("the storage of its new form is not known: give tx=, the new optimizer")
+    else:
+        about = jax.eval_shape(form.storage.unpack, form.stored)
+        shape, dtype = about.shape, about.dtype
+    if jnp.shape(wide) != shape:
+        raise _Unfit(f"the shape was {jnp.shape(wide)}, now it is {shape}")
+    if jnp.iscomplexobj(wide) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise _Unfit(f"it was {kind(wide)}, now it is {dtype}")
+    wide = jnp.asarray(wide, dtype)
+    if isinstance(like, Blocks):
+        return _encode_like(like, wide)
+    assert form is not None
+    packed = _pack(form.storage, wide)
+    if jax.tree.map(jnp.shape, packed) != jax.tree.map(jnp.shape, like):
+        raise _Unfit(f"{type(form.storage).__name__} packs it in another form than at the start")
+    return packed
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unpack(storage: Storage, stored: Any) -> Any:
+    return storage.unpack(stored)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pack(storage: Storage, x: Any) -> Any:
+    return storage.pack(x, jax.random.key(0) if needs_key(storage) else None)
+
+
+def _cast(old: Any, like: Any, how: str = "") -> tuple[Any, str]:
+    """An array or a scalar in the dtype and place of another one of its shape."""
     if jnp.shape(old) != jnp.shape(like):
         raise _Unfit(f"the shape was {jnp.shape(old)}, now it is {jnp.shape(like)}")
     was, now = kind(old), kind(like)
-    if was != now:
-        number = jnp.issubdtype(was, jnp.inexact) and jnp.issubdtype(now, jnp.inexact)
-        whole = jnp.issubdtype(was, jnp.integer) and jnp.issubdtype(now, jnp.integer)
-        smaller = jnp.issubdtype(was, jnp.complexfloating) and not jnp.issubdtype(now, jnp.complexfloating)
-        if isinstance(new, Blocks) or smaller or not (number or whole):
-            raise _Unfit(f"it was {was}, now it is {now}")
-        how = how or (f"cast from {was} to {now}" if jnp.result_type(was) == was else how)
-    return _placed(old, new), how
+    if was == now:
+        return _placed(old, like), how
+    number = jnp.issubdtype(was, jnp.inexact) and jnp.issubdtype(now, jnp.inexact)
+    count = jnp.issubdtype(was, jnp.integer) and jnp.issubdtype(now, jnp.integer)
+    smaller = jnp.issubdtype(was, jnp.complexfloating) and not jnp.issubdtype(now, jnp.complexfloating)
+    if smaller or not (number or count):
+        raise _Unfit(f"it was {was}, now it is {now}")
+    made = _placed(old, like)
+    if number and jnp.finfo(now).max < jnp.finfo(was).max and not _finite(made) and _finite(old):
+        raise _Unfit(f"its values do not fit into {now}")
+    return made, how or (f"cast from {was} to {now}" if jnp.result_type(was) == was else how)
+
+
+def _finite(x: Any) -> bool:
+    return bool(jnp.all(jnp.isfinite(jnp.asarray(x))))
 
 
 def _placed(x: Any, like: Any) -> jax.Array:
@@ -90,30 +164,61 @@ def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Slot:
-    """What becomes of one value of a slot: ``old`` is its counterpart, in the container ``source``, and ``value`` what
-    that is in the new form."""
+    """One value of a slot: ``old`` is its counterpart, from the container ``source``; ``value`` is that one in the new
+    form, of which ``was`` and ``now`` are the forms as far as known."""
 
     place: Place
     item: Item
     source: str | None
     old: Item | None
     reason: str
+    was: Form | None = None
+    now: Form | None = None
     value: Any = None
 
     def adapt(self) -> None:
         if self.old is not None:
             try:
-                self.value, how = _adapted(self.old.value, self.item.value)
+                self.value, how = _carried(self.old, self.item, self.was, self.now)
                 self.reason = self.reason or how
             except _Unfit as error:
                 self.reason = str(error)
 
 
+class _Forms:
+    """The forms of one optimizer by slot and parameter; of no optimizer none are known."""
+
+    def __init__(self, known: Iterable[Form]) -> None:
+        self.known: dict[tuple[str, str], list[Form]] = {}
+        for form in known:
+            self.known.setdefault((form.slot.name, form.parameter), []).append(form)
+
+    def at(self, container: str, slot: str, parameter: str) -> Form | None:
+        """The form in a container, or in the one that its name ends in: a state may stand within another tree."""
+        held = self.known.get((slot, parameter), [])
+        fits = [f for f in held if f"/{container}".endswith(f"/{f.container}") or not f.container]
+        return max(fits, key=lambda form: len(form.container), default=None)
+
+    def iterates(self, container: str) -> set[str]:
+        """The slots of a container that start as a copy of the parameters, at any step."""
+        held = [form for forms in self.known.values() for form in forms if form.container == container]
+        return {form.slot.name for form in held if form.slot.kind == "iterate"}
+
+
 class Migration:
     """One migration: what is matched with what, and what is said of it. ``out`` are the new leaves by name."""
 
-    def __init__(self, old: Mapping[str, Any], fresh_state: Any, params: dict[str, Any], count: Any) -> None:
+    def __init__(
+        self,
+        old: Mapping[str, Any],
+        fresh_state: Any,
+        params: dict[str, Any],
+        count: Any,
+        was: Iterable[Form] = (),
+        now: Iterable[Form] = (),
+    ) -> None:
         self.old, self.new = Leaves(old, params), Leaves(named_leaves(fresh_state, "fresh_state"), params)
+        self.was, self.now = _Forms(was), _Forms(now)
         self.params, self.count = params, count
         self.out: dict[str, Any] = dict(self.new.leaves)
         self.used: set[str] = set()
@@ -122,9 +227,10 @@ class Migration:
         clocks = {c for c in self.new.scalars if self.new.own(c) == {"count"}}
         self.rules = states | {c for c in clocks if not states or c not in self.new.kinds}
         self.slots = [slot for key in self.new.slots for slot in self._matched(key)]
-        # Container -> those of the old state that its slots come from, and its slots that begin wholly anew.
+        # Container -> those of the old state that its slots come from, and its slots that start again everywhere.
+        # What rounding took starts at 0 and a copy of the parameters as they are, at any step.
         self.sources: dict[str, dict[str, None]] = {c: {} for c in self.new.kinds}
-        self.anew = {c: sorted(slots - {LOST}) for c, slots in self.new.kinds.items()}  # LOST does begin at 0
+        self.anew = {c: sorted(slots - {LOST} - self.now.iterates(c)) for c, slots in self.new.kinds.items()}
 
     def run(self) -> Report:
         self._check_model()
@@ -141,10 +247,8 @@ class Migration:
         self._leftovers()
         return Report(**{name: tuple(held) for name, held in self.entries.items()})
 
-    def _say(self, section: str, name: str, reason: str, place: Place, value: Any = 0) -> None:
-        value = value.codes if isinstance(value, Blocks) else value
-        size = getattr(value, "size", 1)
-        self.entries[section].append(Entry(name, reason, place.slot, place.parameter, int(size)))
+    def _say(self, section: str, name: str, reason: str, place: Place, size: int = 1) -> None:
+        self.entries[section].append(Entry(name, reason, place.slot, place.parameter, size))
 
     def _check_model(self) -> None:
         old = self.old
@@ -164,13 +268,16 @@ class Migration:
         there, here = self.old.slots.get(key, {}), self.new.slots[key]
         pairs = self._pairs(list(here), list(there))
         elsewhere = any(slot in slots for slots in self.old.kinds.values())
-        for container, items in here.items():
+        for container, parts in here.items():
             source, reason = pairs.get(container, (None, ""))
-            for inside, item in items.items():
-                old = None if source is None else there[source].get(inside)
-                if old is None and not reason:
-                    reason = f"new, the old state has {'none for it' if elsewhere else 'no such slot'}"
-                yield _Slot(Place(container, slot, parameter, inside), item, source, old, reason)
+            now = self.now.at(container, slot, parameter)
+            was = None if source is None else self.was.at(source, slot, parameter)
+            if source is None and not reason:
+                reason = f"new, the old state has {'none for it' if elsewhere else 'no such slot'}"
+            olds = {} if source is None else there[source]
+            for inside, item, old in _paired(parts, olds, now and now.stored, was and was.stored):
+                why = reason if old is not None or reason else "new, the old state has no such part of it"
+                yield _Slot(Place(container, slot, parameter, inside), item, source, old, why, was, now)
 
     def _pairs(self, new: list[str], old: list[str]) -> dict[str, tuple[str | None, str]]:
         """Container in the new state -> the one in the old that holds the same, and what is to be said of it."""
@@ -202,10 +309,10 @@ class Migration:
             slot.reason = f'its rule starts anew with its {listed(self.anew[container])}; count="keep" keeps it'
         elif slot.value is not None:
             section = "kept"
-            leaves = slot.value if isinstance(slot.value, Blocks) else (slot.value,)
+            leaves = jax.tree.leaves(slot.value)
             self.out |= dict(zip(item.names, leaves, strict=True))
-        name = item.names[0].removesuffix("/codes") if isinstance(item.value, Blocks) else item.names[0]
-        self._say(section, name, slot.reason, slot.place, item.value)
+        name = item.names[0] if len(item.names) == 1 else item.names[0].rpartition("/")[0]
+        self._say(section, name, slot.reason, slot.place, item.size)
 
     # -- scalars
 
@@ -247,7 +354,7 @@ class Migration:
                 raise _Unfit(f"uncertain which of {listed(map(repr, sources))} in the old state")
             if not follows:
                 raise _Unfit("starts anew, as the slots beside it do")
-            self.out[name], how = _adapted(self.old.leaves[found[0]], fresh)
+            self.out[name], how = _cast(self.old.leaves[found[0]], fresh)
             self._say("kept", name, how, place)
         except _Unfit as error:
             self._say("reset", name, str(error), place)
@@ -284,7 +391,7 @@ class Migration:
         elif clock is None:
             self._say("changed", name, "0, the old state has none; count=<steps> sets it", place)
         else:
-            self.out[name], _ = _adapted(was, fresh)
+            self.out[name], _ = _cast(was, fresh)
             others = {_show(old.leaves[n]) for n in clocks} - {_show(was)}
             unlike = f", where others have {listed(sorted(others))}" if others else ""
             beside = "" if old.places[clock].container in (container, *sources) else f" from {clock}"
@@ -316,7 +423,7 @@ class Migration:
             if HYPER + PIN + short not in self.old.scalars[self.old.places[found].container]:
                 self._say("changed", name, f"{_show(was)} -> a schedule, as the new optimizer says", place)
             if follows and jnp.shape(was) == jnp.shape(fresh):  # what was applied last, until the next step
-                self.out[name], _ = _adapted(was, fresh)
+                self.out[name], _ = _cast(was, fresh)
         elif not np.array_equal(np.asarray(was, kind(fresh)), np.asarray(fresh)):
             self._say("changed", name, f"{_show(was)} -> {_show(fresh)}, as the new optimizer says", place)
 
@@ -333,13 +440,39 @@ class Migration:
                     reason = "the new state holds none; what the new optimizer says counts"
                     self._say("changed", name, reason, place)
             else:
-                self._say("dropped", name, f"{_show(value)}, the new state has no place for it", place, value)
+                size = int(getattr(value, "size", 1))
+                self._say("dropped", name, f"{_show(value)}, the new state has no place for it", place, size)
         for (slot, parameter), held in old.slots.items():
-            for container, items in held.items():
-                for item in items.values():
-                    if set(item.names) <= self.used:
-                        continue
-                    reason = "the new state has no such slot" + " for it" * any(slot == s for s, _ in new.slots)
-                    reason = "no such parameter" if parameter not in self.params else reason
-                    reason = "another's was taken, or none was certain" if (slot, parameter) in new.slots else reason
-                    self._say("dropped", item.names[0], reason, Place(container, slot, parameter), item.value)
+            for container, parts in held.items():
+                left = {inside: part for inside, part in parts.items() if part[0] not in self.used}
+                if not left:
+                    continue
+                reason = "the new state has no such slot" + " for it" * any(slot == s for s, _ in new.slots)
+                reason = "no such parameter" if parameter not in self.params else reason
+                reason = "another's was taken, or none was certain" if (slot, parameter) in new.slots else reason
+                item = whole(left) or _together(left)
+                self._say("dropped", item.names[0], reason, Place(container, slot, parameter), item.size)
+
+
+def _paired(
+    new: Mapping[str, tuple[str, Any]], old: Mapping[str, tuple[str, Any]], now: Any, was: Any
+) -> Iterable[tuple[str, Item, Item | None]]:
+    """The parts of a value with their counterparts: all as one where that can be, else each by its name.
+
+    Args:
+      new, old: inside -> name and leaf.
+      now, was: the forms that they may have, or None. Without ``was`` the old value may have the new form.
+    """
+    one, other = whole(new, now), (whole(old, was) or whole(old, now)) if old else None
+    if one is not None or other is not None:
+        yield "", one or _together(new), other or (_together(old) if old else None)
+        return
+    for inside, (name, leaf) in new.items():
+        part = old.get(inside)
+        yield inside, Item((name,), leaf), None if part is None else Item((part[0],), part[1])
+
+
+def _together(parts: Mapping[str, tuple[str, Any]]) -> Item:
+    """Parts of an unknown form as one value."""
+    names, leaves = zip(*parts.values(), strict=True)
+    return Item(names, leaves)

@@ -1,7 +1,4 @@
-"""What the names of an optimizer state's leaves say: which slot of which parameter, or which scalar of what.
-
-Floor 6.
-"""
+"""What the names of an optimizer state's leaves say: which slot of which parameter, or which scalar of what."""
 
 from __future__ import annotations
 
@@ -9,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from jaxsgd.paths import leaf_paths
 from jaxsgd.storage import Blocks
 
-__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "kind"]
+__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "kind", "whole"]
 
 CLOCKS = ("count", "gradient_step")
 """How transformations call the number of completed steps."""
@@ -31,10 +30,16 @@ class Place(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A slot's value for one parameter, or a part of it: one leaf, or the two of `Blocks`."""
+    """The stored arrays of a slot of one parameter, or some of them: their names, and the pytree that they make."""
 
     names: tuple[str, ...]
     value: Any
+
+    @property
+    def size(self) -> int:
+        """Its numbers, those of scales aside."""
+        leaves = self.value[:1] if isinstance(self.value, Blocks) else jax.tree.leaves(self.value)
+        return sum(int(getattr(leaf, "size", 1)) for leaf in leaves)
 
 
 def kind(x: Any) -> Any:
@@ -42,10 +47,14 @@ def kind(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
+def _unboxed(inside: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the ``value`` of an nnx.Variable that was saved as a dict."""
+    return inside[1:] if inside[:1] == ("value",) else inside
+
+
 def _of(prefix: tuple[str, ...], parameter: str, inside: tuple[str, ...]) -> Place:
     """The place of a leaf of a slot whose trees stand at ``prefix``."""
-    if inside[:1] == ("value",):  # of an nnx.Variable that was saved as a dict, or holds more than an array
-        inside = inside[1:]
+    inside = _unboxed(inside)
     if prefix[-1].isdigit():  # a position is no name: only the same position is the same slot
         return Place("", "/".join(prefix), parameter, "/".join(inside))
     container = prefix[:-2] if prefix[-2:-1] == ("slots",) else prefix[:-1]
@@ -113,32 +122,38 @@ def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slo
             yield prefix, parameter, inside
 
 
-def _packed(parts: Mapping[str, tuple[str, Any]]) -> dict[str, Item]:
-    """The parts of one value, codes and scales joined."""
-    out = {}
-    for inside, (name, leaf) in parts.items():
-        head, _, last = inside.rpartition("/")
-        pair = [parts[key] for key in (f"{head}/codes".lstrip("/"), f"{head}/scale".lstrip("/")) if key in parts]
-        if last in ("codes", "scale") and len(pair) == 2 and kind(pair[0][1]) in (jnp.int8, jnp.uint8):
-            (codes, code), (scale, step) = pair
-            out[head] = Item((codes, scale), Blocks(code, step))
-        else:
-            out[inside] = Item((name,), leaf)
-    return out
+def whole(parts: Mapping[str, tuple[str, Any]], stored: Any = None) -> Item | None:
+    """The parts of one value as one item: a single array, `Blocks`, or a pytree like ``stored``; None for others.
+
+    Args:
+      parts: inside -> name and leaf.
+      stored: the form that they may have.
+    """
+    insides = [""] if len(parts) == 1 else ["codes", "scale"]
+    if stored is not None:
+        insides = ["/".join(_unboxed(path)) for path in leaf_paths(stored)]
+    if set(insides) != set(parts):
+        return None
+    names, leaves = zip(*(parts[inside] for inside in insides), strict=True)
+    if stored is not None:
+        return Item(names, jax.tree.unflatten(jax.tree.structure(stored), leaves))
+    if len(leaves) == 1:
+        return Item(names, leaves[0])
+    return Item(names, Blocks(*leaves)) if kind(leaves[0]) in (jnp.int8, jnp.uint8) else None
 
 
 class Leaves:
     """One of the two states, by name.
 
     Attributes:
-      slots: (slot, parameter) -> container -> inside -> item.
+      slots: (slot, parameter) -> container -> inside -> name and leaf.
       kinds: container -> the slots it has.
       scalars: container -> scalar -> name of the leaf.
     """
 
     def __init__(self, leaves: Mapping[str, Any], params: Mapping[str, Any]) -> None:
         self.leaves, self.places = leaves, _places(leaves, params)
-        parts: dict[tuple[str, str], dict[str, dict[str, tuple[str, Any]]]] = {}
+        self.slots: dict[tuple[str, str], dict[str, dict[str, tuple[str, Any]]]] = {}
         self.kinds: dict[str, set[str]] = defaultdict(set)
         self.scalars: dict[str, dict[str, str]] = defaultdict(dict)
         for name, place in self.places.items():
@@ -146,9 +161,8 @@ class Leaves:
                 self.scalars[place.container][place.slot] = name
             else:
                 self.kinds[place.container].add(place.slot)
-                here = parts.setdefault((place.slot, place.parameter), {}).setdefault(place.container, {})
+                here = self.slots.setdefault((place.slot, place.parameter), {}).setdefault(place.container, {})
                 here[place.inside] = (name, leaves[name])
-        self.slots = {key: {c: _packed(p) for c, p in held.items()} for key, held in parts.items()}
 
     def own(self, container: str) -> set[str]:
         """The scalars of a container without hyperparameters and what a rule shares."""

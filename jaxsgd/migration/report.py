@@ -1,7 +1,4 @@
-"""What a migration did, for a person to read.
-
-Floor 6.
-"""
+"""The report of a migration."""
 
 from __future__ import annotations
 

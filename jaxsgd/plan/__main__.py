@@ -1,6 +1,6 @@
 """``python -m jaxsgd.plan examples/char_lm.py --topology v5e:4x4 --scale 1.3b``: plan what a script trains.
 
-Floor 6. The script says what that is by a function ``plan_inputs``; arguments that are not of this program are the
+The script says what that is by a function ``plan_inputs``; arguments that are not of this program are the
 script's.
 """
 

@@ -1,7 +1,4 @@
-"""Plans side by side.
-
-Floor 6.
-"""
+"""Plans side by side."""
 
 from __future__ import annotations
 

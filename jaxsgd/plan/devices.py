@@ -1,6 +1,6 @@
 """Accelerators as data, in devices.json, and the names that stand for several of them: ``"v5e:4x4"``, ``"h100:8"``.
 
-Floor 6. Every number comes from public documents, which each entry names under ``source``.
+Every number comes from public documents, which each entry names under ``source``.
 """
 
 from __future__ import annotations

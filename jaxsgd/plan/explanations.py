@@ -1,12 +1,18 @@
 """Why an update moves more bytes, takes more kernels or leaves more temporaries than its arrays alone would.
 
-Floor 6. A key is a rule, a rule with a storage, or ``("*", storage)`` for all rules that have no reason of their own.
-`jaxsgd.plan.ledger.faults` names what is missing here and what is not needed.
+A key is the ``cost`` that a rule declares or that follows from what it asks of the whole tree (see `cost_of`), such a
+cost with a storage, or ``("*", storage)`` for all rules with that storage. `jaxsgd.plan.ledger.faults` names the keys
+that are missing, and those that nothing needs.
 """
 
 from __future__ import annotations
 
-__all__ = ["EXPLANATIONS"]
+from jaxsgd.rule import Rule
+
+__all__ = ["EXPLANATIONS", "SLOW_TO_COMPILE", "cost_of"]
+
+SLOW_TO_COMPILE = ("decomposed",)
+"""The costs of rules for which compilers take minutes on a large matrix."""
 
 TREE_SUMS = (
     "sums over all leaves come before the first step: one pass makes them, a second one reads the same arrays again "
@@ -44,33 +50,37 @@ EIGHT_BITS = (
     "again. On TPU the scales, too, are spread out over their blocks in float32, and codes change their layout by a "
     "copy; random bits come from many kernels on a few words. What the rule takes without it comes on top."
 )
-RANDOM = "the counters of the random numbers are vectors made by small kernels; bytes are at the minimum."
 
 EXPLANATIONS: dict[str | tuple[str, str], str] = {
-    **dict.fromkeys(("polyak_sgd", "dog", "dowg", "prodigy"), TREE_SUMS),
-    **dict.fromkeys(("lamb", "lars", "fromage", "novograd", "adam_mini"), LEAF_NORMS),
-    **dict.fromkeys(("adafactor", "adalomo", "torch_adafactor"), FACTORED),
-    **dict.fromkeys(("muon", "muon_jordan", "optax_muon", "normuon", "adamuon"), PRODUCTS),
-    **dict.fromkeys(("dion", "galore", "kron", "shampoo", "soap"), DECOMPOSED),
-    **dict.fromkeys(("apollo", "apollo_mini"), LOW_RANK),
-    **dict.fromkeys(("optimistic_gradient_descent",), GRADIENT_KEPT),
-    **dict.fromkeys(("optimistic_adam", "optimistic_adam_v2"), KEPT_IN_PLACE),
-    "noisy_sgd": RANDOM,
-    ("adadelta", "plain"): "on TPU the compiler makes two kernels: the second one needs the step that the first made, "
-    "makes it again from the old averages, and so the first one's average is written elsewhere and copied.",
-    ("adan", "bf16"): KEPT_IN_PLACE,
-    "dadapt_adamw": "sums for the next step's scale come from the same pass, and end in small kernels; "
-    + KEPT_IN_PLACE,
-    **dict.fromkeys(
-        ("momo", "momo_adam"),
-        TREE_SUMS[:-1] + ", and the new moments of the first pass are kept for the second and copied.",
-    ),
-    "mars": "the norm of the corrected gradient: one pass makes it, a second one steps; and " + GRADIENT_KEPT,
-    "sm3": "the bounds of rows and columns: kernels on vectors, and on H100 one of the two maxima is a pass of its "
-    "own, over an array that is kept for it.",
-    "sophia": "the estimate of the Hessian, which only some steps make, is an array like the parameters, written and "
+    "tree_sums": TREE_SUMS,
+    "leaf_norms": LEAF_NORMS,
+    "factored": FACTORED,
+    "products": PRODUCTS,
+    "decomposed": DECOMPOSED,
+    "low_rank": LOW_RANK,
+    "gradient_kept": GRADIENT_KEPT,
+    "kept_in_place": KEPT_IN_PLACE,
+    "random": "the counters of the random numbers are vectors made by small kernels; bytes are at the minimum.",
+    "trees": "the estimate of the Hessian, which only some steps make, is an array like the parameters, written and "
     "read.",
-    "torch_sparse_adam": "whether a row has any gradient is known only when all of it is read: the step reads it "
+    ("step_averaged", "plain"): "on TPU the compiler makes two kernels: the second one needs the step that the first "
+    "made, makes it again from the old averages, and so the first one's average is written elsewhere and copied.",
+    ("differences", "bf16"): KEPT_IN_PLACE,
+    "sums_of_this_step": "sums for the next step's scale come from the same pass, and end in small kernels; "
+    + KEPT_IN_PLACE,
+    "sums_of_moments": TREE_SUMS[:-1] + ", and the new moments of the first pass are kept for the second and copied.",
+    "corrected_gradient": "the norm of the corrected gradient: one pass makes it, a second one steps; and "
+    + GRADIENT_KEPT,
+    "bounds": "the bounds of rows and columns: kernels on vectors, and on H100 one of the two maxima is a pass of its "
+    "own, over an array that is kept for it.",
+    "rows_with_gradient": "whether a row has any gradient is known only when all of it is read: the step reads it "
     "again.",
     ("*", "int8"): EIGHT_BITS,
 }
+
+
+def cost_of(rule: Rule) -> str | None:
+    """The key of a rule's cost: as it declares, else ``"trees"`` or ``"tree_sums"`` if it asks for these."""
+    if rule.cost is not None:
+        return rule.cost
+    return "trees" if rule.trees is not None else "tree_sums" if rule.sums is not None else None

@@ -1,6 +1,6 @@
 """A compiled program as text, read: what it computes, moves and sends, loops counted as often as they run.
 
-Floor 6. The compilers' own cost analysis counts the body of a loop once, and the CUDA compiler gives none.
+The compilers' own cost analysis counts the body of a loop once, and the CUDA compiler gives none.
 """
 
 from __future__ import annotations

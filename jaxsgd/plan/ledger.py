@@ -1,6 +1,6 @@
 """What each rule's update costs on hardware, measured by the compilers: docs/ledger.json and docs/ledger.md.
 
-Floor 6. ``python -m jaxsgd.plan.ledger`` compiles the update of every rule with every storage for a TPU v5e and an
+``python -m jaxsgd.plan.ledger`` compiles the update of every rule with every storage for a TPU v5e and an
 H100 and writes both documents; programs that are as they were are not compiled again. ``--check`` says whether the
 page is what the measurements give, whether all rules are in it, and whether each one beyond a bar is explained.
 """
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxsgd.plan.devices import lookup as describe
-from jaxsgd.plan.explanations import EXPLANATIONS
-from jaxsgd.plan.ledger_rows import DECOMPOSING, DEVICES, STORAGES, TREES, Row, measure, packs, state_of
+from jaxsgd.plan.explanations import EXPLANATIONS, cost_of
+from jaxsgd.plan.ledger_rows import DEVICES, STORAGES, TREES, Row, is_small, measure, packs, state_of
 from jaxsgd.plan.targets import available, prepare
 from jaxsgd.rule import RULES
 
@@ -129,7 +129,8 @@ def beyond(row: Row) -> list[str]:
 
 def reasons(name: str, storage: str) -> list[Any]:
     """The keys of `EXPLANATIONS` that say why a rule with a storage is beyond a bar."""
-    own = next((key for key in ((name, storage), name) if key in EXPLANATIONS), None)
+    cost = cost_of(RULES[name]) if name in RULES else None
+    own = next((key for key in ((cost, storage), cost) if key in EXPLANATIONS), None)
     return [key for key in (own, ("*", storage)) if key in EXPLANATIONS]
 
 
@@ -225,7 +226,8 @@ def _table(held: Ledger, storage: str) -> list[str]:
 def page(held: Ledger) -> str:
     """docs/ledger.md."""
     shown = {key: ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in tree.items()) for key, tree in TREES.items()}
-    lines = [INTRODUCTION.format(**shown, few=", ".join(DECOMPOSING), **BARS)]
+    few = ", ".join(name for name in sorted(RULES) if is_small(RULES[name]))
+    lines = [INTRODUCTION.format(**shown, few=few, **BARS)]
     lines += [f"Compilers: {', '.join(f'{name} {number}' for name, number in sorted(held['versions'].items()))}."]
     titles = {
         "plain": "As computed",
@@ -241,7 +243,7 @@ def page(held: Ledger) -> str:
     why: dict[str, list[str]] = {}
     for name, storage, _, row in _rows(held):
         for key in reasons(name, storage) if beyond(row) else ():
-            label = f"`{key}`" if isinstance(key, str) else f"`{key[0]}`, {titles[key[1]].lower()}"
+            label = f"`{name}`" if isinstance(key, str) else f"`{name}`, {titles[key[1]].lower()}"
             label = titles[key[1]].lower() if key[0] == "*" else label
             why.setdefault(EXPLANATIONS[key], []).append(label)
     lines += [f"- {'; '.join(dict.fromkeys(labels))}: {reason}" for reason, labels in why.items()]

@@ -1,7 +1,4 @@
-"""One row of the ledger: the update of a rule, compiled for a device and read.
-
-Floor 6.
-"""
+"""One row of the ledger: the update of a rule, compiled for a device and read."""
 
 from __future__ import annotations
 
@@ -9,30 +6,27 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsgd.plan.explanations import SLOW_TO_COMPILE
 from jaxsgd.plan.hlo import FREE, Instruction, Program, shapes
 from jaxsgd.plan.reading import read
 from jaxsgd.plan.targets import lookup
 from jaxsgd.rule import RULES, Rule
-from jaxsgd.storage import cast, int8
+from jaxsgd.storage import Storage, cast, int8, plain
 
-__all__ = ["DECOMPOSING", "DEVICES", "STORAGES", "TREES", "Row", "kernels", "lower", "measure", "packs", "state_of"]
+__all__ = ["DEVICES", "STORAGES", "TREES", "Row", "is_small", "kernels", "lower", "measure", "packs", "state_of"]
 
 DEVICES = {"v5e": "v5e:1x1", "h100": "h100:1"}
 """The ledger's devices, by their topologies."""
 
-STORAGES: Mapping[str, Callable[[Rule], Any]] = {
-    "plain": lambda rule: None,
-    "bf16": lambda rule: {slot: cast("bfloat16") for slot in rule.spec.slots if rule.spec.is_moment(slot)},
-    "int8": lambda rule: int8(),
-}
-"""How moments rest, as ``storage=`` of a rule."""
+STORAGES: Mapping[str, Storage] = {"plain": plain, "bf16": cast("bfloat16"), "int8": int8()}
+"""The storages of moments that are measured."""
 
 TREES = {
     "large": {"bias": (8192,), "square": (8192, 8192), "wide": (4096, 16384)},
@@ -42,18 +36,26 @@ TREES = {
 """float32 parameters. The matrices of the large tree do not fit into the fast memory of a core, so that what is read
 twice is counted twice."""
 
-DECOMPOSING = ("dion", "galore", "kron", "shampoo", "soap")
-"""Rules on the small tree: compilers take minutes for the decomposition of a large matrix."""
-
 TINY = 256
 """Kernels on no more elements than this prepare scalars and keys; they are counted apart."""
 
 Row = dict[str, Any]
 
 
-def tree_of(rule: str, storage: str) -> dict[str, jax.ShapeDtypeStruct]:
+def is_small(rule: Rule) -> bool:
+    """Whether a rule is measured on the small tree."""
+    return rule.cost in SLOW_TO_COMPILE
+
+
+def stored(rule: Rule, storage: str) -> dict[str, Storage]:
+    """``storage=`` of a rule's call: all of its moments in one of `STORAGES`."""
+    held = STORAGES[storage]
+    return {name: held for name, slot in rule.slots.items() if slot.kind in ("mean", "square")}
+
+
+def tree_of(rule: Rule, storage: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters that a rule with a storage is measured on."""
-    sizes = TREES["small" if rule in DECOMPOSING else "packed" if storage == "int8" else "large"]
+    sizes = TREES["small" if is_small(rule) else "packed" if storage == "int8" else "large"]
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sizes.items()}
 
 
@@ -72,9 +74,9 @@ def lower(rule: Rule, storage: str, topology: str) -> tuple[Any, Any, Any]:
     Parameters and state are donated and come first, in the order in which the step returns them: donated arrays are
     given to outputs in order, and in another order the compiler has to copy.
     """
-    tx = rule(1e-3, storage=STORAGES[storage](rule))
+    tx = rule(1e-3, storage=stored(rule, storage))
     extended = optax.with_extra_args_support(tx)
-    params = tree_of(rule.name, storage)
+    params = tree_of(rule, storage)
     state = jax.eval_shape(tx.init, params)
 
     def update(params: Any, state: Any, grads: Any, value: jax.Array) -> tuple[Any, Any]:
@@ -152,8 +154,9 @@ def _kind(program: Program, i: Instruction) -> str:
 @functools.cache
 def _kept(name: str, storage: str, packed: bool) -> tuple[tuple[tuple[int, ...], Any], ...]:
     """Shapes and dtypes of a rule's slots on the tree of a storage, as they rest with it or without."""
-    tx = RULES[name](1e-3, storage=STORAGES[storage](RULES[name]) if packed else None)
-    slots = jax.eval_shape(tx.init, tree_of(name, storage)).slots
+    rule = RULES[name]
+    tx = rule(1e-3, storage=stored(rule, storage) if packed else None)
+    slots = jax.eval_shape(tx.init, tree_of(rule, storage)).slots
     return tuple((x.shape, x.dtype) for x in jax.tree.leaves(slots))
 
 
@@ -165,4 +168,4 @@ def packs(name: str, storage: str) -> bool:
 def state_of(name: str, storage: str) -> float:
     """Bytes a parameter of a rule's state, from shapes alone."""
     sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in _kept(name, storage, True))
-    return round(sum(sizes) * 4 / _size(tree_of(name, storage)), 4)
+    return round(sum(sizes) * 4 / _size(tree_of(RULES[name], storage)), 4)

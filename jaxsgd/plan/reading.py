@@ -1,7 +1,4 @@
-"""What a compiled program takes: memory, arithmetic, traffic, kernels and transfers, on each device.
-
-Floor 6.
-"""
+"""What a compiled program takes: memory, arithmetic, traffic, kernels and transfers, on each device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The answer: a `Plan`, what bounds its time, and what would make it fit.
-
-Floor 6.
-"""
+"""The answer: a `Plan`, what bounds its time, and what would make it fit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Compilers for hardware that is not there: ``lookup("v5e:4x4").compile(lowered)``.
 
-Floor 6. The TPU compiler is in libtpu, the CUDA compiler in jaxlib's plugin with NVIDIA's assembler; both run on any
+The TPU compiler is in libtpu, the CUDA compiler in jaxlib's plugin with NVIDIA's assembler; both run on any
 machine, and what they compile cannot run on it.
 """
 

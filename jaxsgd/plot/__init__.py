@@ -1,6 +1,6 @@
 """Pictures: paths on landscapes, loss curves, memory, and what the tools for the learning rate found.
 
-Floor 7. It needs matplotlib: install it with ``jaxsgd[plot]``. Every function returns a `matplotlib.figure.Figure` of
+It needs matplotlib: install it with ``jaxsgd[plot]``. Every function returns a `matplotlib.figure.Figure` of
 its own and leaves pyplot's global state alone; `save` writes one.
 """
 

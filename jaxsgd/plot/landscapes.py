@@ -1,7 +1,4 @@
-"""Paths of rules on landscapes in two dimensions.
-
-Floor 7.
-"""
+"""Paths of rules on landscapes in two dimensions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the tools for the learning rate found, drawn.
-
-Floor 7.
-"""
+"""What the tools for the learning rate found, drawn."""
 
 from __future__ import annotations
 

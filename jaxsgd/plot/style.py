@@ -1,6 +1,6 @@
 """What all pictures share: matplotlib, colours, axes, files.
 
-Floor 7. The only file that imports matplotlib.
+The only file that imports matplotlib.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Loss curves, and the memory of training.
-
-Floor 7.
-"""
+"""Loss curves, and the memory of training."""
 
 from __future__ import annotations
 

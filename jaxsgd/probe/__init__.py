@@ -1,6 +1,6 @@
 """A learning rate you can trust.
 
-Floor 6. Each tool has a room, `jaxsgd` has their names:
+Each tool has a room, `jaxsgd` has their names:
 
 - sweep.py: many values from one compile (swept.py), on population.py, which the next three train on too;
 - probing.py: the suggestion, with range_test.py beside it, both on trainings.py;

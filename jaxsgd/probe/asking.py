@@ -1,7 +1,8 @@
 """A rule's answers to tiny inputs.
 
-Floor 6. The rule is called as it is, whatever is chained around it; its state is taken apart by symmetry: what turns
-its sign with the gradient's is an average of gradients, what does not is a scale.
+The rule is called as it is, with all that is chained around it. The kinds of its slots say which parts of the state
+turn with the sign of the gradient (averages of gradients) and which do not (scales). Other transformations do not say
+it: they are called with gradients of either sign.
 """
 
 from __future__ import annotations
@@ -13,33 +14,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.lift import Lift
+from jaxsgd.forms import forms
+from jaxsgd.lift import lifts_in
 from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names, owners
+from jaxsgd.rule import Rule
 from jaxsgd.state import PIN, State
-from jaxsgd.storage import Blocks
+from jaxsgd.storage import Cast, Plain
 
-__all__ = ["Asked", "rate_in_force", "rule_name"]
+__all__ = ["Asked", "rate_in_force", "rule_name", "rules_in"]
+
+ODD, EVEN = ("mean", "iterate"), ("square",)
+"""Kinds of slots that turn with the sign of gradients and parameters, and those that do not."""
 
 
-def rule_name(tx: Any) -> str:
-    """The names of the jaxsgd rules in ``tx``, as far as they can be seen; ``"tx"`` where none can."""
-    found: list[str] = []
+def rules_in(tx: Any, params: Any) -> list[Rule]:
+    """The rules in ``tx``; none if it does not take such ``params``."""
+    try:
+        return [lift.rule for lift in lifts_in(tx, params)]
+    except Exception:  # whatever a user's transformation says to parameters that are not its own
+        return []
 
-    def look(thing: Any, depth: int) -> None:
-        lift = getattr(thing, "__self__", None)
-        if isinstance(lift, Lift):
-            found.append(lift.spec.name)
-        elif isinstance(thing, tuple | list):
-            for part in thing:
-                look(part, depth)
-        elif depth and (callable(thing) or hasattr(thing, "update")):
-            look(getattr(thing, "update", None), depth - 1)
-            for cell in getattr(thing, "__closure__", None) or ():
-                look(cell.cell_contents, depth - 1)
 
-    look(tx.update, 6)
-    return " + ".join(dict.fromkeys(found)) or "tx"
+def rule_name(tx: Any, params: Any) -> str:
+    """The names of the jaxsgd rules in ``tx``; ``"tx"`` if there is none."""
+    return " + ".join(dict.fromkeys(rule.name for rule in rules_in(tx, params))) or "tx"
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, State)
 
 
 class Asked:
@@ -51,18 +54,20 @@ class Asked:
         self.leaves = [jnp.asarray(p) for p in self.leaves]
         self.names = leaf_names(params)
         self.floating = [jnp.issubdtype(p.dtype, jnp.floating) for p in self.leaves]
-        blocks = lambda x: isinstance(x, Blocks)  # noqa: E731
-        if any(blocks(x) for x in jax.tree.leaves(opt_state, is_leaf=blocks)):
-            raise ValueError(
-                f"tx: a slot of {name} rests in 8 bits; a linear response needs storage that is plain or cast"
-            )
+        slots = {name: form for form in forms(tx, params) for name in form.names}
+        for form in slots.values():
+            if not isinstance(form.storage, Plain | Cast):
+                raise ValueError(
+                    f"tx: the slot {form.slot.name!r} of {name} is packed, in 8 bits or another form; a linear "
+                    "response needs plain or cast storage"
+                )
         self.state_leaves, self.state_def = jax.tree.flatten(self._settled(opt_state, 0))
         self.owner = owners(self.state_def.unflatten(self.state_leaves), params, range(len(self.leaves)))
         self.paths = leaf_names(opt_state)
         dtypes = [wide(p).dtype for p, f in zip(self.leaves, self.floating, strict=True) if f]
         self.tiny = 1e-60 if all(d == jnp.float64 for d in dtypes) else 1e-18
         self._update = jax.jit(self._plain)
-        self.odd, self.even = self._parity(params)
+        self.odd, self.even = self._parity([slots[n].slot.kind if n in slots else None for n in self.paths])
         for i in self.odd:
             j = self.owner[i]
             if j is None or jnp.shape(self.state_leaves[i]) != jnp.shape(self.leaves[j]):
@@ -113,32 +118,40 @@ class Asked:
         delta, after = self._update(list(state), g, p)
         return [np.asarray(x, np.float64) for x in delta], after
 
-    def _parity(self, params: Any) -> tuple[list[int], list[int]]:
-        """Which leaves of the state turn with the sign of gradients and parameters, and which stay."""
-        p = self.random(2, 0.1)
-        after: list[Any] = []
-        for sign in (1, -1):
-            turn = lambda xs: [sign * x if f else x for x, f in zip(xs, self.floating, strict=True)]  # noqa: E731, B023
-            state = jax.tree.leaves(self._like_settled(self.tx.init(self.treedef.unflatten(turn(p)))))
-            for step in range(3):  # some averages begin later than others
-                state = self._update(state, turn(self.random(3 + step, 0.1)), turn(p))[1]
-            after.append(state)
-        odd, even = [], []
-        for i, (a, b) in enumerate(zip(*after, strict=True)):
-            if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
-                continue
-            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    def _parity(self, kinds: Sequence[str | None]) -> tuple[list[int], list[int]]:
+        """The leaves of the state that turn with the sign of gradients and parameters, and those that stay.
+
+        Raises:
+          ValueError: a leaf does neither.
+        """
+        floating = [i for i, x in enumerate(self.state_leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+        scalar = lambda i: self.owner[i] is None and not self.state_leaves[i].ndim  # noqa: E731
+        odd = {i for i in floating if kinds[i] in ODD}
+        even = {i for i in floating if kinds[i] in EVEN or kinds[i] is None and scalar(i)}
+        unknown = [i for i in floating if i not in odd | even]
+        after = [self._after_three(sign) for sign in (1, -1)] if unknown else []
+        for i in unknown:
+            a, b = (np.asarray(state[i], np.float64) for state in after)
             size = np.abs(a).max(initial=0) * 1e-5
             if np.abs(a - b).max(initial=0) <= size:
-                even.append(i)
+                even.add(i)
             elif np.abs(a + b).max(initial=0) <= size:
-                odd.append(i)
-            elif np.isfinite(a).all():
+                odd.add(i)
+            elif kinds[i] == "basis" or np.isfinite(a).all():
                 raise ValueError(
                     f"tx: {self.name} has no diagonal preconditioner: {self.paths[i]!r} is no average of gradients "
                     "nor of their squares"
                 )
-        return odd, even
+        return sorted(odd), sorted(even)
+
+    def _after_three(self, sign: int) -> list[Any]:
+        """The state after three steps, by which all averages have begun, on gradients and parameters times ``sign``."""
+        turn = lambda xs: [sign * x if f else x for x, f in zip(xs, self.floating, strict=True)]  # noqa: E731
+        p = turn(self.random(2, 0.1))
+        state = jax.tree.leaves(self._like_settled(self.tx.init(self.treedef.unflatten(p))))
+        for step in range(3):
+            state = self._update(state, turn(self.random(3 + step, 0.1)), p)[1]
+        return state
 
     def _like_settled(self, state: Any) -> Any:
         return jax.tree.map(lambda x: wide(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, state)
@@ -190,7 +203,7 @@ class Asked:
                 hyper[PIN + "learning_rate"] = rate
             return node._replace(hyper=hyper)
 
-        return jax.tree.leaves(jax.tree.map(scaled, tree, is_leaf=lambda x: isinstance(x, State)))
+        return jax.tree.leaves(jax.tree.map(scaled, tree, is_leaf=_is_state))
 
     def flat(self, leaves: Sequence[Any], scale: float = 1.0) -> np.ndarray:
         """One vector of what belongs to floating parameters."""

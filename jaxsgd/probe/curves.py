@@ -1,6 +1,6 @@
 """Measurements of one curve: its noise, levels, fall, spikes and oscillation. Plain NumPy.
 
-Floor 6. Everything is equivariant: ``a * y + b`` with ``a > 0`` gives the same shares, periods and significances, and
+Everything is equivariant: ``a * y + b`` with ``a > 0`` gives the same shares, periods and significances, and
 levels that are moved and stretched with it.
 """
 

@@ -1,7 +1,4 @@
-"""What a loss curve shows, in words, with the numbers behind them.
-
-Floor 6.
-"""
+"""What a loss curve shows, in words, with the numbers behind them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
-"""Batches in order, from whatever holds them.
-
-Floor 6.
-"""
+"""Batches in order, from a list, an iterator, a function of the step, or one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence
 from typing import Any
 
 import jax
@@ -13,20 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsgd.batches import batch_size
+from jaxsgd.paths import is_function
 
-__all__ = ["Feed", "stacked"]
+__all__ = ["Feed", "is_one_batch", "stacked"]
+
+
+def is_one_batch(data: Any) -> bool:
+    """Whether ``data`` is a batch: an array, a number, or a pytree of them that is no list (a list holds batches)."""
+    if isinstance(data, list | Iterator | MappingView):
+        return False
+    if isinstance(data, Mapping | tuple | np.ndarray | jax.Array) or jnp.isscalar(data):
+        return True
+    leaves = jax.tree.leaves(data)
+    return bool(leaves) and leaves[0] is not data
 
 
 class Feed:
-    """The batches of a training, in order and as many as one asks for.
+    """The batches of a run, in order.
 
     Args:
-      data: a list (or another iterable that can be walked again) of batches, from whose end one goes on at its
-        beginning; an iterator or a generator, which may run dry; a function of the step ``0, 1, ...`` that gives a
-        batch; or one batch (a dict, a tuple or an array), which is then the batch of every step.
+      data: one of
+
+        - a list of batches, or another iterable that can be walked again; after its end it starts over;
+        - an iterator or a generator, which may end;
+        - a function of the step ``0, 1, ...`` that returns a batch;
+        - one batch for every step: a dict, a tuple, an array or another pytree.
 
     Attributes:
-      taken: batches taken so far.
+      taken: the number of batches taken so far.
 
     Raises:
       TypeError: ``data`` is none of these.
@@ -39,11 +50,11 @@ class Feed:
         self._walk: Iterator[Any] | None = None
         self._at: Callable[[int], Any] | None = None
         self._shape: Any = None
-        if isinstance(data, Mapping | tuple | np.ndarray | jax.Array) or jnp.isscalar(data):
+        if is_function(data):
+            self._at = data
+        elif is_one_batch(data):
             batch_size(data)
             self._at = lambda _: data
-        elif callable(data):
-            self._at = data
         elif isinstance(data, Iterable):
             self._walk = iter(data)
         else:
@@ -55,7 +66,7 @@ class Feed:
         """The next batch.
 
         Raises:
-          ValueError: there is none, or its arrays have other shapes than those of the first batch.
+          ValueError: there is none left, or its arrays have other shapes than those of the first batch.
         """
         batch = self._next()
         shape = jax.tree.map(jnp.shape, batch), jax.tree.structure(batch)
@@ -64,7 +75,7 @@ class Feed:
             self._shape = shape
         elif shape != self._shape:
             raise ValueError(
-                f"data: batch {self.taken} has the shapes {shape[0]}, those before {self._shape[0]}; "
+                f"data: batch {self.taken} has the shapes {shape[0]}, those before it {self._shape[0]}; "
                 "all batches must be alike: drop or pad the odd one"
             )
         self.taken += 1
@@ -84,7 +95,7 @@ class Feed:
         if self.taken == 0:
             raise ValueError("data: it is empty; at least one batch is needed")
         raise ValueError(
-            f"data: an iterator that ended after {self.taken} batches; more are needed: give a list, or a longer one"
+            f"data: the iterator ended after {self.taken} batches; more are needed. Use a list, or a longer iterator"
         )
 
     def take(self, count: int) -> Any:
@@ -93,7 +104,7 @@ class Feed:
 
 
 def stacked(batches: Sequence[Any]) -> Any:
-    """Batches along a new first axis; one that is every batch is not copied."""
+    """Batches along a new first axis. If all are the same object, it is not copied."""
     if all(batch is batches[0] for batch in batches):
         return jax.tree.map(lambda x: np.broadcast_to(x, (len(batches), *np.shape(x))), batches[0])
     return jax.tree.map(lambda *xs: np.stack(xs), *batches)

@@ -1,7 +1,4 @@
-"""The histories people keep, read into arrays: a list of losses, a list of records, a dict of arrays.
-
-Floor 6.
-"""
+"""The histories people keep, read into arrays: a list of losses, a list of records, a dict of arrays."""
 
 from __future__ import annotations
 

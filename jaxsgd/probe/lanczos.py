@@ -1,12 +1,13 @@
-"""The outermost eigenvalues of a Hessian, from products of it with vectors.
+"""The largest and smallest eigenvalues of a Hessian, from its products with vectors.
 
-Floor 6. The Lanczos iteration with full reorthogonalisation and thick restarts (Wu & Simon 2000,
-doi:10.1137/S0895479898334605) on a Hessian that is never written down: its product with a vector is a forward
-derivative of the gradient (Pearlmutter 1994, doi:10.1162/neco.1994.6.1.147). One compiled program makes all steps.
+The Lanczos iteration with full reorthogonalisation and thick restarts (Wu & Simon 2000,
+doi:10.1137/S0895479898334605) on a Hessian that is never formed: its product with a vector is a forward derivative of
+the gradient (Pearlmutter 1994, doi:10.1162/neco.1994.6.1.147). One compiled program makes all steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -25,24 +26,24 @@ from jaxsgd.train_state import TrainState
 __all__ = ["Curvature", "Spectrum", "spectrum"]
 
 CHUNK = 8
-"""Steps between two looks at the residuals."""
+"""Steps between two checks of the residuals."""
 MEMORY = 2**30
-"""Bytes that the vectors of the iteration may take, as long as enough of them are left."""
+"""Bytes for the vectors of the iteration, unless that leaves too few of them."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The outermost eigenvalues of a symmetric matrix.
+    """The largest and smallest eigenvalues of a symmetric matrix.
 
     Attributes:
       eigenvalues: the largest, descending.
-      residuals: of each, the norm of ``A v - eigenvalue v`` by the iteration's own account: so near to it lies an
-        eigenvalue of the matrix, up to rounding.
-      smallest, smallest_residual: the same for the other end.
+      residuals: for each, the norm of ``A v - eigenvalue v`` from the iteration. The matrix has an eigenvalue within
+        that distance, up to rounding.
+      smallest, smallest_residual: the smallest eigenvalue and its residual.
       converged: whether all residuals are at most the tolerance times the largest eigenvalue's magnitude.
       iterations: products of the matrix with a vector.
-      size: of the matrix.
-      rounding: how far rounding alone may move an eigenvalue.
+      size: the number of rows.
+      rounding: a bound of the error by rounding alone.
     """
 
     eigenvalues: tuple[float, ...]
@@ -64,7 +65,7 @@ class Spectrum:
         return self.smallest < -(self.smallest_residual + self.rounding)
 
     def transformed(self, scale: float, shift: float) -> Spectrum:
-        """That of ``scale * (A + shift)``, ``scale`` above 0."""
+        """The spectrum of ``scale * (A + shift)``, ``scale`` above 0."""
         return Spectrum(
             tuple(scale * (x + shift) for x in self.eigenvalues),
             tuple(scale * r for r in self.residuals),
@@ -79,7 +80,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is static of a loss at a point, hashable: the same problem at another point compiles nothing."""
+    """The static parts of a loss at a point. It is hashable: the same problem at another point compiles nothing."""
 
     loss_fn: Callable[..., Any]
     graphdef: Any
@@ -105,12 +106,12 @@ class _Problem:
                 leaves.append(wide(p) if jnp.issubdtype(p.dtype, jnp.inexact) else p)
         params = self.treedef.unflatten(leaves)
         none: Any = None
-        state = TrainState(none, params, none, none, arrays["held"], self.graphdef)
+        state = TrainState(none, params, none, none, arrays["model_state"], self.graphdef)
         fn, params = pure_loss(self.loss_fn, state)
         return fn(params, batch, key).astype(x.dtype)
 
     def mean(self, arrays: dict[str, Any], fn: Callable[[Callable[[jax.Array], jax.Array]], Any]) -> Any:
-        """The mean over the batches of what ``fn`` makes of the loss of each."""
+        """The mean of ``fn(loss)`` over the losses of the batches."""
         batch, key = arrays["batch"], arrays["key"]
         if not self.several:
             return fn(lambda x: self.loss(arrays, x, batch, key))
@@ -163,7 +164,7 @@ def _advance(
         basis, matrix = carry
         w, column = _orthogonal(basis, times(basis[j]))
         beta = jnp.sqrt(jnp.sum(w * w))
-        # Where nothing is left the rows span an invariant subspace: look elsewhere.
+        # A zero remainder: the rows span an invariant subspace. Continue with a random direction.
         known = jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.max(jnp.abs(column)))
         broken = beta <= tiny * known
         other, _ = _orthogonal(basis, jax.random.normal(jax.random.fold_in(seed, j), w.shape, w.dtype))
@@ -182,7 +183,7 @@ def _advance(
 
 @jax.jit
 def _combined(mix: jax.Array, basis: jax.Array, kept: jax.Array, end: jax.Array) -> jax.Array:
-    """The basis to go on with: ``kept`` rows mixed of the old ones, then the row at ``end``."""
+    """The basis after a restart: ``kept`` combinations of the old rows, then the row at ``end``."""
     with jax.default_matmul_precision("highest"):
         rows = mix @ basis
     return jax.lax.dynamic_update_index_in_dim(rows, basis[end], kept, 0)
@@ -193,9 +194,9 @@ class Curvature:
     """A loss at a point, ready for products with its Hessian.
 
     Attributes:
-      problem: what is compiled.
+      problem: the static parts.
       arrays: parameters, model state, batch, key.
-      names: of all leaves of the parameters.
+      names: the names of all parameters.
     """
 
     problem: _Problem
@@ -204,20 +205,18 @@ class Curvature:
 
     @classmethod
     def of(
-        cls, loss_fn: Any, graphdef: Any, params: Any, held: Any, batch: Any, several: bool, key: Any,
+        cls, loss_fn: Any, graphdef: Any, params: Any, model_state: Any, batch: Any, several: bool, key: Any,
         names: tuple[str, ...],
     ) -> Curvature:  # fmt: skip
         leaves, treedef = jax.tree.flatten(params)
         leaves = [jnp.asarray(p) for p in leaves]
         trained = tuple(not jnp.issubdtype(p.dtype, jnp.integer) and p.dtype != bool for p in leaves)
-        arrays = {"params": leaves, "held": held, "batch": batch, "key": key}
+        arrays = {"params": leaves, "model_state": model_state, "batch": batch, "key": key}
         return cls(_Problem(loss_fn, graphdef, treedef, trained, several), arrays, names)
 
     def only(self, trained: tuple[bool, ...]) -> Curvature:
-        """The same with the other leaves held."""
-        problem = self.problem
-        held = _Problem(problem.loss_fn, problem.graphdef, problem.treedef, trained, problem.several)
-        return Curvature(held, self.arrays, self.names)
+        """The same with the other leaves constant."""
+        return Curvature(dataclasses.replace(self.problem, trained=trained), self.arrays, self.names)
 
     @property
     def size(self) -> int:
@@ -241,13 +240,13 @@ def spectrum(
     """The ``wanted`` largest eigenvalues of ``S (H + D) S`` and its smallest.
 
     Args:
-      curvature: gives the Hessian H.
-      wanted: how many of the largest.
-      iterations: products to spend at most.
-      tolerance: residuals to reach, as a share of the largest magnitude.
-      key: of the first vector.
-      bar: is told of each step.
-      scale, shift: the diagonals S and D.
+      curvature: the Hessian H.
+      wanted: the number of largest eigenvalues.
+      iterations: the largest number of products.
+      tolerance: the residuals to reach, as a share of the largest magnitude.
+      key: the PRNG key of the first vector.
+      bar: a progress bar.
+      scale, shift: the diagonals S and D. Default: 1 and 0.
 
     Raises:
       ValueError: a product is not finite.

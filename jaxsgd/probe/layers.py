@@ -1,7 +1,4 @@
-"""What the measurements of single layers show: dead, frozen and exploding ones, steps too long or too short.
-
-Floor 6.
-"""
+"""Findings about single layers: dead, frozen and exploding ones, steps too long or too short."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ VERDICTS = {
     "ratio too small": "a step moves the parameter by less than a hundred-thousandth of its size",
 }
 
-DEAD = 1e-6  # of the median layer: below, float32 loses the one beside the other
+DEAD = 1e-6  # of the median layer: beside it float32 loses smaller gradients
 GROWTH = 100.0
 RATIOS = (1e-5, 1e-1)
 SHORTEST = 10
@@ -31,15 +28,15 @@ def examine(columns: Mapping[str, np.ndarray]) -> list[Row]:
     """Findings as (verdict, text, numbers, advice), from columns ``gradient_norm/<leaf>`` and ``update_ratio/<leaf>``.
 
     Args:
-      columns: a value a step each; those of other names are left aside, as are columns of fewer than 10 steps.
+      columns: one value a step in each. Columns of other names and columns of fewer than 10 steps are ignored.
     """
     norms, ratios = _pick(columns, "gradient_norm/"), _pick(columns, "update_ratio/")
     return [*_dead(norms), *_frozen(norms, ratios), *_exploding(norms), *_ratios(ratios)]
 
 
 def _pick(columns: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    found = {n.removeprefix(prefix): np.asarray(v, np.float64) for n, v in columns.items() if n.startswith(prefix)}
-    return {name: v for name, v in found.items() if len(v) >= SHORTEST}
+    named = {n.removeprefix(prefix): np.asarray(v, np.float64) for n, v in columns.items() if n.startswith(prefix)}
+    return {name: v for name, v in named.items() if len(v) >= SHORTEST}
 
 
 def _middle(v: np.ndarray) -> float:
@@ -56,23 +53,21 @@ def _row(verdict: str, said: str, numbers: dict[str, float], advice: str, of: in
 
 
 def _dead(norms: dict[str, np.ndarray]) -> list[Row]:
-    # The first step is left out: behind a head that starts at zero there is no gradient yet.
+    # Not the first step: behind a head that starts at zero there is no gradient yet.
     middles = {name: _middle(v[1:]) for name, v in norms.items()}
     alive = [m for m in middles.values() if m > 0]
     usual = float(np.median(alive)) if alive else 0.0
     dead = {name: m for name, m in middles.items() if m <= DEAD * usual}
-    advice = (
-        "look at what comes into those layers: dead ReLUs (start their biases at 0), a stop_gradient, unused inputs"
-    )
-    return _row("dead layers", "get no gradient (its median norm)", dead, advice, len(norms))
+    advice = "check the inputs of those layers: dead ReLUs (start their biases at 0), a stop_gradient, unused inputs"
+    return _row("dead layers", "get no gradient (median norm)", dead, advice, len(norms))
 
 
 def _frozen(norms: dict[str, np.ndarray], ratios: dict[str, np.ndarray]) -> list[Row]:
-    # A parameter that is zero has the ratio 0 too; it has moved after the first step, if it moves at all.
+    # A parameter that is zero has the ratio 0 too. If it moves at all, it has moved after the first step.
     frozen = {n: _middle(norms[n][1:]) for n, r in ratios.items() if n in norms and not np.any(r[np.isfinite(r)])}
     frozen = {name: norm for name, norm in frozen.items() if norm > 0}
-    advice = "check the groups if this is not meant: frozen, a mask, a learning rate of 0"
-    return _row("frozen layers", "never move, though a gradient comes (its median norm)", frozen, advice, len(ratios))
+    advice = "if this is not intended, check the groups: frozen, a mask, a learning rate of 0"
+    return _row("frozen layers", "never move, although they get a gradient (median norm)", frozen, advice, len(ratios))
 
 
 def _exploding(norms: dict[str, np.ndarray]) -> list[Row]:
@@ -84,22 +79,22 @@ def _exploding(norms: dict[str, np.ndarray]) -> list[Row]:
         early, late = _middle(v[1 : max(2, len(v) // 2)]), _middle(v[-max(3, len(v) // 10) :])
         if early > 0 and late > GROWTH * early:
             grown[name] = late / early
-    advice = "clip by the global norm, warm up, or lower the learning rate 10x; put a norm before those layers"
-    return _row("exploding layers", "have gradients that grew (by this factor)", grown, advice, len(norms))
+    advice = "clip by the global norm, warm up, or lower the learning rate 10x; normalize the inputs of those layers"
+    return _row("exploding layers", "have growing gradients (growth factor)", grown, advice, len(norms))
 
 
 def _ratios(ratios: dict[str, np.ndarray]) -> list[Row]:
     middles = {}
     for name, v in ratios.items():
-        moved = v[1:][np.isfinite(v[1:]) & (v[1:] > 0)]  # zeros: the parameter is zero, or does not move
+        moved = v[1:][np.isfinite(v[1:]) & (v[1:] > 0)]  # zero: the parameter is zero, or does not move
         if len(moved) >= SHORTEST // 2:
             middles[name] = float(np.median(moved[len(moved) // 4 :]))
     low, high = RATIOS
     large = {name: m for name, m in middles.items() if m > high}
     small = {name: m for name, m in middles.items() if m < low}
-    lower = "lower their learning rate 10x: such a parameter is another one after ten steps (1e-3 is usual)"
+    lower = "lower their learning rate 10x: ten such steps replace a parameter (1e-3 is usual)"
     higher = "raise their learning rate 10x: 1,000 such steps move a parameter by 1% at most (1e-3 is usual)"
     return [
-        *_row("ratio too large", "are moved by more than a tenth of their size in a step", large, lower, len(ratios)),
-        *_row("ratio too small", "are moved by less than 1e-5 of their size in a step", small, higher, len(ratios)),
+        *_row("ratio too large", "move by more than a tenth of their size in a step", large, lower, len(ratios)),
+        *_row("ratio too small", "move by less than 1e-5 of their size in a step", small, higher, len(ratios)),
     ]

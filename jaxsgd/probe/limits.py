@@ -1,7 +1,4 @@
-"""When a finite loss has risen so far that its training has diverged.
-
-Floor 6.
-"""
+"""When a finite loss has risen so far that its training has diverged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which rule to take: a small race on the user's own task, under a budget, with error bars.
 
-Floor 6. "Adam when unsure; gradient descent with momentum when tuned for the last point" is what people say. This
+"Adam when unsure; gradient descent with momentum when tuned for the last point" is what people say. This
 runs it: every candidate has the same number of steps to find its learning rate, then trains in full on fresh seeds.
 """
 
@@ -17,7 +17,7 @@ import scipy
 from flax import nnx
 
 from jaxsgd.paths import aligned
-from jaxsgd.probe.losses import three_arguments
+from jaxsgd.probe.losses import apart, three_arguments
 from jaxsgd.probe.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
 from jaxsgd.probe.trainings import checked_rule, usual_rate
 from jaxsgd.progress import Bar
@@ -209,9 +209,9 @@ def pick(
       TypeError: ``init`` is no function; a candidate is no rule.
     """
     loss_fn = three_arguments(loss_fn)
-    entrants = _candidates(candidates)
     if isinstance(init, nnx.Module) or not callable(init):
         raise TypeError("init: a function of a key is needed that makes the parameters: seeds begin differently")
+    entrants = _candidates(candidates, jax.eval_shape(lambda key: apart(init(key))[1], jax.random.key(0)))
     for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: a whole number is needed, at least {least}")
@@ -236,8 +236,8 @@ def pick(
     return _picked(races, steps, seeds, budget, "training losses" if validation is None else "validation losses")
 
 
-def _candidates(given: Any) -> dict[str, tuple[Callable[..., Any], float]]:
-    """Name -> rule and usual rate."""
+def _candidates(given: Any, params: Any) -> dict[str, tuple[Callable[..., Any], float]]:
+    """Name -> rule and usual rate; ``params`` may be shapes."""
     if given is None:
         given = DEFAULT
     if isinstance(given, str | Rule) or not isinstance(given, Iterable):
@@ -253,7 +253,7 @@ def _candidates(given: Any) -> dict[str, tuple[Callable[..., Any], float]]:
     for name, rule in given.items():
         rule, rate = rule if type(rule) is tuple else (RULES[rule] if isinstance(rule, str) else rule, None)
         rule = checked_rule(rule)
-        rate = usual_rate(rule)[0] if rate is None else rate
+        rate = usual_rate(rule, params)[0] if rate is None else rate
         if not 0 < rate < math.inf:
             raise ValueError(f"candidates: {name}: the rate to search around is {rate}; one above 0 is needed")
         out[name] = rule, float(rate)

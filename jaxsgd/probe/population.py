@@ -1,6 +1,6 @@
-"""Many trainings of one step as one compiled program: each member with values of its own.
+"""Many runs of one step as one compiled program, each with its own values.
 
-Floor 6. The engine of `jaxsgd.sweep`, `jaxsgd.probe` and `jaxsgd.pick`.
+The engine of `jaxsgd.sweep`, `jaxsgd.probe` and `jaxsgd.pick`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsgd.paths import named_leaves
+from jaxsgd.numerics import is_key, strong
+from jaxsgd.paths import is_function, leaf_names, named_leaves
 from jaxsgd.probe.limits import EARLY, IN_A_ROW, least_losses, risen
 from jaxsgd.train import Step
 
@@ -25,11 +26,17 @@ __all__ = ["STRATEGIES", "Population"]
 STRATEGIES = ("auto", "vmap", "map", "loop")
 MEMBERS = PartitionSpec("members")
 TIMED = 0.05
-"""Seconds, about, that ``strategy="auto"`` gives to the timing of each form."""
+"""Seconds that ``strategy="auto"`` spends on the timing of each form, roughly."""
 
 
 class Fate(NamedTuple):
-    """How a member fares: whether it is finite, the steps it took, how many those were when it no longer was."""
+    """The fate of a member.
+
+    Attributes:
+      alive: bool scalar, whether all its numbers were finite so far.
+      steps: int32 scalar, steps taken.
+      diverged_at: int32 scalar, the steps it had taken when it diverged, or -1.
+    """
 
     alive: jax.Array
     steps: jax.Array
@@ -37,36 +44,35 @@ class Fate(NamedTuple):
 
 
 class Population:
-    """Trainings that differ in some values, taken forward together over the same batches.
+    """Runs that differ in some values, trained together on the same batches. Each run is a member.
 
     Args:
       build: ``build(**scalars) -> (step, state)``, or ``build(given, **scalars)``, called inside a trace: a
-        `jaxsgd.Step` or a pure ``step(state, batch) -> (state, metrics)``, and the state to begin with.
-      values: name -> array ``(members,)`` of what the members differ in.
-      given: a tree of arrays that ``build`` needs, such as the parameters to begin with; passed as an argument of the
-        compiled program, not compiled in.
-      strategy: how one compiled program serves all members.
+        `jaxsgd.Step` or a pure ``step(state, batch) -> (state, metrics)``, and the initial state.
+      values: name -> array ``(members,)``, the values in which the members differ.
+      given: a tree of arrays for ``build``, such as the initial parameters. It is an argument of the compiled program,
+        not a constant in it.
+      strategy: the way one compiled program serves all members.
 
         - ``"vmap"``: all at once in one batched program, which fills a wide device;
-        - ``"map"``: one after the other (`jax.lax.map`), with the temporaries of one; what is frozen costs nothing;
+        - ``"map"``: one after the other (`jax.lax.map`), with the temporaries of one; frozen members cost nothing;
         - ``"loop"``: a program of one step of one member, called for each in turn. XLA for CPU runs the gradients of
-          convolutions dozens of times slower inside any loop or branch, so there it is the one to take;
-        - ``"auto"``: loop for convolutions on CPU. Otherwise one program that holds vmap and map, of which the first
-          steps choose by the clock; map alone where vmap's memory is not there.
-      devices: the devices to share the members out to; one by default. Their number need not divide the members.
-      limit: how far a loss may rise: three in a row that are so many times above the usual loss are a divergence. The
-        usual one is the least of all members in a step, the largest of the first eight such: with small batches the
-        first loss alone says little. inf: only what is not finite has diverged.
-      chunk: steps per call of the program (the loop's is of one step).
+          convolutions dozens of times slower inside any loop or branch, so it is the best choice for them;
+        - ``"auto"``: loop for convolutions on CPU. Otherwise one program with vmap and map; the first steps are timed
+          and the faster one is used. Only map if vmap does not fit in memory.
+      devices: the devices that share the members. Their number need not divide the members. Default: the first device.
+      limit: three losses in a row so many times above the usual loss are a divergence. The usual loss is the lowest of
+        all members in a step, and the largest of the first eight such: with small batches the first loss alone says
+        little. With inf, only numbers that are not finite are a divergence. Default: 10.
+      chunk: steps per call of the program (1 for the loop). Default: 16.
 
-    A member whose loss, gradient or update is no longer finite is frozen before that update, so that its state stays
-    finite; one whose losses exceed the limit is frozen where `advance` notices, at its end. The metrics of both are NaN
-    from where they diverged.
+    A member whose loss, gradient or update is not finite is frozen before that update, so its state stays finite. A
+    member whose losses exceed the limit is frozen at the end of `advance`. The metrics of both are NaN from then on.
 
     Attributes:
-      members: how many.
-      strategy: the one in use, and ``why``; ``"auto"`` before the first steps.
-      compiles, compile_seconds: how often a step was compiled, and how long that took.
+      members: the number of members.
+      strategy: the strategy in use (``"auto"`` before the first steps), and ``why``, the reason.
+      compiles, compile_seconds: the number of compiles of a step, and their time.
     """
 
     def __init__(
@@ -83,7 +89,7 @@ class Population:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
         if not limit > 0:
-            raise ValueError(f"limit={limit}: a number above 0 is needed; inf leaves the size of the loss out")
+            raise ValueError(f"limit={limit}: a number above 0 is needed. Use inf to ignore the size of the loss")
         self._build, self._given = build, given
         self.limit, self.chunk = limit, chunk
         self.values = {name: np.asarray(value) for name, value in values.items()}
@@ -102,16 +108,17 @@ class Population:
         self._names: list[str] = []
         self._step = jax.jit(self._stepped, inline=True)  # traced once for all forms
         if self._given is not None:
-            self._given = jax.device_put(self._given, self._everywhere)
+            self._given = jax.device_put(jax.tree.map(strong, self._given), self._everywhere)
         born, again = jax.vmap(self._born, in_axes=(None, 0)), jax.vmap(self._again, in_axes=(None, 0, 0, 0))
         self._begin = jax.jit(self._dealt_out(born, 1))
-        self._gone_at = -np.ones(self.members, int)  # members above the limit, the steps they had taken
+        self._gone_at = -np.ones(self.members, int)  # of members above the limit, the steps they had taken
         self._over = np.zeros((self.members, IN_A_ROW - 1), bool)
         self._least: list[float] = []
         self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
         self._row = jax.jit(self._dealt_out(_row, 1))
         self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
         self._held = self._begin(self._given, self._deal(self.values))
+        _refuse_narrow(self._held[0])
 
     # -- members ------------------------------------------------------------------------------
 
@@ -132,23 +139,23 @@ class Population:
 
     @property
     def steps(self) -> np.ndarray:
-        """``(members,)`` int: the steps a member has taken since it began."""
+        """``(members,)`` int: the steps a member has taken since its start."""
         return np.asarray(self._held[1].steps)[: self.members]
 
     def restart(self, mask: Any, values: Mapping[str, Any]) -> None:
-        """The members in ``mask`` ``(members,)`` begin anew with ``values`` ``(members,)``; the others go on."""
+        """Restart the members in ``mask`` ``(members,)`` with ``values`` ``(members,)``; the others continue."""
         mask = np.asarray(mask, bool)
         self.values = {name: np.where(mask, np.asarray(values[name]), old) for name, old in self.values.items()}
         self._gone_at, self._over = np.where(mask, -1, self._gone_at), self._over & ~mask[:, None]
         self._held = self._restart(self._given, self._deal(self.values), self._deal(mask), self._held)
 
     def _deal(self, tree: Any) -> Any:
-        """Arrays ``(members,)``, made up to what the devices can share evenly, where they belong."""
+        """Arrays ``(members,)``, padded to a multiple of the devices and sharded over them."""
         more = self._rows * len(self.devices) - self.members
         return jax.tree.map(lambda x: jax.device_put(np.pad(x, (0, more), mode="edge"), self._split), tree)
 
     def _dealt_out(self, fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
-        """``fn`` on each device's members; the first ``shared`` arguments are the same for all."""
+        """``fn`` on the members of each device; the first ``shared`` arguments are the same for all."""
 
         def call(*args: Any) -> Any:
             specs = tuple(PartitionSpec() if i < shared else MEMBERS for i in range(len(args)))
@@ -161,8 +168,8 @@ class Population:
 
     def _call(self, given: Any, values: Mapping[str, Any]) -> tuple[Callable[..., Any], Any]:
         built = self._build(**values) if given is None else self._build(given, **values)
-        if not isinstance(built, tuple) or len(built) != 2 or not callable(built[0]):
-            raise TypeError(f"build: (step, state) is needed, it gives {type(built).__name__}")
+        if not isinstance(built, tuple) or len(built) != 2 or not is_function(built[0]):
+            raise TypeError(f"build: (step, state) is needed; it returns a {type(built).__name__}")
         step, state = built
         return (step.fn if isinstance(step, Step) else step), state
 
@@ -170,11 +177,11 @@ class Population:
         zero = jnp.zeros((), jnp.int32)
         return self._call(given, values)[1], Fate(jnp.ones((), bool), zero, zero - 1)
 
-    def _again(self, given: Any, values: Mapping[str, Any], anew: jax.Array, held: Any) -> Any:
-        return _where(anew, self._born(given, values), held)
+    def _again(self, given: Any, values: Mapping[str, Any], restarts: jax.Array, held: Any) -> Any:
+        return _where(restarts, self._born(given, values), held)
 
     def _stepped(self, given: Any, batch: Any, values: Any, active: jax.Array, held: Any) -> Any:
-        """A member after a step, and the row of its metrics: as it was, and NaN, where it does not train."""
+        """A member after a step, and the row of its metrics: unchanged and NaN if it does not train."""
         state, fate = held
         new, report = self._call(given, values)[0](state, batch)
         scalars = _scalars(report)
@@ -227,7 +234,7 @@ class Population:
         return program
 
     def _look(self, batches: Any) -> None:
-        """Trace a step of one member: for the names of its metrics, and for which form suits it."""
+        """Trace a step of one member, to learn the names of its metrics and the form that suits it."""
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
         values, held = (jax.tree.map(one, x) for x in (self._deal(self.values), self._held))
         on = jax.ShapeDtypeStruct((), jnp.bool_)
@@ -240,7 +247,7 @@ class Population:
             self.strategy, self.why = "map", "one member a device"
 
     def _prepare(self, *args: Any) -> Any:
-        """Compile for these arguments; under auto leave vmap out where its memory is not there."""
+        """Compile for these arguments; under auto without vmap if it does not fit in memory."""
         if self.strategy != "auto":
             return self._compile((self.strategy,), *args)
         room = _free_bytes(self.devices[0])
@@ -253,18 +260,18 @@ class Population:
             needs, room = math.inf, 0.0
         if room is None or needs <= room:
             return program
-        self.why = f"vmap needs {needs / 2**30:.3g} GiB beside the states, {room / 2**30:.3g} are free"
+        self.why = f"vmap needs {needs / 2**30:.3g} GiB beside the states, {room / 2**30:.3g} GiB are free"
         self.strategy, self._form = "map", 0
         return self._compile(("map",), *args)
 
     # -- going forward ------------------------------------------------------------------------
 
     def advance(self, batches: Any, active: Any = None) -> dict[str, np.ndarray]:
-        """Take every member forward over ``batches``, arrays of the shape ``(steps, ...)``.
+        """Train every member on ``batches``, arrays of the shape ``(steps, ...)``.
 
         Args:
           batches: the same for all members.
-          active: ``(members,)`` bool: which members train; by default all. Those that diverged do not in any case.
+          active: ``(members,)`` bool: the members to train. Members that diverged never train. Default: all.
 
         Returns:
           name -> ``(members, steps)`` float32, the scalar metrics of each step; NaN where a member did not train.
@@ -289,7 +296,7 @@ class Population:
         return {name: table[:, :, i] for i, name in enumerate(self._names)}
 
     def _judge(self, table: np.ndarray, before: np.ndarray) -> None:
-        """Freeze whose losses are above the limit, and strike their metrics out from there on."""
+        """Freeze members whose losses are above the limit, and set their metrics to NaN from there on."""
         losses = table[:, :, self._names.index("loss")]
         self._least += least_losses(losses, EARLY - len(self._least))
         found, self._over = risen(losses, self._least, self.limit, self._over)
@@ -298,7 +305,7 @@ class Population:
             table[member, found[member] :] = np.nan
 
     def _run(self, batches: Any, first: int, count: int, rows: tuple[Any, ...], form: int) -> Any:
-        """One call of the program over so many batches, made up to a chunk by repeating the last."""
+        """One call of the program over ``count`` batches, padded to a chunk with the last one."""
         index = np.minimum(np.arange(first, first + self.chunk), first + count - 1)
         cut = jax.tree.map(lambda x: x[first : first + count] if count == self.chunk else x[index], batches)
         on = np.arange(self.chunk) < count
@@ -311,7 +318,7 @@ class Population:
         return row
 
     def _turns(self, left: int) -> Iterator[tuple[int, int]]:
-        """The next calls, as (form, steps); under auto the first ones try each form and time it."""
+        """The next calls, as (form, steps); under auto the first ones time each form."""
         if self.strategy != "auto":
             yield self._form, min(self.chunk, left)
             return
@@ -333,7 +340,7 @@ class Population:
         self.why = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items()) + " a step of all members"
 
     def _looped(self, batches: Any, active: np.ndarray) -> np.ndarray:
-        """Steps of single members (one on each device), called in turn: ``(members, steps, names)``."""
+        """Steps of single members, one on each device, called in turn: ``(members, steps, names)``."""
         index = [jax.device_put(np.int32(r), self._everywhere) for r in range(self._rows)]
         whole = (self._deal(self.values), self._deal(active), self._held)
         rows = [self._row(r, whole) for r in index]
@@ -358,13 +365,24 @@ class Population:
         return table.reshape(-1, steps, len(self._names))
 
 
+def _refuse_narrow(states: Any) -> None:
+    """Check that no leaf has less than 8 bits: a compiled program over devices refuses their layout.
+
+    Raises:
+      ValueError: names the leaf.
+    """
+    for name, leaf in zip(leaf_names(states), jax.tree.leaves(states), strict=True):
+        if not is_key(leaf) and jax.dtypes.itemsize_bits(leaf.dtype) < 8:
+            raise ValueError(f"state: {name!r} is {leaf.dtype.name}; runs side by side need at least 8 bits. Use int8")
+
+
 def _scalars(report: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The scalar metrics of a step by name, those of ``aux`` among them."""
+    """The scalar metrics of a step by name, including those of ``aux``."""
     aux = report.get("aux")
     tree = {k: v for k, v in report.items() if k != "aux"} | (aux if isinstance(aux, dict) else {"aux": aux})
     scalars = {name: jnp.asarray(x) for name, x in named_leaves(tree, "metrics").items()}
     if "loss" not in scalars or scalars["loss"].shape:
-        raise ValueError(f"step: its metrics need a scalar 'loss'; they are {sorted(scalars)}")
+        raise ValueError(f"step: its metrics need a scalar 'loss'; it has {sorted(scalars)}")
     real = lambda x: x.shape == () and not jnp.issubdtype(x.dtype, jnp.complexfloating)  # noqa: E731
     return {name: x for name, x in scalars.items() if real(x)}
 
@@ -382,7 +400,7 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _free_bytes(device: Any) -> float | None:
-    """The memory that a device still has, where it can be told."""
+    """The free memory of a device, or None if it is unknown."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return 0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))

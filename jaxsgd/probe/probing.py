@@ -1,6 +1,6 @@
 """The learning rate by short trainings: the recipe that people follow by hand.
 
-Floor 6. Rates a factor of ten apart are trained for a few steps from the same start on the same batches; where the best
+Rates a factor of ten apart are trained for a few steps from the same start on the same batches; where the best
 lies at the edge the grid grows; the gaps beside the best are filled; the best and its neighbours go on, for longer.
 What is best on a short horizon is too high for a long one, as noise and instability take their time: the suggestion
 lies below it.
@@ -156,12 +156,10 @@ def probe(
     """
     rule = checked_rule(rule)
     spend = budget(steps, share, 30 if range_test else 6)
-    usual, name = usual_rate(rule)
-    if around is not None:
-        usual, name = float(around), "around"
-    if not 0 < usual < math.inf:
+    if around is not None and not 0 < around < math.inf:
         raise ValueError(f"around={around}: a learning rate above 0 is needed")
     given, begin = beginning(loss_fn, params, key)
+    usual, name = usual_rate(rule, given[0]) if around is None else (float(around), "around")
     feed, tested = Feed(data), None
     with Bar("probe", spend, progress) as bar:
         if range_test:
@@ -170,7 +168,7 @@ def probe(
             bar.advance(tested.steps, "range test")
         search = _Search(Members(given, begin, rule, feed, bar), usual, spend, manner(rule, steps))
         search.run()
-    doubts = [] if name else [f"this rule's usual rate is not known: the search began at {usual:.2g}, see around="]
+    doubts = [] if name else [f"no usual rate is known for this rule: the search began at {usual:.2g}. Use around="]
     return search.answer(steps, tested, doubts)
 
 

@@ -1,7 +1,4 @@
-"""One candidate's trainings in a race: a grid of rates, then full trainings, all through one compiled program.
-
-Floor 6.
-"""
+"""One candidate's trainings in a race: a grid of rates, then full trainings, all through one compiled program."""
 
 from __future__ import annotations
 

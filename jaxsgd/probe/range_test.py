@@ -1,6 +1,6 @@
 """The classical range test: one training whose learning rate rises from far too small to far too large.
 
-Floor 6. It costs a single short run; `jaxsgd.probe` trains each rate from the same start instead, which costs more and
+It costs a single short run; `jaxsgd.probe` trains each rate from the same start instead, which costs more and
 says more.
 """
 
@@ -88,12 +88,13 @@ def range_test(
     """
     rule = checked_rule(rule)
     steps = budget(steps, 1.0, 10)
-    usual, _ = usual_rate(rule)
+    given, begin = beginning(loss_fn, params, key)
+    usual, _ = usual_rate(rule, given[0])
     low, high = (usual * 1e-4 if low is None else low), (usual * 1e3 if high is None else high)
     if not 0 < low < high < math.inf:
         raise ValueError(f"low={low}, high={high}: rates that rise are needed, both above 0")
     with Bar("range test", steps, progress) as bar:
-        test = rising(*beginning(loss_fn, params, key), rule, Feed(data).take(steps), low, high)
+        test = rising(given, begin, rule, Feed(data).take(steps), low, high)
         bar.advance(steps)
     return test
 

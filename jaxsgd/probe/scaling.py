@@ -1,7 +1,4 @@
-"""What follows from a gradient's noise: batch sizes, and learning rates for them.
-
-Floor 6.
-"""
+"""What follows from a gradient's noise: batch sizes, and learning rates for them."""
 
 from __future__ import annotations
 
@@ -16,12 +13,8 @@ from jaxsgd.rule import RULES, Rule
 
 __all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
 
-LINEAR = {"sgd", "momentum", "velocity", "nesterov", "torch_sgd", "noisy_sgd", "lars"}
-SQUARE_ROOT = {
-    "adam", "adamw", "nadam", "nadamw", "amsgrad", "adamax", "adamaxw", "radam", "adabelief", "yogi", "rmsprop", "lamb",
-    "torch_nadam", "torch_amsgrad", "torch_rmsprop", "torch_radam", "torch_sparse_adam", "adam_mini",
-}  # fmt: skip
-"""The rules whose step does not grow with the gradient's size: Adam, RMSprop and their kin."""
+WAYS = {"linear": "linear", "sqrt": "square_root"}
+"""A rule's `batch_scaling` -> the name of it here."""
 
 
 class Doubling(NamedTuple):
@@ -193,14 +186,12 @@ def scale_learning_rate(
 def _way(rule: Any) -> str:
     if not isinstance(rule, Rule | str):
         raise TypeError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
-    name = rule.name if isinstance(rule, Rule) else rule
-    if name in LINEAR:
-        return "linear"
-    if name in SQUARE_ROOT:
-        return "square_root"
-    if name in RULES:
-        raise ValueError(f"rule={name!r}: no way of scaling is known for it; say 'linear' or 'square_root' yourself")
-    raise ValueError(f"rule={name!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
+    if isinstance(rule, str) and rule not in RULES:
+        raise ValueError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
+    known = RULES[rule] if isinstance(rule, str) else rule
+    if known.batch_scaling is None:
+        raise ValueError(f"rule={known.name!r}: no way of scaling is known for it. Use rule='linear' or 'square_root'")
+    return WAYS[known.batch_scaling]
 
 
 def _positive(name: str, value: Any) -> float:

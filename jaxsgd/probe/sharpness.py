@@ -1,7 +1,4 @@
-"""How sharply the loss curves at a point, and the learning rates that this allows.
-
-Floor 6.
-"""
+"""The sharpness of a loss at a point, and the learning rates that it allows."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxsgd.batches import batch_size, check_divides
-from jaxsgd.paths import leaf_names
+from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.probe.lanczos import Curvature, Spectrum, spectrum
 from jaxsgd.probe.losses import apart, three_arguments
 from jaxsgd.probe.stability import Response, read_rule
@@ -31,19 +28,19 @@ class Sharpness:
     """The curvature of a loss at a point.
 
     Attributes:
-      hessian: the outermost eigenvalues of the Hessian over the trained parameters.
-      preconditioned: those of ``P^-1/2 H P^-1/2``, where P is what the rule divides each coordinate by; of a rule
-        that divides by nothing those of the Hessian. None where no rule was given.
-      thresholds: the largest stable learning rate of each way to step.
-      threshold: that of the rule; of gradient descent where no rule was given.
+      hessian: the largest and smallest eigenvalues of the Hessian over the trained parameters.
+      preconditioned: those of ``P^-1/2 H P^-1/2``, where P is the divisor of each coordinate in the rule's step. For a
+        rule without a divisor, those of the Hessian. None without a rule.
+      thresholds: the largest stable learning rate by optimizer.
+      threshold: the largest stable learning rate of the rule; without a rule, of gradient descent.
       constant: the threshold times the largest (preconditioned) eigenvalue.
-      learning_rate: the rule's, as last applied, or None.
+      learning_rate: the rule's learning rate, as last applied, or None.
       rule: its name, or None.
-      loss, gradient_norm: at this point.
-      parameters: how many numbers are trained; frozen leaves are not among them.
+      loss, gradient_norm: the values at this point.
+      parameters: the number of trained numbers, without frozen leaves.
       preconditioner: the smallest, the median and the largest entry of P, or None.
-      tolerance: what residuals were asked for, as a share of the largest eigenvalue's magnitude.
-      notes: what else there is to say.
+      tolerance: the residuals asked for, as a share of the largest eigenvalue's magnitude.
+      notes: further remarks.
     """
 
     hessian: Spectrum
@@ -62,7 +59,7 @@ class Sharpness:
 
     @property
     def eigenvalues(self) -> tuple[float, ...]:
-        """The largest of the Hessian, descending."""
+        """The largest eigenvalues of the Hessian, descending."""
         return self.hessian.eigenvalues
 
     @property
@@ -72,12 +69,12 @@ class Sharpness:
 
     @property
     def residuals(self) -> tuple[float, ...]:
-        """How near an eigenvalue of the Hessian is to each of `eigenvalues`."""
+        """For each of `eigenvalues`, a bound of the distance to an eigenvalue of the Hessian."""
         return self.hessian.residuals
 
     @property
     def saddle(self) -> bool:
-        """Whether some direction curves down, by more than the iteration's error."""
+        """Whether the loss curves down in some direction, by more than the iteration's error."""
         return self.hessian.negative
 
     @property
@@ -86,7 +83,7 @@ class Sharpness:
 
     @property
     def iterations(self) -> int:
-        """Products of the Hessian with a vector."""
+        """The number of products of the Hessian with a vector."""
         extra = 0 if self.preconditioned is None else self.preconditioned.iterations
         return self.hessian.iterations + extra
 
@@ -99,7 +96,7 @@ class Sharpness:
 
     @property
     def verdict(self) -> str:
-        """What the threshold says, in a sentence."""
+        """The conclusion from the threshold, in a sentence."""
         if not math.isfinite(self.threshold):
             return "no direction curves up: no learning rate is too large for the curvature here"
         if self.learning_rate is None:
@@ -126,7 +123,7 @@ class Sharpness:
         if self.preconditioned is not None and self.preconditioner is not None:
             low, middle, high = self.preconditioner
             lines.append(_words(f"preconditioned by {self.rule}", self.preconditioned))
-            lines.append(f"  it divides by {low:.3g} to {high:.3g}, median {middle:.3g}")
+            lines.append(f"  divisors {low:.3g} to {high:.3g}, median {middle:.3g}")
         lines.append(self.verdict)
         if self.rule is not None and math.isfinite(self.threshold):
             what = "preconditioned eigenvalue" if self.preconditioner is not None else "eigenvalue"
@@ -163,34 +160,34 @@ def sharpness(
 ) -> Sharpness:
     """The largest eigenvalues of the loss's Hessian, the smallest, and the learning rates they allow.
 
-    With a rule, the Hessian is also taken in the rule's own measure: ``P^-1/2 H P^-1/2``, where P is what the rule
-    divides each coordinate by, as its state has it now (for Adam the corrected ``sqrt(v) + eps``, times the
-    correction of its mean, as in Cohen et al. 2022, arXiv:2207.14484). P and the threshold are read off the rule
-    itself, so any rule will do that treats each coordinate by itself and in proportion to the gradient; all others
-    (signs, matrices, norms of layers) are refused by name. Learning-rate multipliers are part of P, frozen
-    parameters are not in the Hessian, weight decay through the gradient is added to it.
+    With a rule, the Hessian is also preconditioned by the optimizer's state: ``P^-1/2 H P^-1/2``, where P is the
+    present divisor of each coordinate (for Adam the corrected ``sqrt(v) + eps``, times the correction of its mean, as
+    in Cohen et al. 2022, arXiv:2207.14484). P and the threshold come from calls of the rule itself. So it works with
+    any rule that treats each coordinate by itself and in proportion to the gradient; all others (signs, matrices,
+    norms of layers) are refused by name. Learning-rate multipliers are part of P. Frozen parameters are not in the
+    Hessian. Weight decay through the gradient is added to it.
 
     Above the threshold a step oscillates and grows along the sharpest direction, as far as the loss is quadratic. The
-    threshold is of the loss of ``batch``: that of one minibatch differs from that of all data. A single eigenvalue
-    of several equal ones may be found only once.
+    threshold is that of the loss of ``batch``: one minibatch and all data have different ones. Of several equal
+    eigenvalues only one may be found.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``. What is random in
-        it is drawn from one key, the same for all products.
-      params: a tree, an ``nnx.Module``, or a `TrainState`, whose optimizer state is taken with it.
-      batch: a batch, or a list of batches of the same shapes, whose mean loss it is then.
-      tx, opt_state: the optimizer, and its state after some steps. The state may be left out for a rule that does not
-        divide by what it has seen, such as momentum.
-      eigenvalues: how many of the largest.
-      iterations: products with the Hessian to spend at most, on each of both spectra.
-      tolerance: residuals to reach, as a share of the largest eigenvalue's magnitude.
-      microbatches: split the batch into so many along the first axis of its arrays, to save memory; the loss must be
-        a mean over examples.
-      key: a seed or a PRNG key.
-      progress: show a bar; by default where the standard error is a terminal.
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``. All products use
+        the same key, so its random numbers are the same.
+      params: a tree of real floating parameters, an ``nnx.Module``, or a `TrainState`, with its optimizer state.
+      batch: a batch, or a list of batches of the same shapes, for their mean loss.
+      tx, opt_state: the optimizer, and its state after some steps. A rule without a divisor, such as momentum, needs no
+        state.
+      eigenvalues: the number of largest eigenvalues. Default: 1.
+      iterations: the largest number of products with the Hessian, for each spectrum. Default: 400.
+      tolerance: the residuals to reach, as a share of the largest eigenvalue's magnitude. Default: 1e-5.
+      microbatches: the number of parts to split the batch into along its first axis, to save memory. The loss must be
+        a mean over examples. Default: 1.
+      key: a seed or a PRNG key. Default: 0.
+      progress: show a bar. Default: on if stderr is a terminal.
 
     Raises:
-      TypeError: no such function, no batch.
+      TypeError: ``loss_fn`` is no such function; ``batch`` is no batch; a leaf of ``params`` is no array and no number.
       ValueError: parameters that are not real floating numbers; batches of several shapes; a rule without a diagonal
         preconditioner, or whose state has seen no gradient; a loss without a finite Hessian.
     """
@@ -205,6 +202,8 @@ def sharpness(
         opt_state = params.opt_state
     curvature, tree = _curvature(loss_fn, params, batch, microbatches, key)
     _refuse_types(curvature, integers=tx is not None)
+    if curvature.size == 0:
+        raise ValueError("params: there are none that are real floating numbers")
     start = jax.random.key(7)
     loss, gradient = curvature.value_and_gradient()
     value = float(loss)
@@ -244,14 +243,14 @@ def sharpness(
 
 
 CONSTANTS = {"gradient descent": 2.0, "momentum 0.9": 2 * 1.9, "Nesterov 0.9": 2 * 1.9 / 2.8}
-"""The largest stable learning rate times the largest eigenvalue, of ways to step that need no state to know it."""
+"""The largest stable learning rate times the largest eigenvalue, of optimizers without a preconditioner."""
 
 
 def _preconditioned(
     curvature: Curvature, response: Response, plain: Spectrum, wanted: int, iterations: int, tolerance: float,
     key: jax.Array, bar: Bar,
 ) -> tuple[Spectrum, tuple[float, float, float] | None]:  # fmt: skip
-    """The spectrum in the rule's measure, and what it divides by."""
+    """The spectrum preconditioned by the rule, and the smallest, median and largest of its divisors."""
     p, shift = response.preconditioner, response.shift
     divided = (float(p.min()), float(np.median(p)), float(p.max()))
     same = lambda x: bool(np.ptp(x) <= 1e-4 * np.abs(x).max()) if np.isfinite(x).all() else False  # noqa: E731
@@ -265,23 +264,24 @@ def _preconditioned(
 
 
 def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any) -> tuple[Curvature, Any]:
-    """What is to be differentiated, and the tree of parameters."""
+    """The loss at this point as a `Curvature`, and the tree of parameters."""
     three_arguments(loss_fn)
-    graphdef, params, held = apart(model)
+    graphdef, params, model_state = apart(model)
     if not jax.tree.leaves(params):
         raise ValueError("params: there are none")
     several = isinstance(batch, list)
     if several:
         batch = _stacked(batch)
-    elif callable(batch) or hasattr(batch, "__next__"):
+    elif is_function(batch) or hasattr(batch, "__next__"):
         raise TypeError(f"batch={batch!r}: a batch or a list of batches is needed; of an iterator give a list")
     if microbatches > 1:
         if several:
-            raise ValueError(f"microbatches={microbatches}: the batches of a list are apart already")
+            raise ValueError(f"microbatches={microbatches}: a list of batches is split already. Use one of the two")
         check_divides(batch, microbatches, f"{microbatches} microbatches")
         batch, several = jax.tree.map(lambda x: _split(x, microbatches), batch), True
     key = jax.random.key(key) if isinstance(key, int) else key
-    return Curvature.of(loss_fn, graphdef, params, held, batch, several, key, tuple(leaf_names(params))), params
+    names = tuple(leaf_names(params))
+    return Curvature.of(loss_fn, graphdef, params, model_state, batch, several, key, names), params
 
 
 def _split(x: Any, count: int) -> Any:
@@ -305,7 +305,7 @@ def _stacked(batches: list[Any]) -> Any:
 
 
 def _refuse_types(curvature: Curvature, integers: bool) -> None:
-    """That all parameters are real floating numbers, or integers that a rule holds still."""
+    """Check that all parameters are real floating numbers, or integers that a rule freezes."""
     for name, p in zip(curvature.names, curvature.arrays["params"], strict=True):
         if jnp.issubdtype(p.dtype, jnp.floating) or integers and not jnp.issubdtype(p.dtype, jnp.complexfloating):
             continue

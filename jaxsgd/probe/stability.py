@@ -1,6 +1,6 @@
 """What a rule does to a small gradient once its scales stand still, read off the rule itself.
 
-Floor 6. Around a minimum a rule is a linear recursion: its averages of gradients, and the parameters, are new
+Around a minimum a rule is a linear recursion: its averages of gradients, and the parameters, are new
 linear combinations of themselves and of the gradient. Averages of squares do not change under a small gradient, and
 are held. Here the rule, called as it is, tells the coefficients by what it answers to tiny inputs; from them come its
 preconditioner, which is what it divides each coordinate by, and the largest stable learning rate on a quadratic:
@@ -120,7 +120,7 @@ def read_rule(
     Raises:
       ValueError: the rule is no such recursion, coordinate by coordinate; why not.
     """
-    name = rule_name(tx)
+    name = rule_name(tx, params)
     held = [state for _, state in find_states(opt_state) if "learning_rate" in state.hyper]
     if not held:
         raise ValueError("opt_state: no jaxsgd state in it, whose learning rate a threshold could be compared with")

@@ -1,7 +1,4 @@
-"""Many values of a hyperparameter, or many seeds, from one compile.
-
-Floor 6.
-"""
+"""Many values of a hyperparameter, or many seeds, from one compile."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsgd.probe.feed import Feed
+from jaxsgd.paths import is_function
+from jaxsgd.probe.feed import Feed, is_one_batch
 from jaxsgd.probe.limits import IN_A_ROW, least_losses, risen
 from jaxsgd.probe.population import STRATEGIES, Population
 from jaxsgd.probe.swept import Sweep
@@ -43,39 +41,41 @@ def sweep(
 ) -> Sweep:
     """Train with many values at once, from one compile: ``sweep(step, state, batches, learning_rate=rates)``.
 
-    What is swept is given by name, ``learning_rate=[1e-4, 1e-3]``, ``seed=range(3)``; of several names all combinations
-    train, or with ``paired=True`` the first of each, the second of each, .... All see the same batches.
+    The values are given by name: ``learning_rate=[1e-4, 1e-3]``, ``seed=range(3)``. With several names, every
+    combination is a run, or with ``paired=True`` the first value of each name, the second of each, and so on. All runs
+    see the same batches.
 
     Args:
       train: one of
 
-        - a `jaxsgd.Step`, with the ``state`` to begin from. Names are runtime values of that state (the learning rate,
-          weight decay, what is in ``dynamic=`` of the rule: see `jaxsgd.with_hyper`), or ``seed``, the state's key.
-        - a function of the names, ``build(learning_rate, head) -> (step, state)``, called once inside a trace, for
-          whatever else the members differ in: any hyperparameter, a group's override
+        - a `jaxsgd.Step`, with its initial ``state``. Names are runtime values of that state (the learning rate,
+          weight decay, the rule's ``dynamic=``: see `jaxsgd.with_hyper`), or ``seed``, the state's key.
+        - a function of the names, ``build(learning_rate, head) -> (step, state)``, called once inside a trace. The runs
+          may then differ in anything else: any hyperparameter, a group's override
           (``groups=[("^head/", {"lr_mult": head})]``), the seed of the initial weights.
-        - a whole training of your own, ``train(state, data)`` or ``train(state, data, **others)``, that jits:
-          it gives the losses ``(steps,)``, or metrics with them, or ``(state, either)``. What the state has under a
-          name is set there, the rest is passed by name.
-      state: where all begin.
-      data: batches, for a step: a list (gone through again from its end), an iterator, a function of the step, or one
-        batch for all steps. For a training of your own whatever it takes.
-      steps: steps to train; by default the length of the list.
-      paired: the n-th of every name together.
-      strategy: vmap, map, a loop of single steps, or ``"auto"``, which says what it chose and why; see
-        `jaxsgd.probe.population.Population`.
-      mesh: the devices to share the members out to: a mesh, whatever its axes, or a list; all by default.
-      limit: three losses in a row so many times above the usual loss are a divergence, see there.
-      progress: whether to show a bar; by default where somebody looks.
+        - your own run, a function ``train(state, data)`` or ``train(state, data, **others)`` that jits. It returns the
+          losses ``(steps,)``, or metrics with them, or ``(state, either)``. Names that the state has are set there,
+          the others are passed by name.
+      state: the initial state of every run.
+      data: for a step: a list of batches (repeated from its end), an iterator, a function of the step, or one batch for
+        all steps. For your own run: its second argument.
+      steps: the number of steps. Default: the length of the list.
+      paired: combine the n-th values of all names. Default: all combinations.
+      strategy: ``"vmap"``, ``"map"``, ``"loop"`` (single steps), or ``"auto"``, which reports its choice and the
+        reason; see `jaxsgd.probe.population.Population`. Default: ``"auto"``.
+      mesh: the devices to share the runs: a mesh with any axes, or a list. Default: all local devices.
+      limit: three losses in a row so many times above the usual loss are a divergence, see `Population`. Default: 10.
+      progress: show a bar. Default: on if stderr is a terminal.
+      **values: a list of numbers for each name.
 
     Returns:
-      A `Sweep`: arrays, ``table()``, and `jaxsgd.plot.sweep` of it.
+      A `Sweep`: arrays and ``table()``; `jaxsgd.plot.sweep` draws it.
 
     Raises:
-      ValueError: no values, an empty list of them, another length than the others' when paired; a name that the state
-        does not have as a runtime value; a negative value; ``steps`` below 1 or unknown; what `Feed` refuses.
+      ValueError: no values, an empty list, lists of several lengths when paired; a name that the state does not have as
+        a runtime value; a negative value; ``steps`` below 1 or unknown; `Feed` refuses the batches.
       TypeError: ``train`` is none of the three.
-      RuntimeError: the state's memory was given to an earlier step.
+      RuntimeError: the state was donated to an earlier step.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
@@ -83,7 +83,7 @@ def sweep(
     devices = list(mesh.devices.flat) if isinstance(mesh, Mesh) else jax.local_devices() if mesh is None else list(mesh)
     if isinstance(train, Step):
         if state is None:
-            raise ValueError("state=None: a step needs the TrainState to begin from")
+            raise ValueError("state=None: a step needs its initial TrainState")
         _check_runtime(state, values)
         step = train
         build = lambda given, **scalars: (step, _with_values(given, scalars))  # noqa: E731
@@ -95,13 +95,13 @@ def sweep(
     return _whole(train, state, data, members, strategy, devices, limit)
 
 
-# -- what is swept --------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 def _combined(values: Mapping[str, Any], paired: bool) -> dict[str, np.ndarray]:
-    """The values of each member by name."""
+    """The values of each run by name."""
     if not values:
-        raise ValueError("values: nothing to sweep; give for example learning_rate=[1e-4, 1e-3]")
+        raise ValueError("values: nothing to sweep. Use for example learning_rate=[1e-4, 1e-3]")
     lists = {name: list(np.atleast_1d(np.asarray(given))) for name, given in values.items()}
     for name, given in lists.items():
         if not given:
@@ -119,15 +119,13 @@ def _combined(values: Mapping[str, Any], paired: bool) -> dict[str, np.ndarray]:
 
 
 def _check_runtime(state: Any, values: Mapping[str, Any]) -> None:
-    """That the state has every name, and takes every value of it."""
+    """Check that the state has every name and takes every value."""
     refuse_deleted("state", state)
     for name, given in values.items():
         for value in np.atleast_1d(np.asarray(given)):
             if name == "seed":
                 if not isinstance(state, TrainState) or not np.issubdtype(value.dtype, np.integer):
-                    raise ValueError(
-                        f"seed={value!r}: a whole number, and a jaxsgd.TrainState to put it in, are needed"
-                    )
+                    raise ValueError(f"seed={value!r}: a whole number and a jaxsgd.TrainState are needed")
             elif not find_states(state):
                 raise ValueError(f"{name}: the state holds no jaxsgd rule; sweep a function that builds step and state")
             else:
@@ -138,7 +136,7 @@ def _check_runtime(state: Any, values: Mapping[str, Any]) -> None:
 
 
 def _with_values(state: Any, scalars: Mapping[str, Any]) -> Any:
-    """``state`` with the runtime values of one member."""
+    """``state`` with the runtime values of one run."""
     others = {name: value for name, value in scalars.items() if name != "seed"}
     if others:
         state = with_hyper(state, **others)
@@ -149,19 +147,19 @@ def _with_values(state: Any, scalars: Mapping[str, Any]) -> Any:
 
 
 def _builds(train: Callable[..., Any], members: Mapping[str, np.ndarray]) -> bool:
-    """Whether a function of the values gives a step and a state, and not the losses of a training of its own."""
-    found: list[bool] = []
+    """Whether a function of the values returns a step and a state, not the losses of a run."""
+    answers: list[bool] = []
     try:
         inspect.signature(train).bind(**members)
-    except TypeError:  # it wants data
+    except TypeError:  # it needs data
         return False
 
     def look(scalars: Any) -> None:
         out = train(**scalars)
-        found.append(isinstance(out, tuple) and len(out) == 2 and callable(out[0]))
+        answers.append(isinstance(out, tuple) and len(out) == 2 and is_function(out[0]))
 
     jax.eval_shape(look, {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in members.items()})
-    return found[0]
+    return answers[0]
 
 
 def _stepped(
@@ -178,10 +176,10 @@ def _stepped(
     if data is None:
         raise ValueError("data=None: batches are needed")
     if steps is None:
-        if not isinstance(data, Sequence) or isinstance(data, tuple):
+        if not isinstance(data, Sequence) or is_one_batch(data):
             raise ValueError(
-                "steps=None: how many? Only a list of batches has a length; a dict, a tuple or an array is one batch, "
-                "for every step, and arrays of many are given as lambda i: jax.tree.map(lambda x: x[i], arrays)"
+                "steps=None: how many? Only a list of batches has a length. A dict, a tuple or an array is one batch "
+                "for every step. For stacked batches use data=lambda i: jax.tree.map(lambda x: x[i], arrays)"
             )
         steps = len(data)
     if steps < 1:
@@ -219,7 +217,7 @@ def _ends(losses: np.ndarray, diverged_at: np.ndarray) -> tuple[int, np.ndarray]
     return window, np.where((diverged_at >= 0) | ~np.isfinite(mean), np.inf, mean)
 
 
-# -- whole trainings ------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 def _whole(
@@ -231,7 +229,7 @@ def _whole(
     devices: list[Any],
     limit: float,
 ) -> Sweep:
-    """Trainings of the user's own, from beginning to end."""
+    """The user's own runs, from beginning to end."""
     inside = set()
     if state is not None:
         refuse_deleted("state", state)
@@ -246,10 +244,10 @@ def _whole(
         if state is None:
             out = train(**others) if data is None else train(data, **others)
         else:
-            held = _with_values(state, {name: value for name, value in scalars.items() if name in inside})
-            out = train(held, data, **others)
-        last, given_back = out if isinstance(out, tuple) and len(out) == 2 else (None, out)
-        metrics: dict[str, Any] = dict(given_back) if isinstance(given_back, Mapping) else {"loss": given_back}
+            first = _with_values(state, {name: value for name, value in scalars.items() if name in inside})
+            out = train(first, data, **others)
+        last, report = out if isinstance(out, tuple) and len(out) == 2 else (None, out)
+        metrics: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"loss": report}
         if "loss" not in metrics or jnp.ndim(metrics["loss"]) != 1:
             raise ValueError("train: losses of the shape (steps,) are needed, or metrics with such a 'loss'")
         return last, {name: x for name, x in metrics.items() if jnp.shape(x) == jnp.shape(metrics["loss"])}
@@ -258,9 +256,9 @@ def _whole(
     way, why = strategy, "as asked"
     if strategy == "auto":
         way = "map" if chosen[0].platform == "cpu" else "vmap"
-        why = "a training of your own: map on CPU, vmap elsewhere"
+        why = "your own run: map on CPU, vmap elsewhere"
     if way == "loop":
-        raise ValueError("strategy='loop': it is for a Step; a training of your own runs by map or vmap")
+        raise ValueError("strategy='loop': only a Step has single steps. Use 'map' or 'vmap' for your own run")
     return _trained(one, (state, data), members, way, why, chosen, limit)
 
 

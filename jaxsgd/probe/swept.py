@@ -1,7 +1,4 @@
-"""What a sweep found.
-
-Floor 6.
-"""
+"""What a sweep found."""
 
 from __future__ import annotations
 

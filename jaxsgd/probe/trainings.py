@@ -1,7 +1,4 @@
-"""Short trainings by learning rate, for the probe and the range test: where they begin, and what they cost.
-
-Floor 6.
-"""
+"""Short trainings by learning rate, for the probe and the range test: where they begin, and what they cost."""
 
 from __future__ import annotations
 
@@ -15,17 +12,17 @@ import numpy as np
 import optax
 import scipy
 
-from jaxsgd.probe.asking import rule_name
+from jaxsgd.probe.asking import rules_in
 from jaxsgd.probe.feed import Feed, stacked
 from jaxsgd.probe.losses import apart, three_arguments
 from jaxsgd.probe.population import Population
 from jaxsgd.progress import Bar
+from jaxsgd.rule import RULES, Rule
 from jaxsgd.state import find_states
 from jaxsgd.train import make_step
 from jaxsgd.train_state import TrainState
 
 __all__ = [
-    "USUAL",
     "Manner",
     "Members",
     "beginning",
@@ -38,36 +35,33 @@ __all__ = [
     "usual_rate",
 ]
 
-USUAL = {
-    0.1: "sgd torch_sgd torch_asgd noisy_sgd optimistic_gradient_descent lars polyak_sgd",
-    0.03: "momentum velocity nesterov adagrad torch_adagrad",
-    0.02: "muon muon_jordan normuon adamuon optax_muon dion",
-    0.01: "adafactor torch_adafactor rprop torch_rprop madgrad sm3 novograd shampoo galore apollo apollo_mini fromage",
-    2.5e-3: "schedule_free_adamw schedule_free_radam",
-    1e-3: (
-        "adam adamw nadam nadamw torch_nadam amsgrad torch_amsgrad adamax adamaxw adabelief radam torch_radam yogi "
-        "adan ademamix simplified_ademamix adopt adam_mini acprop lamb mars soap kron optimistic_adam "
-        "optimistic_adam_v2 torch_sparse_adam rmsprop torch_rmsprop sign_sgd signum adalomo grams sophia"
-    ),
-    1e-4: "lion",
-    1.0: "adadelta prodigy dog dowg dadapt_adamw cocob momo schedule_free_sgd",
-}
-"""Learning rates that people begin with -> names of rules."""
-_BY_NAME = {name: rate for rate, names in USUAL.items() for name in names.split()}
 UNKNOWN = 1e-2
-"""Where to begin with a rule of no known name."""
+"""The first rate for a rule without a usual rate."""
 PLACES = 8
-"""At most so many trainings are in memory."""
+"""Runs in memory at most."""
 CHUNK = 64
-"""So many batches are laid together at a time."""
+"""Batches stacked at a time."""
 
 
-def usual_rate(rule: Any) -> tuple[float, str]:
-    """``(rate, name)``: where people begin with the rule that ``rule`` makes; no name where it is not known."""
-    tx = rule(1e-3)
-    names = [*rule_name(tx).split(" + "), getattr(rule, "name", ""), getattr(rule, "__name__", "")]
-    found = [name for name in names if name in _BY_NAME]
-    return (_BY_NAME[found[0]], found[0]) if found else (UNKNOWN, "")
+def usual_rate(rule: Any, params: Any = None) -> tuple[float, str]:
+    """The learning rate to search around, and the name of the rule that it is usual for.
+
+    Args:
+      rule: a rule, or a function of the learning rate that returns a gradient transformation.
+      params: the parameters or their shapes, to find the rules in a transformation. Default: one small matrix.
+
+    Returns:
+      ``(rate, name)``. The name is empty and the rate `UNKNOWN` if no rule in it has a usual rate.
+    """
+    rules = (
+        [rule]
+        if isinstance(rule, Rule)
+        else rules_in(rule(1e-3), {"w": jnp.ones((2, 2))} if params is None else params)
+    )
+    named = getattr(rule, "__name__", "")
+    rules += [RULES[named]] if named in RULES else []  # such as optax's adamw
+    known = [(float(found.usual_rate), found.name) for found in rules if found.usual_rate is not None]
+    return known[0] if known else (UNKNOWN, "")
 
 
 class Manner(NamedTuple):

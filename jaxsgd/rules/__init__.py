@@ -1,39 +1,14 @@
-"""The update rules, a family a file. Importing this package fills `RULES`."""
+"""The update rules, a family a file. Importing this package fills `RULES`.
+
+A family lists its public names in its own ``__all__``, so that adding a rule to one touches one file.
+"""
+
+import importlib
+import pkgutil
 
 from jaxsgd.rule import RULES
-from jaxsgd.rules import (
-    adam_variants,
-    adaptive,
-    adaptive_lr,
-    averaging,
-    curvature,
-    factored,
-    layerwise,
-    lowrank,
-    matrix,
-    momentum,
-    muon_kin,
-    psgd,
-    sign,
-    torch,
-    wrappers,
-)
 
-__all__ = [
-    "RULES",
-    "matrix",
-    "adaptive_lr",
-    "factored",
-    "layerwise",
-    "lowrank",
-    "adam_variants",
-    "adaptive",
-    "averaging",
-    "momentum",
-    "curvature",
-    "muon_kin",
-    "psgd",
-    "sign",
-    "torch",
-    "wrappers",
-]
+FAMILIES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+"""The modules that rules are written in."""
+
+__all__ = ["FAMILIES", "RULES"]

@@ -1,35 +1,26 @@
 r"""Rules that change one thing about Adam: the mean, the scale, the order, or the sign.
 
-Floor 3. As in `jaxsgd.rules.adaptive`, $m$ and $v$ are moving averages of the gradient and of a squared
-magnitude, and a hat is bias correction.
+As in `jaxsgd.rules.adaptive`, $m$ and $v$ are moving averages of the gradient and of a squared magnitude, and a hat is
+bias correction.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated
 
-import jax
 import jax.numpy as jnp
-import optax
 
-from jaxsgd.numerics import debias, ema, real_zeros, sq, zeros
+from jaxsgd.hyper import Decay, within
+from jaxsgd.numerics import debias, ema, sq, zeros
 from jaxsgd.rule import rule
-from jaxsgd.rules.adaptive import ADAM, adam, adamax
-from jaxsgd.spec import without_when_off
-from jaxsgd.storage import cast
+from jaxsgd.rules.adaptive import Accumulator, FirstMoment, adam, adamax, mean_hat
+from jaxsgd.slots import Iterate, Mean, Square, kept_in, start
 
 __all__ = [
     "acprop", "adabelief", "adamaxw", "adan", "ademamix", "adopt", "grams", "madgrad", "mars", "nadamw",
     "optimistic_adam", "optimistic_adam_v2", "radam", "simplified_ademamix", "yogi",
 ]  # fmt: skip
-
-DECAYED = ("weight_decay", "mask")
-
-
-def _mean_hat(mu: jax.Array, g: jax.Array, b1: Any, t: Any, nesterov: bool) -> jax.Array:
-    """The corrected mean, one step ahead where ``nesterov`` (Dozat 2016)."""
-    return ema(debias(mu, b1, t + 1), debias(g, b1, t), b1) if nesterov else debias(mu, b1, t)
-
 
 # -- presets -------------------------------------------------------------------------------------
 
@@ -39,8 +30,7 @@ adamaxw = adamax.preset(
 
     `adamax` with decoupled weight decay, of every parameter unless ``mask`` or ``groups`` say otherwise.
     """,
-    oracle=optax.adamaxw,
-    positional=("learning_rate", "b1", "b2", "eps", *DECAYED),
+    positional="learning_rate b1 b2 eps weight_decay mask",
     weight_decay=1e-4,
 )
 
@@ -50,8 +40,7 @@ nadamw = adam.preset(
 
     `adam` with Nesterov's look-ahead and decoupled weight decay.
     """,
-    oracle=optax.nadamw,
-    positional=(*ADAM, *DECAYED),
+    positional="learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask",
     nesterov=True,
     weight_decay=1e-4,
 )
@@ -60,46 +49,23 @@ nadamw = adam.preset(
 # -- another scale -------------------------------------------------------------------------------
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=optax.adabelief,
-    positional=("learning_rate", "b1", "b2", "eps", "eps_root"),
-)
-def adabelief(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, nesterov=False):
+@rule(positional="learning_rate b1 b2 eps eps_root", usual_rate=1e-3, batch_scaling="sqrt")
+def adabelief(
+    g, mu: FirstMoment, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.999, eps=1e-16, eps_root=1e-16, nesterov=False
+):
     r"""AdaBelief (Zhuang et al. 2020, arXiv:2010.07468): $v \leftarrow \beta_2 v + (1-\beta_2)(g - m)^2 + \bar\epsilon,\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
 
-    A gradient that the mean foretold is believed: the step is long where $g$ stays close to $m$.
+    A gradient close to its mean $m$ is believed: the step is then long.
     """
     mu = ema(mu, g, b1)
     nu = ema(nu, sq(g - mu), b2) + eps_root
-    return _mean_hat(mu, g, b1, t, nesterov) / (jnp.sqrt(debias(nu, b2, t)) + eps), mu, nu
+    return mean_hat(mu, g, b1, t, nesterov) / (jnp.sqrt(debias(nu, b2, t)) + eps), mu, nu
 
 
-def _acprop_of_optax(
-    learning_rate, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, weight_decay=0.0, stale_mean=False
-):  # fmt: skip
-    """ACProp of optax's parts: its own, or the scale that its AdaBelief had one step earlier."""
-    if stale_mean:
-        return optax.contrib.acprop(learning_rate, b1, b2, eps, eps_root, weight_decay)
-    belief = optax.scale_by_belief(b1, b2, eps, eps_root)
-
-    def update(updates, state, params=None):
-        root = jax.tree.map(jnp.sqrt, optax.tree.bias_correction(state.nu, b2, jnp.maximum(state.count, 1)))
-        u = jax.tree.map(lambda g, r: g / (jnp.where(state.count == 0, 1, r) + eps), updates, root)
-        return u, belief.update(updates, state, params)[1]
-
-    decay = optax.add_decayed_weights(weight_decay)
-    return optax.chain(
-        optax.GradientTransformation(belief.init, update), decay, optax.scale_by_learning_rate(learning_rate)
-    )
-
-
-@rule(
-    start={"nu": real_zeros},
-    oracle=_acprop_of_optax,
-    positional=("learning_rate", "b1", "b2", "eps", "eps_root", *DECAYED),
-)
-def acprop(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, stale_mean=False):
+@rule(positional="learning_rate b1 b2 eps eps_root weight_decay mask", usual_rate=1e-3)
+def acprop(
+    g, mu: Mean, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.999, eps=1e-16, eps_root=1e-16, stale_mean=False
+):
     r"""ACProp (Zhuang et al. 2021, arXiv:2110.05454): $u = g / (\sqrt{\hat v_{t-1}} + \epsilon),\; v_t = \beta_2 v_{t-1} + (1-\beta_2)(g - m_t)^2 + \bar\epsilon$.
 
     The scale is one step older than the gradient, so that the two are independent; the first step is $g$.
@@ -112,30 +78,20 @@ def acprop(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, stale_m
     return g / (scale + eps), mu, ema(nu, sq(residual), b2) + eps_root
 
 
-def _yogi_of_optax(
-    learning_rate, b1=0.9, b2=0.999, eps=1e-3, eps_root=0.0, initial_accumulator_value=1e-6, initial_mean=0.0
-):  # fmt: skip
-    """optax's Yogi, whose mean starts where it is told."""
-    scale = optax.scale_by_yogi(b1, b2, eps, eps_root, initial_accumulator_value)
-
-    def init(params):
-        state: Any = scale.init(params)
-        return state._replace(mu=optax.tree.full_like(params, initial_mean))
-
-    return optax.chain(optax.GradientTransformation(init, scale.update), optax.scale_by_learning_rate(learning_rate))
-
-
-@rule(
-    start={
-        "mu": lambda p, initial_mean: zeros(p) + initial_mean,
-        "nu": lambda p, initial_accumulator_value: real_zeros(p) + initial_accumulator_value,
-    },
-    oracle=_yogi_of_optax,
-    positional=("learning_rate", "b1", "b2", "eps"),
-)
+@rule(positional="learning_rate b1 b2 eps", usual_rate=1e-3, batch_scaling="sqrt")
 def yogi(
-    g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-3, eps_root=0.0, initial_accumulator_value=1e-6, initial_mean=0.0
-):  # fmt: skip
+    g,
+    mu: Annotated[Mean, start(lambda p, initial_mean: zeros(p) + initial_mean)],
+    nu: Accumulator,
+    *,
+    t,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-3,
+    eps_root=0.0,
+    initial_accumulator_value=1e-6,
+    initial_mean=0.0,
+):
     r"""Yogi (Zaheer et al. 2018, NeurIPS 31): $v \leftarrow v - (1-\beta_2) \operatorname{sign}(v - g^2)\, g^2,\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
 
     $v$ shrinks by no more than a share of $g^2$, so that a rare large gradient is remembered. The mean starts
@@ -146,25 +102,31 @@ def yogi(
     return debias(mu, b1, t) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=optax.radam,
-    positional=("learning_rate", "b1", "b2", "eps", "eps_root", "threshold"),
-    bounds={"threshold": (4, float("inf"))},
-    alternatives={"b2": 0.95, "threshold": 6.0},
-)
-def radam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, threshold=5.0, nesterov=False):
+@rule(positional="learning_rate b1 b2 eps eps_root threshold", usual_rate=1e-3, batch_scaling="sqrt")
+def radam(
+    g,
+    mu: FirstMoment,
+    nu: Square,
+    *,
+    t,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    threshold: Annotated[float, within(4, math.inf)] = 5.0,
+    nesterov=False,
+):
     r"""RAdam (Liu et al. 2020, arXiv:1908.03265): $u = \hat m_t \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}} / (\sqrt{\hat v_t} + \epsilon)$ if $\rho_t \ge 5$, else $\hat m_t$.
 
-    $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$ is how many gradients $v$ averages over, and
+    $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$ is the number of gradients that $v$ averages, and
     $\rho_\infty = 2 / (1-\beta_2) - 1$. Below ``threshold`` (at least 4) the scale is not trusted.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
-    mean = _mean_hat(mu, g, b1, t, nesterov)
+    mean = mean_hat(mu, g, b1, t, nesterov)
     most = 2 / (1 - b2) - 1
     rho = most - debias(2 * t * b2**t, b2, t)
     ratio = (rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho)
-    # The root is taken of what is used only: below 4 the ratio may be negative.
+    # Below 4 the ratio may be negative; there its root is not used, and must not be NaN.
     rectifier = jnp.sqrt(jnp.where(rho >= threshold, ratio, 1))
     adapted = rectifier * mean / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps)
     return jnp.where(rho >= threshold, adapted, mean), mu, nu
@@ -173,16 +135,27 @@ def radam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, threshold=5
 # -- another mean --------------------------------------------------------------------------------
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    positional=("learning_rate", "b1", "b2", "b3", "eps", "eps_root", *DECAYED),
-)
-def adan(g, mu, change, nu, previous, *, t, b1=0.98, b2=0.92, b3=0.99, eps=1e-8, eps_root=1e-8, weight=None):
+@rule(positional="learning_rate b1 b2 b3 eps eps_root weight_decay mask", usual_rate=1e-3, cost="differences")
+def adan(
+    g,
+    mu: FirstMoment,
+    change: Mean,
+    nu: Square,
+    previous: Mean,
+    *,
+    t,
+    b1: Decay = 0.98,
+    b2: Decay = 0.92,
+    b3: Decay = 0.99,
+    eps=1e-8,
+    eps_root=1e-8,
+    weight=None,
+):
     r"""Adan (Xie et al. 2022, arXiv:2208.06677): $\delta = g_t - g_{t-1},\; u = (\hat m_t + \beta_2 \hat d_t) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
 
     $m$ averages $g$, $d$ averages $\delta$ (decay $\beta_2$) and $v$ averages $(g + \beta_2 \delta)^2$ (decay $\beta_3$).
-    The decays are those of averages, as in the authors' code; the paper's betas are one minus them. ``weight`` is
-    that of the differences, ``b2`` where None; optax's is ``1 - b2``.
+    The decays are those of averages, as in the authors' code; the paper's betas are one minus them. ``weight``
+    multiplies the differences. None is ``b2``; optax has ``1 - b2``.
     """
     delta, weight = jnp.where(t == 1, 0, g - previous), b2 if weight is None else weight
     mu, change = ema(mu, g, b1), ema(change, delta, b2)
@@ -191,95 +164,113 @@ def adan(g, mu, change, nu, previous, *, t, b1=0.98, b2=0.92, b3=0.99, eps=1e-8,
     return ahead / (jnp.sqrt(debias(nu, b3, t) + eps_root) + eps), mu, change, nu, g
 
 
-def _rest_means(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Let both means rest in ``mu_dtype``."""
-    dtype = arguments.pop("mu_dtype")
-    if dtype is not None:
-        arguments["storage"] = {"mu": cast(dtype), "mu_slow": cast(dtype), **arguments["storage"]}
-    return arguments
-
-
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=optax.contrib.ademamix,
-    positional=("learning_rate", "b1", "b2", "b3", "alpha", "eps", "eps_root", "mu_dtype", *DECAYED),
-    extras={"mu_dtype": None},
-    prepare=_rest_means,
-)
-def ademamix(g, mu, mu_slow, nu, *, t, b1=0.9, b2=0.999, b3=0.9999, alpha=5.0, eps=1e-8, eps_root=0.0):
+@rule(positional="learning_rate b1 b2 b3 alpha eps eps_root mu_dtype weight_decay mask", usual_rate=1e-3)
+def ademamix(
+    g,
+    mu: Annotated[FirstMoment, kept_in("mu_dtype")],
+    mu_slow: Annotated[Mean, kept_in("mu_dtype")],
+    nu: Square,
+    *,
+    t,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    b3: Decay = 0.9999,
+    alpha=5.0,
+    eps=1e-8,
+    eps_root=0.0,
+):
     r"""AdEMAMix (Pagliardini et al. 2024, arXiv:2409.03137): $u = (\hat m_t + \alpha s_t) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon),\; s_t = \beta_3 s_{t-1} + (1-\beta_3) g$.
 
-    A slow mean $s$ beside the fast one; it is not corrected, so that it sets in by and by. ``b3`` and
-    ``alpha`` may be schedules, as the paper has them. ``mu_dtype`` is the dtype in which both means rest.
+    A slow mean $s$ beside the fast one. It is not corrected, so its weight grows slowly. ``b3`` and ``alpha`` may be
+    schedules, as in the paper. ``mu_dtype`` is the dtype in which both means are stored.
     """
     mu, mu_slow, nu = ema(mu, g, b1), ema(mu_slow, g, b3), ema(nu, sq(g), b2)
     mixed = debias(mu, b1, t) + alpha * mu_slow
     return mixed / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), mu, mu_slow, nu
 
 
-@rule(
-    start={"nu": real_zeros},
-    oracle=optax.contrib.simplified_ademamix,
-    positional=("learning_rate", "b1", "b2", "alpha", "eps", "eps_root", *DECAYED),
-)
-def simplified_ademamix(g, trace, nu, *, t, b1=0.99, b2=0.95, alpha=0.0, eps=1e-8, eps_root=0.0):
+@rule(positional="learning_rate b1 b2 alpha eps eps_root weight_decay mask", usual_rate=1e-3)
+def simplified_ademamix(
+    g, trace: Mean, nu: Square, *, t, b1: Decay = 0.99, b2: Decay = 0.95, alpha=0.0, eps=1e-8, eps_root=0.0
+):
     r"""Simplified AdEMAMix (Morwani et al. 2025, arXiv:2502.02431): $b \leftarrow \beta_1 b + g,\; u = (b + \alpha g) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
 
-    One trace instead of two means. It is a sum, not an average: it wants a learning rate that is
-    $1 - \beta_1$ times that of Adam.
+    One trace instead of two means. It is a sum, not an average: use $1 - \beta_1$ times the learning rate of Adam.
     """
     trace, nu = b1 * trace + g, ema(nu, sq(g), b2)
     return (trace + alpha * g) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), trace, nu
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=lambda learning_rate, optimism=None, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=True: optax.chain(
-        optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov),
-        optax.scale_by_optimistic_gradient(learning_rate, learning_rate if optimism is None else optimism),
-        optax.scale(-1.0),
-    ),
-    positional=("learning_rate", "optimism", "b1", "b2", "eps", "eps_root", "mu_dtype"),
-    aliases={"mu_dtype": "mu"},
-)
+@rule(positional="learning_rate optimism b1 b2 eps eps_root mu_dtype", usual_rate=1e-3, cost="kept_in_place")
 def optimistic_adam(
-    g, mu, nu, previous, *, t, learning_rate, optimism=None, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=True
-):  # fmt: skip
+    g,
+    mu: Annotated[FirstMoment, kept_in("mu_dtype")],
+    nu: Square,
+    previous: Mean,
+    *,
+    t,
+    learning_rate,
+    optimism=None,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    nesterov=True,
+):
     r"""Optimistic Adam (Daskalakis et al. 2018, arXiv:1711.00141): $x \leftarrow x - \eta u_t - o\,(u_t - u_{t-1})$.
 
-    $u$ is the direction of `adam`. The optimism $o$ is the learning rate where it is not given; it is not
-    multiplied by it, which `optimistic_adam_v2` does.
+    $u$ is the direction of `adam`. The optimism $o$ is the learning rate by default. It is not multiplied by the
+    learning rate, as it is in `optimistic_adam_v2`.
     """
     o = learning_rate if optimism is None else optimism
-    u, mu, nu = adam.spec.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    u, mu, nu = adam.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
     return -learning_rate * u - o * jnp.where(t == 1, 0, u - previous), mu, nu, u
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=optax.optimistic_adam_v2,
-    positional=("learning_rate",),
-    aliases={"mu_dtype": "mu"},
-)
+@rule(positional="learning_rate", usual_rate=1e-3, cost="kept_in_place")
 def optimistic_adam_v2(
-    g, mu, nu, previous, *, t, alpha=1.0, beta=1.0, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=True
-):  # fmt: skip
+    g,
+    mu: Annotated[FirstMoment, kept_in("mu_dtype")],
+    nu: Square,
+    previous: Mean,
+    *,
+    t,
+    alpha=1.0,
+    beta=1.0,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    nesterov=True,
+):
     r"""Optimistic Adam (Daskalakis et al. 2018, arXiv:1711.00141): $x \leftarrow x - \eta\,(\alpha u_t + \beta\,(u_t - u_{t-1}))$.
 
-    $u$ is the direction of `adam`. The last step is undone and taken again with what is known now, which
-    damps the circling of two players around an equilibrium.
+    $u$ is the direction of `adam`. The step takes the last direction back and repeats it with the current gradient.
+    This damps the circling of two players around an equilibrium.
     """
-    u, mu, nu = adam.spec.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    u, mu, nu = adam.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
     return alpha * u + beta * jnp.where(t == 1, 0, u - previous), mu, nu, u
 
 
-@rule(start={"nu": real_zeros}, alternatives={"max_norm": 3.0})
-def mars(g, mu, nu, previous, *, t, b1=0.95, b2=0.99, eps=1e-8, gamma=0.025, max_norm=1.0):
+@rule(usual_rate=1e-3, cost="corrected_gradient")
+def mars(
+    g,
+    mu: Mean,
+    nu: Square,
+    previous: Mean,
+    *,
+    t,
+    b1: Decay = 0.95,
+    b2: Decay = 0.99,
+    eps=1e-8,
+    gamma=0.025,
+    max_norm=1.0,
+):
     r"""MARS-AdamW (Yuan et al. 2024, arXiv:2411.10438): $c = g_t + \gamma \tfrac{\beta_1}{1-\beta_1} (g_t - g_{t-1}),\; \tilde c = c \min(1, 1 / \lVert c \rVert),\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
 
     Adam on $\tilde c$, a gradient of reduced variance. This is the approximate form, where $g_{t-1}$ is of the
     batch before (and 0 at first, as in the authors' code). The norm is of one array and at most ``max_norm``.
-    The authors take it for matrices and AdamW for the rest: see `optax.partition`.
+    The authors use it for matrices and AdamW for the rest: see `optax.partition`.
     """
     c = g + gamma * b1 / (1 - b1) * (g - previous)
     norm = jnp.sqrt(jnp.sum(sq(c)))
@@ -291,28 +282,24 @@ def mars(g, mu, nu, previous, *, t, b1=0.95, b2=0.99, eps=1e-8, gamma=0.025, max
 # -- another order, another sign -----------------------------------------------------------------
 
 
-def _adopt_of_optax(
-    learning_rate, b1=0.9, b2=0.9999, eps=1e-6, nesterov=False, use_clipping=True, clip_value_fn=None
-):  # fmt: skip
-    """optax's ADOPT, with a number for the function of the step where one is given."""
-    clip = {} if clip_value_fn is None else {"clip_value_fn": lambda _: clip_value_fn}
-    return optax.contrib.adopt(learning_rate, b1, b2, eps, nesterov=nesterov, use_clipping=use_clipping, **clip)
-
-
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=_adopt_of_optax,
-    positional=("learning_rate", "b1", "b2", "eps", "mu_dtype"),
-    aliases={"mu_dtype": "mu"},
-    alternatives={"eps": 1.0},
-)  # fmt: skip
+@rule(positional="learning_rate b1 b2 eps mu_dtype", usual_rate=1e-3)
 def adopt(
-    g, mu, nu, *, t, b1=0.9, b2=0.9999, eps=1e-6, nesterov=False, use_clipping=True, clip_value_fn=None
-):  # fmt: skip
+    g,
+    mu: Annotated[FirstMoment, kept_in("mu_dtype")],
+    nu: Square,
+    *,
+    t,
+    b1: Decay = 0.9,
+    b2: Decay = 0.9999,
+    eps=1e-6,
+    nesterov=False,
+    use_clipping=True,
+    clip_value_fn=None,
+):
     r"""ADOPT (Taniguchi et al. 2024, arXiv:2411.02853): $m \leftarrow \beta_1 m + (1-\beta_1) \operatorname{clip}(g / \max(\sqrt{v_{t-1}}, \epsilon), t^{1/4}),\; u = m$.
 
     The gradient is scaled by the average before it, then averaged, so that any $\beta_2$ converges. The first
-    step only sets $v = g^2$. ``clip_value_fn`` is a number or a function of the 0-based step, by default its
+    step only sets $v = g^2$. ``clip_value_fn`` is a number or a function of the 0-based step. Default: the step's
     fourth root.
     """
     scaled = g / jnp.maximum(jnp.sqrt(nu), eps)
@@ -324,24 +311,8 @@ def adopt(
     return (ema(mu, scaled, b1) if nesterov else mu), mu, nu
 
 
-def _start_point(p: Any) -> jax.Array:
-    """A copy, so that donating the parameters does not take the state's."""
-    return jnp.array(p, copy=True)
-
-
-def _madgrad_of_optax(learning_rate, momentum=0.9, weight_decay=0.0, eps=1e-6):
-    """optax's MADGRAD, counting in floats: of its integer count it takes the root in float32 always."""
-    tx = optax.contrib.madgrad(learning_rate, momentum, weight_decay, eps)
-    return optax.GradientTransformation(lambda params: optax.tree.set(tx.init(params), count=jnp.zeros(())), tx.update)
-
-
-@rule(
-    start={"x0": _start_point, "accumulator": real_zeros},
-    oracle=_madgrad_of_optax,
-    positional=("learning_rate", "momentum", "weight_decay", "eps"),
-    coupled=True,
-)
-def madgrad(g, x0, s, accumulator, *, p, t, learning_rate, momentum=0.9, eps=1e-6):
+@rule(positional="learning_rate momentum weight_decay eps", coupled=True, usual_rate=0.01)
+def madgrad(g, x0: Iterate, s: Mean, accumulator: Square, *, p, t, learning_rate, momentum: Decay = 0.9, eps=1e-6):
     r"""MADGRAD (Defazio & Jelassi 2021, arXiv:2101.11075): $\lambda_t = \eta \sqrt t,\; s \leftarrow s + \lambda_t g,\; a \leftarrow a + \lambda_t g^2,\; x \leftarrow \mu x + (1-\mu) (x_0 - s / (\sqrt[3]{a} + \epsilon))$.
 
     Dual averaging: each point is an average towards one step from $x_0$. ``eps`` is added to the
@@ -353,11 +324,11 @@ def madgrad(g, x0, s, accumulator, *, p, t, learning_rate, momentum=0.9, eps=1e-
     return (1 - momentum) * (z - p), x0, s, accumulator
 
 
-@rule(start={"mu": without_when_off("b1"), "nu": real_zeros})
-def grams(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8):
+@rule(usual_rate=1e-3)
+def grams(g, mu: FirstMoment, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.999, eps=1e-8):
     r"""Grams (Cao et al. 2024, arXiv:2412.17107): $u = \operatorname{sign}(g) \, \lvert \hat m_t / (\sqrt{\hat v_t} + \epsilon) \rvert$.
 
-    The length of a step is Adam's, its sign the gradient's of now.
+    A step has the length of Adam's and the sign of the current gradient.
     """
-    u, mu, nu = adam.spec.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps)
+    u, mu, nu = adam.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps)
     return jnp.sign(g) * jnp.abs(u), mu, nu

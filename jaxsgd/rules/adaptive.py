@@ -1,45 +1,58 @@
 r"""Rules that scale each coordinate by its own history.
 
-Floor 3. Throughout, $m$ and $v$ are moving averages of the gradient and of its squared magnitude, and a
-hat is bias correction: $\hat m_t = m_t / (1 - \beta_1^t)$.
+Throughout, $m$ and $v$ are moving averages of the gradient and of its squared magnitude, and a hat is bias correction:
+$\hat m_t = m_t / (1 - \beta_1^t)$.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-import optax
+from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.hyper import Decay
 from jaxsgd.numerics import debias, ema, real_zeros, sq
 from jaxsgd.rule import rule
-from jaxsgd.spec import without_when_off
+from jaxsgd.slots import Mean, Square, kept_in, start, unless
 
 __all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "amsgrad", "nadam", "rmsprop"]
 
+FirstMoment = Annotated[Mean, unless("b1")]
+Accumulator = Annotated[Square, start(lambda p, initial_accumulator_value: real_zeros(p) + initial_accumulator_value)]
 
-@rule(
-    start={"accumulator": lambda p, initial_accumulator_value: real_zeros(p) + initial_accumulator_value},
-    oracle=optax.adagrad,
-)
-def adagrad(g, accumulator, *, initial_accumulator_value=0.1, eps=1e-7):
+
+def mean_hat(mu: jax.Array, g: jax.Array, b1: Any, t: Any, nesterov: bool) -> jax.Array:
+    """The corrected mean, one step ahead where ``nesterov`` (Dozat 2016)."""
+    return ema(debias(mu, b1, t + 1), debias(g, b1, t), b1) if nesterov else debias(mu, b1, t)
+
+
+@rule(usual_rate=0.03)
+def adagrad(g, accumulator: Accumulator, *, initial_accumulator_value=0.1, eps=1e-7):
     r"""Adagrad (Duchi et al. 2011, JMLR 12:2121): $s \leftarrow s + g^2,\; u = g / \sqrt{s + \epsilon}$."""
     accumulator = accumulator + sq(g)
     scale = jnp.where(accumulator > 0, 1 / jnp.sqrt(accumulator + eps), 0)
     return scale * g, accumulator
 
 
-@rule(
-    start={
-        "nu": lambda p, initial_scale: real_zeros(p) + initial_scale,
-        "mu": without_when_off("centered"),
-        "velocity": without_when_off("momentum"),
-    },
-    oracle=optax.rmsprop,
-    needs={"nesterov": {"momentum": 0.9}, "eps_in_sqrt": {"eps": 0.01}},
-)
+@rule(usual_rate=1e-3, batch_scaling="sqrt")
 def rmsprop(
-    g, nu, mu, velocity, *, learning_rate, t, decay=0.9, eps=1e-8, initial_scale=0.0, eps_in_sqrt=True,
-    centered=False, momentum=None, nesterov=False, bias_correction=False,
-):  # fmt: skip
+    g,
+    nu: Annotated[Square, start(lambda p, initial_scale: real_zeros(p) + initial_scale)],
+    mu: Annotated[Mean, unless("centered")],
+    velocity: Annotated[Mean, unless("momentum")],
+    *,
+    learning_rate,
+    t,
+    decay: Decay = 0.9,
+    eps=1e-8,
+    initial_scale=0.0,
+    eps_in_sqrt=True,
+    centered=False,
+    momentum: Decay = None,
+    nesterov=False,
+    bias_correction=False,
+):
     r"""RMSProp (Tieleman & Hinton 2012, Coursera lecture 6e): $v \leftarrow \rho v + (1-\rho) g^2,\; x \leftarrow x - \eta g / \sqrt{v + \epsilon}$.
 
     ``centered`` subtracts the squared mean gradient from $v$ (Graves 2013, arXiv:1308.0850);
@@ -57,16 +70,20 @@ def rmsprop(
     return (momentum * velocity + step if nesterov else velocity), nu, mean, velocity
 
 
-ADAM = ("learning_rate", "b1", "b2", "eps", "eps_root", "mu_dtype")
-
-
-@rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=optax.adam,
-    positional=ADAM,
-    aliases={"mu_dtype": "mu"},
-)
-def adam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=False, bias_correction=True):
+@rule(positional="learning_rate b1 b2 eps eps_root mu_dtype", usual_rate=1e-3, batch_scaling="sqrt")
+def adam(
+    g,
+    mu: Annotated[FirstMoment, kept_in("mu_dtype")],
+    nu: Square,
+    *,
+    t,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    nesterov=False,
+    bias_correction=True,
+):
     r"""Adam (Kingma & Ba 2015, arXiv:1412.6980): $u = \hat m_t / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
 
     ``bias_correction=False`` takes $m$ and $v$ as they are; with ``b1=0`` no $m$ is kept.
@@ -74,8 +91,7 @@ def adam(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=Fal
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     if not bias_correction:
         t = jnp.inf
-    mean = ema(debias(mu, b1, t + 1), debias(g, b1, t), b1) if nesterov else debias(mu, b1, t)
-    return mean / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
+    return mean_hat(mu, g, b1, t, nesterov) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
 adamw = adam.preset(
@@ -84,8 +100,7 @@ adamw = adam.preset(
 
     `adam` with decoupled weight decay, of every parameter unless ``mask`` or ``groups`` say otherwise.
     """,
-    oracle=optax.adamw,
-    positional=(*ADAM, "weight_decay", "mask"),
+    positional="learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask",
     weight_decay=1e-4,
 )
 
@@ -96,21 +111,29 @@ nadam = adam.preset(
     `adam` with Nesterov's look-ahead, where $\hat m_{t+1} = m_t / (1 - \beta_1^{t+1})$ and
     $\hat g_t = g_t / (1 - \beta_1^t)$.
     """,
-    oracle=optax.nadam,
     nesterov=True,
 )
 
 
 @rule(
-    start={"nu": real_zeros, "nu_max": real_zeros},
-    oracle=optax.amsgrad,
-    positional=(*ADAM, "bias_correction_mu", "bias_correction_nu"),
-    aliases={"mu_dtype": "mu"},
+    positional="learning_rate b1 b2 eps eps_root mu_dtype bias_correction_mu bias_correction_nu",
+    usual_rate=1e-3,
+    batch_scaling="sqrt",
 )
 def amsgrad(
-    g, mu, nu, nu_max, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0,
-    bias_correction_mu=True, bias_correction_nu=True,
-):  # fmt: skip
+    g,
+    mu: Annotated[Mean, kept_in("mu_dtype")],
+    nu: Square,
+    nu_max: Square,
+    *,
+    t,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    bias_correction_mu=True,
+    bias_correction_nu=True,
+):
     r"""AMSGrad (Reddi et al. 2018, arXiv:1904.09237): $\bar v \leftarrow \max(\bar v, \hat v_t),\; u = \hat m_t / (\sqrt{\bar v} + \epsilon)$.
 
     The maximum is of the corrected average, as in optax; torch takes it before the correction
@@ -122,8 +145,8 @@ def amsgrad(
     return mean / (jnp.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max
 
 
-@rule(start={"nu": real_zeros}, oracle=optax.adamax)
-def adamax(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8):
+@rule(usual_rate=1e-3, batch_scaling="sqrt")
+def adamax(g, mu: Mean, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.999, eps=1e-8):
     r"""AdaMax (Kingma & Ba 2015, arXiv:1412.6980): $v \leftarrow \max(\beta_2 v, |g| + \epsilon),\; u = \hat m_t / v$."""
     mu = ema(mu, g, b1)
     nu = jnp.maximum(b2 * nu, jnp.abs(g) + eps)
@@ -131,14 +154,12 @@ def adamax(g, mu, nu, *, t, b1=0.9, b2=0.999, eps=1e-8):
 
 
 @rule(
-    start={"e_g": real_zeros, "e_x": real_zeros},
-    oracle=optax.adadelta,
-    positional=("learning_rate", "rho", "eps", "weight_decay", "weight_decay_mask"),
-    aliases={"weight_decay_mask": "mask"},
+    positional="learning_rate rho eps weight_decay weight_decay_mask",
     learning_rate=1.0,
     coupled=True,
+    cost="step_averaged",
 )
-def adadelta(g, e_g, e_x, *, rho=0.9, eps=1e-6):
+def adadelta(g, e_g: Square, e_x: Square, *, rho: Decay = 0.9, eps=1e-6):
     r"""Adadelta (Zeiler 2012, arXiv:1212.5701): $E_g \leftarrow \rho E_g + (1-\rho) g^2,\; u = g \sqrt{E_x + \epsilon} / \sqrt{E_g + \epsilon},\; E_x \leftarrow \rho E_x + (1-\rho) u^2$.
 
     Weight decay is added to the gradient.

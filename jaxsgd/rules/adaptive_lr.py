@@ -1,29 +1,26 @@
 r"""Rules that find the length of their step themselves.
 
-Floor 3. Three ways to know it: from the loss (Polyak: the gap to the optimum over the squared gradient), from the
-distance walked so far (DoG, DoWG, D-Adaptation, Prodigy), from a bet on each coordinate (COCOB). A learning rate
-multiplies the length found, so that 1 is the place to start; where the loss gives the length, it caps it.
+The length comes from the loss (Polyak: the gap to the optimum over the squared gradient), from the distance walked so
+far (DoG, DoWG, D-Adaptation, Prodigy), or from a bet on each coordinate (COCOB). The learning rate multiplies it, so
+start at 1. Where the loss gives the length, the learning rate caps it.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from jaxsgd.hyper import Decay, Positive, Real, is_off, one_of
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq
 from jaxsgd.rule import rule
-from jaxsgd.spec import is_off
+from jaxsgd.slots import Iterate, Mean, Square, start
 
 __all__ = ["cocob", "dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "polyak_sgd", "prodigy"]
 
 TINY = float(np.finfo(np.float64).eps)  # a squared gradient up to here counts as none, as in optax
-ANY = (-np.inf, np.inf)  # bounds of a lower bound of the loss: it may be negative
-POSITIVE = (float(np.finfo(np.float32).tiny), np.inf)  # bounds of a first estimate: it is divided by
 BETAS, INIT_STEP = (0.9, 0.999), ("heuristic", 1e-6)
 
 
@@ -33,7 +30,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _over(a: Any, b: jax.Array, least: float = 0.0) -> jax.Array:
-    """``a / b``, and 0 where ``b`` is at most ``least``: no gradient, so nothing learnt."""
+    """``a / b``, and 0 where ``b`` is at most ``least``: without a gradient there is no estimate."""
     some = b > least
     return jnp.where(some, a / jnp.where(some, b, 1), 0)
 
@@ -42,39 +39,32 @@ def _decay(p: Any, weight_decay: Any) -> Any:
     return 0 if is_off(weight_decay) else weight_decay * p
 
 
-ORIGIN = {"x0": lambda p: jnp.array(p, copy=True)}
-LOSS = {"flax": "the loss must be given to the update, and Flax's own train states do not pass it on"}
-
-
-def _polyak_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``max_learning_rate``, as optax has it, is the learning rate."""
-    if arguments["variant"] not in ("sps", "sps+"):
-        raise ValueError(f"polyak_sgd: variant={arguments['variant']!r}: it must be 'sps' or 'sps+'")
-    cap = arguments.pop("max_learning_rate")
-    return arguments | ({"learning_rate": cap} if arguments["learning_rate"] is None else {})
-
-
-def _polyak_oracle(learning_rate, scaling=1.0, f_min=0.0, eps=0.0, variant="sps"):
-    return optax.chain(optax.scale_by_polyak(f_min, learning_rate, eps, variant), optax.scale_by_learning_rate(scaling))
+def _capped(max_learning_rate: Any = 1.0, learning_rate: Any = None, **rest: Any) -> dict[str, Any]:
+    """``max_learning_rate``, optax's name of the learning rate."""
+    return rest | {"learning_rate": max_learning_rate if learning_rate is None else learning_rate}
 
 
 @rule(
+    positional="max_learning_rate scaling f_min eps variant",
+    call=_capped,
     sums=lambda g: {"gg": jnp.sum(sq(g))},
-    oracle=_polyak_oracle,
-    positional=("max_learning_rate", "scaling", "f_min", "eps", "variant"),
-    extras={"max_learning_rate": 1.0},
-    prepare=_polyak_arguments,
-    learning_rate=None,
-    bounds={"f_min": ANY},
-    needs={"f_min": {"learning_rate": 1.0}, "eps": {"learning_rate": 1.0}, "variant": {"f_min": 8.0}},
-    alternatives={"variant": "sps+", "eps": 10.0},
-    exceptions=LOSS,
+    usual_rate=1.0,
 )
-def polyak_sgd(g, *, learning_rate, value, gg, scaling=1.0, f_min=0.0, eps=0.0, variant="sps"):
+def polyak_sgd(
+    g,
+    *,
+    learning_rate,
+    value,
+    gg,
+    scaling=1.0,
+    f_min: Real = 0.0,
+    eps=0.0,
+    variant: Annotated[str, one_of("sps", "sps+")] = "sps",
+):
     r"""SGD with Polyak's step, SPS (Loizou et al. 2021, arXiv:2002.10542): $x \leftarrow x - s \min\{(f(x) - f^*) / (\lVert g \rVert^2 + \epsilon),\, \eta\}\, g$.
 
     The update needs the loss: ``value=``. ``f_min`` is a guess of the lowest loss $f^*$, the learning rate
-    ``max_learning_rate`` is the cap $\eta$, ``scaling`` is $s$ (in optax 0.2.8 it acts as $1/s$ below the cap).
+    (or ``max_learning_rate``) is the cap $\eta$, ``scaling`` is $s$ (in optax 0.2.8 it acts as $1/s$ below the cap).
     ``variant="sps+"`` takes no step back below ``f_min`` (Garrigos et al. 2023, arXiv:2307.14528).
     """
     gap = jnp.maximum(value - f_min, 0) if variant == "sps+" else value - f_min
@@ -87,7 +77,7 @@ def _mean(mean: jax.Array, x: Any, decay: Any, t: Any) -> jax.Array:
 
 
 def _model_step(bound, loss, gamma, mm, mp, bias, learning_rate, weight_decay, lower_bound, adapt_lower_bound):
-    """Where the averaged linear model of the loss meets its lower bound: the step, and the bound if it is learnt."""
+    """The step to where the averaged linear model of the loss meets its lower bound, and the adapted bound."""
     shrink = 1 + learning_rate * weight_decay
     if adapt_lower_bound:
         reach = shrink * (loss - gamma) + mp
@@ -103,21 +93,12 @@ def _model_step(bound, loss, gamma, mm, mp, bias, learning_rate, weight_decay, l
 
 
 def _proximal(p, step, learning_rate, weight_decay):
-    r"""The change to $(x - step) / (1 + \eta \lambda)$: a step with the decay of where it arrives."""
+    r"""The change to $(x - step) / (1 + \eta \lambda)$: decay acts at the end of the step."""
     shrink = learning_rate * weight_decay
     return -step if is_off(weight_decay) else -(shrink * p + step) / (1 + shrink)
 
 
-def _as_published(theirs):
-    """optax's rule, with the step itself shrunk too, as in the paper and in the authors' code."""
-
-    @functools.wraps(theirs)
-    def oracle(learning_rate, weight_decay=0.0, **others):
-        tx, shrink = theirs(learning_rate, weight_decay=weight_decay, **others), learning_rate * weight_decay
-        also = optax.stateless_with_tree_map(lambda u, p: (u - shrink**2 / (1 + shrink) * p) / (1 + shrink))
-        return optax.chain(tx, also)
-
-    return oracle
+FIRST_BOUND: Any = start(lambda lower_bound: lower_bound)
 
 
 def _momo_sums(g, mu, *, p, t, beta):
@@ -126,39 +107,52 @@ def _momo_sums(g, mu, *, p, t, beta):
 
 
 def _momo_shared(
-    loss_mean, gamma, bound, *, value, t, mm, mp, gp, learning_rate, weight_decay, beta, lower_bound, adapt_lower_bound
+    loss_mean: Any = 0.0,
+    gamma: Any = 0.0,
+    bound=FIRST_BOUND,
+    *,
+    value,
+    t,
+    mm,
+    mp,
+    gp,
+    learning_rate,
+    weight_decay,
+    beta,
+    lower_bound,
+    adapt_lower_bound,
 ):
     loss = _mean(loss_mean, jnp.asarray(value, loss_mean.dtype), beta, t)
     gamma = _mean(gamma, gp, beta, t)
     return _model_step(bound, loss, gamma, mm, mp, 1, learning_rate, weight_decay, lower_bound, adapt_lower_bound)
 
 
-SCALARS = {"loss_mean": lambda: 0.0, "gamma": lambda: 0.0, "bound": lambda lower_bound: lower_bound}
-MODEL: dict[str, Any] = {
-    "bounds": {"beta": (0, 1), "lower_bound": ANY},
-    "needs": dict.fromkeys(("lower_bound", "adapt_lower_bound"), {"learning_rate": 1.0}),
-    "alternatives": {"beta": 0.5},
-    "exceptions": LOSS | {"narrow": "the step is made of the loss, which is that of the rounded parameters"},
-}
-
-
 @rule(
-    start=SCALARS,
+    positional="learning_rate beta lower_bound weight_decay adapt_lower_bound",
+    learning_rate=1.0,
     sums=_momo_sums,
     shared=_momo_shared,
-    oracle=_as_published(optax.contrib.momo),
-    positional=("learning_rate", "beta", "lower_bound", "weight_decay", "adapt_lower_bound"),
-    learning_rate=1.0,
-    **MODEL,
+    cost="sums_of_moments",
 )
 def momo(
-    g, mu, *, p, t, learning_rate, weight_decay, value, polyak, beta=0.9, lower_bound=0.0, adapt_lower_bound=False
-):  # fmt: skip
+    g,
+    mu: Mean,
+    *,
+    p,
+    t,
+    learning_rate,
+    weight_decay,
+    value,
+    polyak,
+    beta: Decay = 0.9,
+    lower_bound: Real = 0.0,
+    adapt_lower_bound=False,
+):
     r"""MoMo (Schaipp et al. 2024, arXiv:2305.07583): $\tau = \min\{\eta,\, (\bar f - f^* - \gamma + \langle m, x \rangle)_+ / \lVert m \rVert^2\},\; x \leftarrow x - \tau m$.
 
     $m$, $\bar f$ and $\gamma$ average $g$, the loss (the update needs it: ``value=``) and $\langle g, x \rangle$.
-    ``lower_bound`` is a guess of the lowest loss $f^*$, ``adapt_lower_bound=True`` learns it. Weight decay divides
-    what the step gives by $1 + \eta \lambda$, as in the paper; optax 0.2.8 divides $x$ alone.
+    ``lower_bound`` is a guess of the lowest loss $f^*$, and ``adapt_lower_bound=True`` adapts it. Weight decay divides
+    the result of the step by $1 + \eta \lambda$, as in the paper; optax 0.2.8 divides $x$ alone.
     """
     mu = _mean(mu, g, beta, t)
     return _proximal(p, jnp.minimum(learning_rate, polyak) * mu, learning_rate, weight_decay), mu
@@ -170,7 +164,20 @@ def _momo_adam_sums(g, mu, nu, *, p, t, b1, b2, eps):
 
 
 def _momo_adam_shared(
-    loss_mean, gamma, bound, *, value, t, mm, mp, gp, learning_rate, weight_decay, b1, lower_bound, adapt_lower_bound
+    loss_mean: Any = 0.0,
+    gamma: Any = 0.0,
+    bound=FIRST_BOUND,
+    *,
+    value,
+    t,
+    mm,
+    mp,
+    gp,
+    learning_rate,
+    weight_decay,
+    b1,
+    lower_bound,
+    adapt_lower_bound,
 ):
     loss, gamma = ema(loss_mean, jnp.asarray(value, loss_mean.dtype), b1), ema(gamma, gp, b1)
     bias = filled(b1, t)
@@ -178,18 +185,29 @@ def _momo_adam_shared(
 
 
 @rule(
-    start={"nu": real_zeros, **SCALARS},
+    positional="learning_rate b1 b2 eps lower_bound weight_decay adapt_lower_bound",
+    learning_rate=1e-2,
     sums=_momo_adam_sums,
     shared=_momo_adam_shared,
-    oracle=_as_published(optax.contrib.momo_adam),
-    positional=("learning_rate", "b1", "b2", "eps", "lower_bound", "weight_decay", "adapt_lower_bound"),
-    learning_rate=1e-2,
-    **MODEL,
+    cost="sums_of_moments",
 )
 def momo_adam(
-    g, mu, nu, *, p, t, learning_rate, weight_decay, value, polyak,
-    b1=0.9, b2=0.999, eps=1e-8, lower_bound=0.0, adapt_lower_bound=False,
-):  # fmt: skip
+    g,
+    mu: Mean,
+    nu: Square,
+    *,
+    p,
+    t,
+    learning_rate,
+    weight_decay,
+    value,
+    polyak,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    lower_bound: Real = 0.0,
+    adapt_lower_bound=False,
+):
     r"""MoMo-Adam (Schaipp et al. 2024, arXiv:2305.07583): $\tau = \min\left\{\frac{\eta}{1-\beta_1^t},\, \frac{(\bar f - (1-\beta_1^t) f^* - \gamma + \langle m, x \rangle)_+}{\langle m, m / r \rangle}\right\},\; x \leftarrow x - \tau m / r,\; r = \sqrt{\hat v_t} + \epsilon$.
 
     `momo` in Adam's metric; the same arguments, and the update needs the loss: ``value=``.
@@ -201,11 +219,11 @@ def momo_adam(
 
 
 def _walked(g, x0, *, p, weight_decay):
-    """The squares of the gradient (decay included, as in the step), of the way walked, and of where it began."""
+    """The squared norms of the gradient (decay included, as in the step), of the distance walked, and of x0."""
     return {"gg": jnp.sum(sq(g + _decay(p, weight_decay))), "moved": jnp.sum(sq(p - x0)), "began": jnp.sum(sq(x0))}
 
 
-def _dog_shared(distance, squares, *, t, gg, moved, began, init_kind, init_value, eps):
+def _dog_shared(distance=0.0, squares=0.0, *, t, gg, moved, began, init_kind, init_value, eps):
     first = {"distance": init_value, "heuristic": init_value * (1 + jnp.sqrt(began)), "learning_rate": 0.0}[init_kind]
     distance = jnp.maximum(jnp.where(t == 1, first, distance), jnp.sqrt(moved))
     squares = squares + gg
@@ -214,62 +232,56 @@ def _dog_shared(distance, squares, *, t, gg, moved, began, init_kind, init_value
     return {"distance": distance, "squares": squares, "rate": rate}
 
 
-def _dog_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``init_step=(kind, value)``, as optax has it, where it is not the default."""
-    kind, value = given = arguments.pop("init_step")
-    if given is not INIT_STEP:
-        arguments = arguments | {"init_kind": kind, "init_value": value}
-    if (kind := arguments["init_kind"]) not in ("distance", "heuristic", "learning_rate"):
-        raise ValueError(f"dog: init_step: the kind {kind!r}: 'distance', 'heuristic' or 'learning_rate' is needed")
-    return arguments
-
-
-def _dog_oracle(learning_rate, init_kind: Any = INIT_STEP[0], init_value=INIT_STEP[1], eps=1e-8, weight_decay=None):
-    return optax.contrib.dog(learning_rate, (init_kind, init_value), eps, weight_decay)
-
-
-FAR = {"narrow": "the step is made of the distance walked, and narrow parameters do not walk small steps"}
-WALK: dict[str, Any] = {"sums": _walked, "learning_rate": 1.0, "weight_decay": None, "coupled": True, "exceptions": FAR}
+def _init_step(init_step: Any = INIT_STEP, **rest: Any) -> dict[str, Any]:
+    """``init_step=(kind, value)``, as in optax, where it is not the default."""
+    return rest if init_step is INIT_STEP else rest | dict(zip(("init_kind", "init_value"), init_step, strict=True))
 
 
 @rule(
-    start={**ORIGIN, "distance": lambda: 0.0, "squares": lambda: 0.0},
-    **WALK,
+    positional="learning_rate init_step eps weight_decay mask",
+    call=_init_step,
+    learning_rate=1.0,
+    weight_decay=None,
+    coupled=True,
+    sums=_walked,
     shared=_dog_shared,
-    oracle=_dog_oracle,
-    positional=("learning_rate", "init_step", "eps", "weight_decay", "mask"),
-    extras={"init_step": INIT_STEP},
-    prepare=_dog_arguments,
-    needs=dict.fromkeys(("learning_rate", "eps", "weight_decay", "init_kind"), {"init_value": 1.0})
-    | {"init_value": {"init_kind": "learning_rate"}},
-    alternatives={"init_kind": "distance", "init_value": 0.1, "weight_decay": 0.1, "eps": 10.0},
 )
-def dog(g, x0, *, rate, init_kind=INIT_STEP[0], init_value=INIT_STEP[1], eps=1e-8):
+def dog(
+    g,
+    x0: Iterate,
+    *,
+    rate,
+    init_kind: Annotated[str, one_of("distance", "heuristic", "learning_rate")] = INIT_STEP[0],
+    init_value=INIT_STEP[1],
+    eps=1e-8,
+):
     r"""DoG, distance over gradients (Ivgi et al. 2023, arXiv:2302.12022): $\bar r_t = \max_{k \le t} \lVert x_k - x_0 \rVert,\; u = \bar r_t\, g / \sqrt{\textstyle\sum_{k \le t} \lVert g_k \rVert^2 + \epsilon}$.
 
-    ``init_step=(kind, value)``, or ``init_kind`` and ``init_value``, says how it begins: with the ``"distance"``
-    $r_0$, with the ``"learning_rate"`` of the first step, or by the ``"heuristic"`` $r_0 = \alpha (1 + \lVert x_0 \rVert)$.
+    ``init_step=(kind, value)``, or ``init_kind`` and ``init_value``, sets the first step: by the ``"distance"``
+    $r_0$, by its ``"learning_rate"``, or by the ``"heuristic"`` $r_0 = \alpha (1 + \lVert x_0 \rVert)$.
     Weight decay is added to the gradient. The authors evaluate an average of the parameters.
     """
     return rate * g, x0
 
 
-def _dowg_shared(distance_sq, squares, *, gg, moved, eps):
+FIRST_SQ: Any = start(lambda init_estim_sq_dist, eps: eps if init_estim_sq_dist is None else init_estim_sq_dist)
+
+
+def _dowg_shared(distance_sq=FIRST_SQ, squares=0.0, *, gg, moved, eps):
     distance_sq = jnp.maximum(distance_sq, moved)
     squares = squares + distance_sq * gg
     return {"distance_sq": distance_sq, "squares": squares, "rate": _over(distance_sq, jnp.sqrt(squares) + eps)}
 
 
 @rule(
-    start={**ORIGIN, "squares": lambda: 0.0,
-           "distance_sq": lambda init_estim_sq_dist, eps: eps if init_estim_sq_dist is None else init_estim_sq_dist},
-    **WALK,
+    positional="learning_rate init_estim_sq_dist eps weight_decay mask",
+    learning_rate=1.0,
+    weight_decay=None,
+    coupled=True,
+    sums=_walked,
     shared=_dowg_shared,
-    oracle=optax.contrib.dowg,
-    positional=("learning_rate", "init_estim_sq_dist", "eps", "weight_decay", "mask"),
-    alternatives={"weight_decay": 0.1},
-)  # fmt: skip
-def dowg(g, x0, *, rate, init_estim_sq_dist=None, eps=1e-4):
+)
+def dowg(g, x0: Iterate, *, rate, init_estim_sq_dist=None, eps=1e-4):
     r"""DoWG, distance over weighted gradients (Khaled et al. 2023, arXiv:2305.16284): $u = \bar r_t^2\, g / (\sqrt{\textstyle\sum_{k \le t} \bar r_k^2 \lVert g_k \rVert^2} + \epsilon)$.
 
     $\bar r_t^2$ as in `dog`, but from ``init_estim_sq_dist``, by default ``eps``. Decay is added to the gradient.
@@ -277,10 +289,12 @@ def dowg(g, x0, *, rate, init_estim_sq_dist=None, eps=1e-4):
     return rate * g, x0
 
 
-def _betas(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``betas=(b1, b2)``, as optax has it, where it is not the default."""
-    b1, b2 = given = arguments.pop("betas")
-    return arguments if given is BETAS else arguments | {"b1": b1, "b2": b2}
+FIRST_D: Any = start(lambda estim_lr0: estim_lr0)
+
+
+def _betas(betas: Any = BETAS, **rest: Any) -> dict[str, Any]:
+    """``betas=(b1, b2)``, as in optax, where it is not the default."""
+    return rest if betas is BETAS else rest | dict(zip(("b1", "b2"), betas, strict=True))
 
 
 def _adam_rate(d, learning_rate, t, b1, b2, corrected=True):
@@ -299,35 +313,40 @@ def _prodigy_sums(g, s, x0, *, p, t, d, learning_rate, b1, b2, beta3, estim_lr0,
     return {"gained": d / estim_lr0 * rate * _dot(g, x0 - p), "length": jnp.sum(jnp.abs(s))}
 
 
-def _prodigy_shared(d, numerator, *, gained, length, b2, beta3, estim_lr_coef):
+def _prodigy_shared(d=FIRST_D, numerator=0.0, *, gained, length, b2, beta3, estim_lr_coef):
     numerator = (b2**0.5 if beta3 is None else beta3) * numerator + gained
     return {"d": jnp.maximum(d, _over(estim_lr_coef * numerator, length)), "numerator": numerator, "d_before": d}
 
 
 @rule(
-    start={"nu": real_zeros, **ORIGIN, "d": lambda estim_lr0: estim_lr0, "numerator": lambda: 0.0},
+    positional="learning_rate betas beta3 eps estim_lr0 estim_lr_coef weight_decay safeguard_warmup",
+    call=_betas,
+    learning_rate=1.0,
     sums=_prodigy_sums,
     shared=_prodigy_shared,
-    oracle=lambda learning_rate, b1=0.9, b2=0.999, beta3=None, eps=1e-8, estim_lr0=1e-6, estim_lr_coef=1.0,
-        weight_decay=0.0, safeguard_warmup=False: optax.contrib.prodigy(
-            learning_rate, (b1, b2), beta3, eps, estim_lr0, estim_lr_coef, weight_decay, safeguard_warmup),
-    positional=(
-        "learning_rate", "betas", "beta3", "eps", "estim_lr0", "estim_lr_coef", "weight_decay", "safeguard_warmup",
-    ),
-    extras={"betas": BETAS},
-    prepare=_betas,
-    learning_rate=1.0,
-    bounds={"beta3": (0, 1), "estim_lr0": POSITIVE},
-    needs=dict.fromkeys(
-        ("learning_rate", "b1", "b2", "beta3", "eps", "estim_lr0", "estim_lr_coef", "weight_decay", "safeguard_warmup",
-         "bias_correction"), {"estim_lr0": 0.1, "estim_lr_coef": 100.0}),
-    alternatives={"estim_lr0": 0.05, "estim_lr_coef": 50.0},
-    exceptions=FAR | {"oracle:bias_correction": "optax always corrects; without it the oracle is prodigyopt"},
-)  # fmt: skip
+)
 def prodigy(
-    g, mu, nu, s, x0, *, p, t, d, d_before, learning_rate, weight_decay, b1=0.9, b2=0.999, beta3=None, eps=1e-8,
-    estim_lr0=1e-6, estim_lr_coef=1.0, safeguard_warmup=False, bias_correction=True,
-):  # fmt: skip
+    g,
+    mu: Mean,
+    nu: Square,
+    s: Mean,
+    x0: Iterate,
+    *,
+    p,
+    t,
+    d,
+    d_before,
+    learning_rate,
+    weight_decay,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    beta3: Decay = None,
+    eps=1e-8,
+    estim_lr0: Positive = 1e-6,
+    estim_lr_coef=1.0,
+    safeguard_warmup=False,
+    bias_correction=True,
+):
     r"""Prodigy (Mishchenko & Defazio 2024, arXiv:2306.06101): $d \leftarrow \max\{d,\, \textstyle\sum_k w_k \langle g_k, x_0 - x_k \rangle / \lVert \sum_k w_k g_k \rVert_1\},\; x \leftarrow x - \eta d\, \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
 
     $d$ estimates the distance to the solution; the weights $w_k \propto d_k^2 \eta_k$ fade by ``beta3``, by default
@@ -345,28 +364,34 @@ def _dadapt_sums(g, nu, s, *, t, d, learning_rate, b1, b2, eps):
     return {"gained": gained, "length": jnp.sum(jnp.abs(ema(s, rate * g, decay)))}
 
 
-def _dadapt_shared(d, numerator, *, gained, length, b2):
+def _dadapt_shared(d=FIRST_D, numerator=0.0, *, gained, length, b2):
     numerator = ema(numerator, gained, b2**0.5)
     return {"d": jnp.maximum(d, _over(numerator, (1 - b2**0.5) * length)), "numerator": numerator, "d_before": d}
 
 
 @rule(
-    start={"nu": real_zeros, "d": lambda estim_lr0: estim_lr0, "numerator": lambda: 0.0},
+    positional="learning_rate betas eps estim_lr0 weight_decay",
+    call=_betas,
+    learning_rate=1.0,
     sums=_dadapt_sums,
     shared=_dadapt_shared,
-    oracle=lambda learning_rate, b1=0.9, b2=0.999, eps=1e-8, estim_lr0=1e-6, weight_decay=0.0:
-        optax.contrib.dadapt_adamw(learning_rate, (b1, b2), eps, estim_lr0, weight_decay),
-    positional=("learning_rate", "betas", "eps", "estim_lr0", "weight_decay"),
-    extras={"betas": BETAS},
-    prepare=_betas,
-    learning_rate=1.0,
-    needs=dict.fromkeys(("learning_rate", "b1", "b2", "eps", "weight_decay"), {"estim_lr0": 0.1}),
-    bounds={"estim_lr0": POSITIVE},
-    alternatives={"estim_lr0": 0.1},
-    exceptions={"narrow": "the step is made of sums of the gradient, which is rounded with the parameters"},
-)  # fmt: skip
+    cost="sums_of_this_step",
+)
 def dadapt_adamw(
-    g, mu, nu, s, *, p, t, d_before, learning_rate, weight_decay, b1=0.9, b2=0.999, eps=1e-8, estim_lr0=1e-6
+    g,
+    mu: Mean,
+    nu: Square,
+    s: Mean,
+    *,
+    p,
+    t,
+    d_before,
+    learning_rate,
+    weight_decay,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+    estim_lr0: Positive = 1e-6,
 ):
     r"""D-Adaptation, Adam form (Defazio & Mishchenko 2023, arXiv:2301.07733): $d \leftarrow \max\{d,\, \textstyle\sum_k \eta_k d_k \langle g_k, s_k \rangle_{1/\sqrt{v_k}} / \lVert s \rVert_1\},\; x \leftarrow x - \hat m_t(\eta d g) / (\sqrt{\hat v_t} + \epsilon)$.
 
@@ -377,19 +402,23 @@ def dadapt_adamw(
     return -rate * _decay(p, weight_decay) - mu / (jnp.sqrt(nu) + eps), mu, nu, s
 
 
-@rule(
-    start={**ORIGIN, "largest": lambda p, eps: real_zeros(p) + eps, "absolute": real_zeros, "reward": real_zeros},
-    oracle=optax.contrib.cocob,
-    positional=("learning_rate", "alpha", "eps", "weight_decay", "mask"),
-    learning_rate=1.0,
-    coupled=True,
-    needs={"learning_rate": {"eps": 0.1}},
-    exceptions=FAR,
-)
-def cocob(g, x0, total, largest, absolute, reward, *, p, learning_rate, alpha=100.0, eps=1e-8):
+@rule(positional="learning_rate alpha eps weight_decay mask", learning_rate=1.0, coupled=True)
+def cocob(
+    g,
+    x0: Iterate,
+    total: Mean,
+    largest: Annotated[Square, start(lambda p, eps: real_zeros(p) + eps)],
+    absolute: Square,
+    reward: Square,
+    *,
+    p,
+    learning_rate,
+    alpha=100.0,
+    eps=1e-8,
+):
     r"""COCOB (Orabona & Tommasi 2017, arXiv:1705.07795): $x \leftarrow x_0 - \frac{\sum_k g_k}{L \max(\sum_k \lvert g_k \rvert + L,\, \alpha L)} (L + R),\; R \leftarrow (R - g (x - x_0))_+$.
 
-    Each coordinate bets a part of its wealth on its next gradient, which $L$ bounds; there is no step size. The
+    Each coordinate bets a part of its wealth on its next gradient, bounded by $L$. There is no step size. The
     learning rate multiplies the gradient, so only its changes matter. Weight decay is added to the gradient.
     """
     c = learning_rate * g

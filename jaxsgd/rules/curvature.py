@@ -1,9 +1,9 @@
 r"""Rules that divide by an estimate of the Hessian's diagonal.
 
-Floor 3. The estimate needs the objective itself: ``tx.update(grads, state, params, obj_fn=loss)``, where ``loss`` is a
-function of the params. It is made of the tree as a whole, once in several steps. Under `jax.jit` over a mesh nothing
-more is needed. Inside `jax.shard_map` the objective must be that of all devices: let it end in `jax.lax.pmean`, and
-leave ``check_vma`` on. In `jax.pmap`, average in a ``hessian_diagonal_fn`` of your own.
+The estimate needs the objective itself: ``tx.update(grads, state, params, obj_fn=loss)``, where ``loss`` is a function
+of the params. One estimate serves the whole tree for several steps. Under `jax.jit` over a mesh nothing more is needed.
+Inside `jax.shard_map` the objective must be that of all devices: let it end in `jax.lax.pmean`, and leave ``check_vma``
+on. In `jax.pmap`, average in a ``hessian_diagonal_fn`` of your own.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxsgd.lift import is_constant
-from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq, wide, zeros
+from jaxsgd.hyper import Decay, Seed, Static, Whole, WholeFrom, checked, is_off
+from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq, wide
 from jaxsgd.paths import leaf_names
 from jaxsgd.rule import rule
-from jaxsgd.spec import is_off, seed, without_when_off
+from jaxsgd.slots import Mean, kept_in, start, unless
 
 __all__ = ["gauss_newton_bartlett", "hutchinson", "sophia"]
 
@@ -54,8 +53,8 @@ def hutchinson(random_seed: jax.Array) -> optax.GradientTransformationExtraArgs:
 
         along = jax.jvp(jax.grad(objective), (points,), (signs,))[1]
         # A product with ones is exact in any dtype; it is widened for the average that it enters.
-        found = {i: jnp.real(wide(h) * wide(signs[i])) for i, h in along.items()}
-        return treedef.unflatten([found.get(i, _nothing(p)) for i, p in enumerate(leaves)])
+        diagonal = {i: jnp.real(wide(h) * wide(signs[i])) for i, h in along.items()}
+        return treedef.unflatten([diagonal.get(i, _nothing(p)) for i, p in enumerate(leaves)])
 
     return _stateless(estimate)
 
@@ -119,25 +118,16 @@ def _stateless(estimate: Callable[[Any, Any], Any]) -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-@dataclass(frozen=True)
-class _Estimator:
-    """How the diagonal is estimated. Not callable, or it would pass for a schedule."""
-
-    make: Callable[..., Any]
-    seed: Any
-
-
-def _diagonal(params, updates, *, t, update_interval, estimator, obj_fn):
-    """A new estimate of the diagonal where one is due, else zeros, which the rule does not look at."""
+def _diagonal(params, updates, *, t, update_interval, estimator, key, obj_fn):
+    """A new estimate of the diagonal where one is due, else zeros, which the rule does not use."""
 
     def rest() -> Any:
         return jax.tree.map(_nothing, params)
 
     def estimate() -> Any:
-        key = jax.random.fold_in(jax.random.key(estimator.seed), t.astype(jnp.int32))
-        tx = optax.with_extra_args_support(estimator.make(key))
-        found, _ = tx.update(updates, tx.init(params), params, obj_fn=obj_fn)
-        return jax.tree.map(lambda zero, h: jnp.real(h).astype(zero.dtype), rest(), found)
+        tx = optax.with_extra_args_support(estimator(jax.random.fold_in(jax.random.key(key), t.astype(jnp.int32))))
+        diagonal, _ = tx.update(updates, tx.init(params), params, obj_fn=obj_fn)
+        return jax.tree.map(lambda zero, h: jnp.real(h).astype(zero.dtype), rest(), diagonal)
 
     due = (t - 1) % update_interval == 0
     if isinstance(due, Tracer):
@@ -146,7 +136,7 @@ def _diagonal(params, updates, *, t, update_interval, estimator, obj_fn):
 
 
 def _win(g, mu, nu, *, t, b1, eps, gamma, clip_threshold, print_every):
-    """How many entries of the step are not clipped, for those who print it."""
+    """How many entries of the step are not clipped, where that is printed."""
     if is_off(print_every):
         return {"won": jnp.zeros(()), "entries": jnp.zeros(())}
     mean, root = debias(ema(mu, g, b1), b1, t), jnp.maximum(gamma * nu, eps)
@@ -161,74 +151,70 @@ def _print_win_rate(*, t, won, entries, print_every):
     return {}
 
 
-def _as_in_optax(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What is no number: how to estimate, whether to clip, whether to print."""
-    own = {"hessian_diagonal_fn", "key", "verbose", "print_win_rate_every_n_steps"}
-    rest = {name: value for name, value in arguments.items() if name not in own}
-    make = arguments["hessian_diagonal_fn"]
-    if make is None:
-        make = hutchinson
-    clip, every = arguments["clip_threshold"], arguments["print_win_rate_every_n_steps"]
+def _optax_arguments(
+    clip_threshold: Any = 1.0,
+    hessian_diagonal_fn: Any = None,
+    verbose: bool = False,
+    print_win_rate_every_n_steps: int = 0,
+    **rest: Any,
+) -> dict[str, Any]:
+    """The arguments that are no numbers: how to estimate, whether to clip, whether to print."""
+    make = hutchinson if hessian_diagonal_fn is None else hessian_diagonal_fn
     if isinstance(make, optax.GradientTransformation):
         raise TypeError(
             "sophia: hessian_diagonal_fn: a ready-made transformation keeps a state of its own; give the function that "
-            "makes one from a key, such as optax.contrib.hutchinson_estimator_diag_hessian without its parentheses"
+            "makes one from a key, such as jaxsgd.rules.curvature.hutchinson without its parentheses"
         )
     if not callable(make):
         raise TypeError(f"sophia: hessian_diagonal_fn={make!r}: a function of a key that makes a transformation")
-    for name, least in (("update_interval", 1), ("print_win_rate_every_n_steps", 0)):
-        value = arguments[name]
-        if is_constant(value) and not (value >= least and value == int(value)):
-            raise ValueError(f"sophia: {name}={value!r}: a whole number from {least} is needed")
-    clips = clip is not None
+    every, clips = print_win_rate_every_n_steps, clip_threshold is not None
+    checked("sophia: print_win_rate_every_n_steps", every, WholeFrom(0))
     return rest | {
-        "estimator": _Estimator(make, seed(arguments["key"], "sophia")),
-        "clip_threshold": clip if clips else 1.0,
+        "estimator": make,
+        "clip_threshold": clip_threshold if clips else 1.0,
         "clips": clips,
-        "print_every": every if arguments["verbose"] and clips else 0,
+        "print_every": every if verbose and clips else 0,
     }
 
 
-def _start_curvature(p):
-    """Real zeros, but no second moment: an estimate of the diagonal may be negative, and so may its average."""
-    return real_zeros(p)
-
-
-_start_curvature.zeros = zeros  # type: ignore[attr-defined]  # a storage must keep its sign
-
-
 @rule(
-    start={"mu": without_when_off("b1"), "nu": _start_curvature},
+    positional="learning_rate b1 b2 eps weight_decay weight_decay_mask gamma clip_threshold update_interval "
+    "hessian_diagonal_fn mu_dtype verbose print_win_rate_every_n_steps",
+    call=_optax_arguments,
+    weight_decay=1e-4,
     trees=_diagonal,
     sums=_win,
     shared=_print_win_rate,
-    oracle=optax.contrib.sophia,
-    positional=(
-        "learning_rate", "b1", "b2", "eps", "weight_decay", "weight_decay_mask", "gamma", "clip_threshold",
-        "update_interval", "hessian_diagonal_fn", "mu_dtype", "verbose", "print_win_rate_every_n_steps",
-    ),
-    aliases={"weight_decay_mask": "mask", "mu_dtype": "mu"},
-    extras={"hessian_diagonal_fn": None, "key": 0, "verbose": False, "print_win_rate_every_n_steps": 0},
-    hidden=("estimator", "clips", "print_every"),
-    prepare=_as_in_optax,
-    weight_decay=1e-4,
-    needs={"gamma": {"clip_threshold": 20.0}, "update_interval": {"clip_threshold": 20.0}},
-    exceptions={"flax": "the objective must be given to the update, and Flax's own train states do not pass it on"},
-)  # fmt: skip
+    usual_rate=1e-3,
+)
 def sophia(
-    g, mu, nu, *, t, hessian, b1=0.965, b2=0.99, eps=1e-8, gamma=0.01, clip_threshold=1.0, update_interval=10,
-    estimator=None, clips=True, print_every=0,
-):  # fmt: skip
+    g,
+    mu: Annotated[Mean, unless("b1"), kept_in("mu_dtype")],
+    nu: Annotated[Mean, start(real_zeros)],
+    *,
+    t,
+    hessian,
+    b1: Decay = 0.965,
+    b2: Decay = 0.99,
+    eps=1e-8,
+    gamma=0.01,
+    clip_threshold=1.0,
+    update_interval: Whole = 10,
+    key: Seed = 0,
+    estimator: Static = None,
+    clips: Static = True,
+    print_every: Static = 0,
+):
     r"""Sophia (Liu et al. 2023, arXiv:2305.14342): $u = \operatorname{clip}(\hat m_t / \max(\gamma h, \epsilon), \rho),\; h \leftarrow \beta_2 h + (1-\beta_2)\, r \odot \nabla^2 f\, r$.
 
     The update needs the objective, a function of the params: ``obj_fn=``. Every ``update_interval`` steps, the first
-    included, the diagonal of its Hessian is estimated, by default with random signs $r$ (`hutchinson`, Sophia-H); the
-    step is made with the average $h$ as it was before, as in optax and in the authors' training loop.
+    included, the diagonal of its Hessian is estimated, by default with random signs $r$ (`hutchinson`, Sophia-H). The
+    step uses the average $h$ from before the estimate, as in optax and in the authors' training loop.
 
     ``hessian_diagonal_fn`` is another way to estimate it: a function of a key that makes a gradient transformation,
-    such as `gauss_newton_bartlett(batch_size)` (Sophia-G) or ``optax.contrib.hutchinson_estimator_diag_hessian``. It
-    is called anew for each estimate, with a key made of the seed ``key`` and the step. ``clip_threshold`` is $\rho$, or
-    None. ``verbose`` with ``print_win_rate_every_n_steps=n`` prints the share of entries that are not clipped.
+    such as `gauss_newton_bartlett(batch_size)` (Sophia-G) or optax's ``hutchinson_estimator_diag_hessian``. Each
+    estimate calls it with a new key, of the seed ``key`` and the step. ``clip_threshold`` is $\rho$, or None.
+    ``verbose`` with ``print_win_rate_every_n_steps=n`` prints the share of entries that are not clipped.
     """
     mu = ema(mu, g, b1)
     mean, root = debias(mu, b1, t), jnp.maximum(gamma * nu, eps)

@@ -1,7 +1,7 @@
 r"""Rules that keep less than one second moment for each parameter.
 
-Floor 3. A matrix's $v$ is remembered by its rows and columns (Adafactor, SM3) or by its blocks, so that the
-state grows with the sides of a matrix and not with its area.
+They keep a matrix's $v$ by rows and columns (Adafactor, SM3) or by blocks. The state then grows with the sides of a
+matrix, not with its area.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from jaxsgd.hyper import Decay, Static, is_off
 from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq
 from jaxsgd.paths import leaf_names, resolve_groups
-from jaxsgd.rule import Rule, rule
+from jaxsgd.rule import rule
 from jaxsgd.rules.layerwise import norm
-from jaxsgd.spec import is_off, without_when_off
+from jaxsgd.slots import Mean, Square, kept_in, start, unless
 
 __all__ = ["adafactor", "adalomo", "adam_mini", "sm3"]
 
@@ -32,7 +32,7 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def _mix(mean: jax.Array, x: jax.Array, weight: Any) -> jax.Array:
-    """An `ema` by the weight of what is new: late in training, 1 minus a decay near 1 would lose its digits."""
+    """An `ema` by the weight of its new value: late in training, 1 minus a decay near 1 would lose its digits."""
     return (1 - weight) * mean + weight * x
 
 
@@ -72,64 +72,50 @@ def _scaled(g: jax.Array, row: jax.Array, col: jax.Array, weight: Any, eps: Any)
     return g / jnp.sqrt(row / jnp.mean(row, second, keepdims=True)) / jnp.sqrt(col), row, col
 
 
-def _by_optax(
-    learning_rate, min_dim_size_to_factor=128, decay_rate=0.8, decay_offset=0, multiply_by_parameter_scale=True,
-    clipping_threshold=1.0, momentum=None, eps=1e-30, factored=True, weight_decay=0.0, independent_decay=False,
-):  # fmt: skip
-    """optax's Adafactor from its parts, with the decay 1 - t**-c not rounded to float32, and torch's decay."""
-    decay = weight_decay if independent_decay else learning_rate * weight_decay
-    return optax.chain(
-        optax.scale_by_factored_rms(
-            factored, decay_rate, decay_offset, min_dim_size_to_factor, eps,
-            lambda i, c: 1 - jnp.add(i, 1.0) ** jnp.negative(c),
-        ),
-        optax.identity() if clipping_threshold is None else optax.clip_by_block_rms(clipping_threshold),
-        optax.scale(learning_rate),
-        optax.scale_by_param_block_rms() if multiply_by_parameter_scale else optax.identity(),
-        optax.identity() if momentum is None else optax.ema(momentum, debias=False),
-        optax.add_decayed_weights(decay),
-        optax.scale(-1),
-    )  # fmt: skip
-
-
-def _as_in_optax(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Translate optax's None, and its ``weight_decay_rate``: decay that the learning rate does not scale."""
-    rate = arguments.pop("weight_decay_rate")
-    if rate is not None:
-        if not is_off(arguments["weight_decay"]):
+def _optax_decay(
+    learning_rate: Any = None, clipping_threshold: Any = 1.0, weight_decay_rate: Any = None, **rest: Any
+) -> dict[str, Any]:
+    """optax's arguments: None, and ``weight_decay_rate``, which the learning rate does not scale."""
+    if weight_decay_rate is not None:
+        if not is_off(rest["weight_decay"]):
             raise ValueError("adafactor: weight_decay and weight_decay_rate are two forms of the same; give one")
-        arguments = {**arguments, "weight_decay": rate, "independent_decay": True}
-    if arguments["clipping_threshold"] is None:
-        arguments = {**arguments, "clipping_threshold": 0.0}
-    return arguments if arguments["learning_rate"] is not None else {**arguments, "learning_rate": 1.0}
+        rest |= {"weight_decay": weight_decay_rate, "independent_decay": True}
+    clip = 0.0 if clipping_threshold is None else clipping_threshold
+    return rest | {"learning_rate": 1.0 if learning_rate is None else learning_rate, "clipping_threshold": clip}
 
 
 @rule(
-    start={"row": _start_row, "col": _start_col, "mu": without_when_off("momentum")},
-    oracle=_by_optax,
-    learning_rate=None,
-    positional=(
-        "learning_rate", "min_dim_size_to_factor", "decay_rate", "decay_offset", "multiply_by_parameter_scale",
-        "clipping_threshold", "momentum", "dtype_momentum", "weight_decay_rate", "eps", "factored",
-        "weight_decay_mask",
-    ),
-    aliases={"dtype_momentum": "mu", "weight_decay_mask": "mask"},
-    extras={"weight_decay_rate": None},
-    prepare=_as_in_optax,
-    needs={"factored": {"min_dim_size_to_factor": 2}, "independent_decay": {"weight_decay": 0.1}},
-    alternatives={"min_dim_size_to_factor": 2},
-    exceptions={"narrow": "the momentum holds steps, which are scaled by the size of the bf16 parameters"},
-)  # fmt: skip
+    positional="learning_rate min_dim_size_to_factor decay_rate decay_offset multiply_by_parameter_scale "
+    "clipping_threshold momentum dtype_momentum weight_decay_rate eps factored weight_decay_mask",
+    call=_optax_decay,
+    usual_rate=0.01,
+    cost="factored",
+)
 def adafactor(
-    g, row, col, mu, *, t, p, learning_rate, weight_decay, min_dim_size_to_factor=128, decay_rate=0.8,
-    decay_offset=0, multiply_by_parameter_scale=True, clipping_threshold=1.0, momentum=None, eps=1e-30,
-    factored=True, independent_decay=False,
-):  # fmt: skip
+    g,
+    row: Annotated[Square, start(_start_row)],
+    col: Annotated[Square, start(_start_col)],
+    mu: Annotated[Mean, unless("momentum"), kept_in("dtype_momentum")],
+    *,
+    t,
+    p,
+    learning_rate,
+    weight_decay,
+    min_dim_size_to_factor=128,
+    decay_rate=0.8,
+    decay_offset=0,
+    multiply_by_parameter_scale=True,
+    clipping_threshold=1.0,
+    momentum: Decay = None,
+    eps=1e-30,
+    factored=True,
+    independent_decay=False,
+):
     r"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): $V \leftarrow R C / \operatorname{mean}(R),\; u = \operatorname{clip}(g / \sqrt V),\; x \leftarrow x - \eta \max(10^{-3}, \operatorname{rms}(x))\, u$.
 
     $R$ and $C$ are averages of $g^2 + \epsilon$ over the largest and the second largest axis, where both are at
-    least ``min_dim_size_to_factor`` long; elsewhere ``row`` is $V$ itself and ``col`` is 1. What is new weighs
-    $(t - t_0)^{-c}$, with ``decay_rate`` $c$ and ``decay_offset`` $t_0$, a step where the average starts afresh.
+    least ``min_dim_size_to_factor`` long; elsewhere ``row`` is $V$ itself and ``col`` is 1. The new value weighs
+    $(t - t_0)^{-c}$, with ``decay_rate`` $c$ and ``decay_offset`` $t_0$, the step where the average starts again.
     Without ``learning_rate``, $\eta = 1$. ``weight_decay_rate`` is optax's weight decay: the learning rate does not
     scale it, like ``weight_decay`` with ``independent_decay=True``. ``clipping_threshold`` None or 0: no clipping.
     """
@@ -142,12 +128,23 @@ def adafactor(
     return -mu if is_off(weight_decay) else -mu - decay * p, row, col, mu
 
 
-@rule(start={"row": lambda p: _start_row(p, True, 1), "col": lambda p: _start_col(p, True, 1)})
-def adalomo(g, row, col, *, t, p, weight_decay, decay_rate=0.8, clipping_threshold=1.0, eps=1e-30):
+@rule(usual_rate=1e-3, cost="factored")
+def adalomo(
+    g,
+    row: Annotated[Square, start(lambda p: _start_row(p, True, 1))],
+    col: Annotated[Square, start(lambda p: _start_col(p, True, 1))],
+    *,
+    t,
+    p,
+    weight_decay,
+    decay_rate=0.8,
+    clipping_threshold=1.0,
+    eps=1e-30,
+):
     r"""AdaLomo (Lv et al. 2023, arXiv:2310.10195): $V \leftarrow R C / \operatorname{mean}(R),\; u = \operatorname{clip}(g / \sqrt V),\; x \leftarrow x - \eta \max(10^{-3}, \operatorname{rms}(x))\, (u + \lambda x)$.
 
-    The rule alone: the size of the parameters scales weight decay too, and every matrix is factored. What the paper
-    saves on gradients, by stepping during the backward pass, is for the training loop to do.
+    The size of the parameters scales weight decay too, and every matrix is factored. The paper also saves the memory of
+    gradients by stepping during the backward pass. That is left to the training loop.
     """
     u, row, col = _scaled(g, row, col, t**-decay_rate, eps)
     u = u / jnp.maximum(1, _rms(u) / clipping_threshold)
@@ -171,38 +168,29 @@ def _maxima(nu: jax.Array) -> jax.Array:
 
 
 def _replicated(x: jax.Array) -> jax.Array:
-    """``x`` whole on every device, where its type says that it is split: what is joined has to lie alike."""
+    """``x`` replicated, where its type says that it is sharded: arrays must be sharded alike to be joined."""
     held = jax.typeof(x).sharding
     return jax.sharding.reshard(x, held.update(spec=jax.P())) if any(held.spec) else x
 
 
-def _optax_sm3(learning_rate, momentum=0.9, eps=1e-8):
-    """optax's SM3 for scalars too, as vectors of length 1: on a scalar it raises an IndexError."""
-    inner = optax.chain(optax.scale_by_sm3(momentum or 0.0, eps=eps), optax.scale(-learning_rate))
-    at_least_1d = lambda tree: jax.tree.map(jnp.atleast_1d, tree)  # noqa: E731
-
-    def update(updates, state, params=None):
-        new, state = inner.update(at_least_1d(updates), state)
-        return jax.tree.map(lambda u, g: u.reshape(g.shape), new, updates), state
-
-    return optax.GradientTransformation(lambda params: inner.init(at_least_1d(params)), update)
+def _no_momentum(momentum: Any = 0.9, **rest: Any) -> dict[str, Any]:
+    """``momentum=None`` is 0."""
+    return rest | {"momentum": 0.0 if momentum is None else momentum}
 
 
-def _without_momentum(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``momentum=None`` is none."""
-    return {**arguments, "momentum": 0.0} if arguments["momentum"] is None else arguments
+def _start_maxima(p):
+    return jnp.zeros((sum(p.shape) if p.ndim else 1,), real_dtype(p.dtype))
 
 
-@rule(
-    start={
-        "accumulator": lambda p: jnp.zeros((sum(p.shape) if p.ndim else 1,), real_dtype(p.dtype)),
-        "mu": without_when_off("momentum"),
-    },
-    oracle=_optax_sm3,
-    positional=("learning_rate", "momentum"),
-    prepare=_without_momentum,
-)
-def sm3(g, accumulator, mu, *, momentum=0.9, eps=1e-8):
+@rule(positional="learning_rate momentum", call=_no_momentum, usual_rate=0.01, cost="bounds")
+def sm3(
+    g,
+    accumulator: Annotated[Square, start(_start_maxima)],
+    mu: Annotated[Mean, unless("momentum")],
+    *,
+    momentum: Decay = 0.9,
+    eps=1e-8,
+):
     r"""SM3-II (Anil et al. 2019, arXiv:1901.11150): $\nu_i = \min_{S \ni i} \mu_S + g_i^2,\; u = g / \sqrt{\nu + \epsilon},\; \mu_S \leftarrow \max_{i \in S} \nu_i$.
 
     The sets $S$ are the slices along each axis; ``accumulator`` holds their $\mu_S$ axis after axis. The step is
@@ -221,20 +209,20 @@ QUERY_KEY = re.compile(r"(?i)(^|[/_.])(q|k|query|key|w[qk])(_proj)?([/.](kernel|
 VALUE = re.compile(r"(?i)(^|[/_.])(v|value|wv)(_proj)?([/.](kernel|weight))?$")
 
 
-def _blocks(rule: Rule, arguments: Mapping[str, Any]) -> Callable[[Any], list[dict[str, Any]]]:
-    """Tell each leaf what a block of it spans: by ``blocks``, or else by its name and shape."""
-    given, head_dim = [(pattern, {"span": span}) for pattern, span in arguments["blocks"]], arguments["head_dim"]
+def _in_blocks(blocks: Any = (), head_dim: int | None = None, **rest: Any) -> dict[str, Any]:
+    """Routes to the axes that a block of each leaf spans: by ``blocks``, or else by its name and shape."""
     if head_dim is not None and (not isinstance(head_dim, int) or head_dim < 1):
-        raise TypeError(f"{rule.name}: head_dim={head_dim!r}: a whole number is needed, the columns of one head")
+        raise TypeError(f"adam_mini: head_dim={head_dim!r}: a whole number is needed, the columns of one head")
+    given = [(pattern, {"span": span}) for pattern, span in blocks]
 
     def block(name: str, leaf: Any, own: Mapping[str, Any]) -> dict[str, Any]:
         return {"span": _axes(name, leaf, own["span"])} if own else _usual_block(name, leaf, head_dim)
 
-    def told(params: Any) -> list[dict[str, Any]]:
+    def routes(params: Any) -> list[dict[str, Any]]:
         names, leaves = leaf_names(params), jax.tree.leaves(params)
         return [block(*leaf) for leaf in zip(names, leaves, resolve_groups(given, names, leaves), strict=True)]
 
-    return told
+    return rest | {"routes": routes}
 
 
 def _axes(name: str, leaf: Any, span: Any) -> tuple[int, ...]:
@@ -253,7 +241,7 @@ def _axes(name: str, leaf: Any, span: Any) -> tuple[int, ...]:
 
 
 def _usual_block(name: str, leaf: Any, head_dim: int | None) -> dict[str, Any]:
-    """What a block spans where nobody says: the smallest dense block of the Hessian, as the paper found it."""
+    """The axes that a block spans by default: the smallest dense block of the Hessian, as measured in the paper."""
     ndim, span, columns = jnp.ndim(leaf), (-2,), None
     if BIAS.search(name) or ndim == 0:
         span = ()
@@ -284,25 +272,35 @@ def _block_mean(x: jax.Array, span: tuple[int, ...] | None, columns: int | None)
 
 
 @rule(
-    start={"nu": lambda p, span, columns: real_zeros(_block_mean(p, span, columns))},
-    routes=_blocks,
-    hidden=("span", "columns"),
-    extras={"blocks": (), "head_dim": None},
+    positional="learning_rate b1 b2 eps weight_decay",
+    call=_in_blocks,
     learning_rate=1e-3,
-    positional=("learning_rate", "b1", "b2", "eps", "weight_decay"),
+    batch_scaling="sqrt",
+    cost="leaf_norms",
 )
-def adam_mini(g, mu, nu, *, t, span=None, columns=None, b1=0.9, b2=0.999, eps=1e-8):
+def adam_mini(
+    g,
+    mu: Mean,
+    nu: Annotated[Square, start(lambda p, span, columns: real_zeros(_block_mean(p, span, columns)))],
+    *,
+    t,
+    span: Static = None,
+    columns: Static = None,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps=1e-8,
+):
     r"""Adam-mini (Zhang et al. 2024, arXiv:2406.16793): $v_b \leftarrow \beta_2 v_b + (1-\beta_2) \operatorname{mean}(g_b^2),\; u_b = \hat m_b / (\sqrt{\hat v_b} + \epsilon)$.
 
     Adam with one second moment for each block $b$ of a leaf. Kernels are (..., in, out), and by a leaf's name and
     shape a block is: of query and key one head, of embeddings one token, of all other matrices (values, projections,
-    MLPs, heads) the weights into one output, of norms and vectors all of them; each coordinate of a bias is its own.
+    MLPs, heads) the weights into one output, of norms and vectors all of them, of a bias one coordinate.
     Axes before these are a batch. ``print(describe(tx, params))`` shows the axes that a block spans.
 
     - ``head_dim``: the columns of one head, where query and key are (in, heads * head_dim). Flax's (in, heads,
-      head_dim) need no telling; without either, a block of query and key is the weights into one output.
+      head_dim) do not need it; without either, a block of query and key is the weights into one output.
     - ``blocks``: ``[(pattern, axes), ...]`` for other names, with patterns as in ``groups``: the axes that a block
-      spans, ``()`` for Adam, ``"all"`` for one block, as the authors' code has it of names that it does not know.
+      spans, ``()`` for Adam, ``"all"`` for one block, the default of the authors' code for unknown names.
     """
     mu, nu = ema(mu, g, b1), ema(nu, _block_mean(sq(g), span, columns), b2)
     u = _in_heads(debias(mu, b1, t), columns) / (jnp.sqrt(debias(nu, b2, t)) + eps)

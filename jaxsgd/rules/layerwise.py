@@ -1,21 +1,22 @@
-r"""Rules that measure a step against its layer: a ratio of norms for each array.
+r"""Rules that scale a step by a ratio of its layer's norms.
 
-Floor 3. Throughout, $\lVert \cdot \rVert$ is the Euclidean norm of one array, and $\phi$ the trust ratio
+Throughout, $\lVert \cdot \rVert$ is the Euclidean norm of one array, and $\phi$ the trust ratio
 $\lVert x \rVert / \lVert u \rVert$, which is 1 where either norm is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq
-from jaxsgd.rule import Rule, rule
-from jaxsgd.spec import without_when_off
+from jaxsgd.hyper import Decay
+from jaxsgd.numerics import debias, ema, real_dtype, sq
+from jaxsgd.paths import is_function
+from jaxsgd.rule import rule
+from jaxsgd.rules.adaptive import FirstMoment
+from jaxsgd.slots import Mean, Square, start, unless
 
 __all__ = ["fromage", "lamb", "lars", "novograd"]
 
@@ -35,11 +36,14 @@ def trust_ratio(p: jax.Array, u: jax.Array, *, min_norm: Any = 0.0, coefficient:
 
 
 @rule(
-    start={"mu": without_when_off("b1"), "nu": real_zeros},
-    oracle=optax.lamb,
-    positional=("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay", "mask"),
+    positional="learning_rate b1 b2 eps eps_root weight_decay mask",
+    usual_rate=1e-3,
+    batch_scaling="sqrt",
+    cost="leaf_norms",
 )
-def lamb(g, mu, nu, *, p, t, weight_decay, b1=0.9, b2=0.999, eps=1e-6, eps_root=0.0):
+def lamb(
+    g, mu: FirstMoment, nu: Square, *, p, t, weight_decay, b1: Decay = 0.9, b2: Decay = 0.999, eps=1e-6, eps_root=0.0
+):
     r"""LAMB (You et al. 2020, arXiv:1904.00962): $r = \hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda x,\; u = r\, \lVert x \rVert / \lVert r \rVert$.
 
     Weight decay is part of the step that the layer's norm scales.
@@ -49,39 +53,38 @@ def lamb(g, mu, nu, *, p, t, weight_decay, b1=0.9, b2=0.999, eps=1e-6, eps_root=
     return trust_ratio(p, r) * r, mu, nu
 
 
-def _by_mask(rule: Rule, arguments: dict[str, Any]) -> Callable[[Any], list[dict[str, Any]]] | None:
-    """``trust_ratio_mask`` as a tree of booleans (or a prefix, or a function of the params), leaf by leaf."""
-    mask = arguments["trust_ratio_mask"]
-    if isinstance(mask, bool):
-        return None
-    tree = mask if callable(mask) else lambda params: mask
-    return lambda params: [
-        {"trust_ratio_mask": bool(scaled)} for scaled in jax.tree.leaves(jax.tree.broadcast(tree(params), params))
-    ]
+def _trust_ratio_mask(trust_ratio_mask: Any = True, **rest: Any) -> dict[str, Any]:
+    """One flag for all leaves, or routes for a tree of flags (or a prefix, or a function of the params)."""
+    if isinstance(trust_ratio_mask, bool):
+        return rest | {"trust_ratio_mask": trust_ratio_mask}
 
+    def routes(params: Any) -> list[dict[str, Any]]:
+        mask = trust_ratio_mask(params) if is_function(trust_ratio_mask) else trust_ratio_mask
+        return [{"trust_ratio_mask": bool(flag)} for flag in jax.tree.leaves(jax.tree.broadcast(mask, params))]
 
-def _flag(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A mask by leaf is its routes'; what is left is the flag."""
-    return arguments if isinstance(arguments["trust_ratio_mask"], bool) else {**arguments, "trust_ratio_mask": True}
+    return rest | {"trust_ratio_mask": True, "routes": routes}
 
 
 @rule(
-    start={"trace": without_when_off("momentum")},
-    oracle=optax.lars,
-    positional=(
-        "learning_rate", "weight_decay", "weight_decay_mask", "trust_coefficient", "eps", "trust_ratio_mask",
-        "momentum", "nesterov",
-    ),
-    aliases={"weight_decay_mask": "mask"},
-    routes=_by_mask,
-    prepare=_flag,
+    positional="learning_rate weight_decay weight_decay_mask trust_coefficient eps trust_ratio_mask momentum nesterov",
+    call=_trust_ratio_mask,
     coupled=True,
-    exceptions={"narrow": "the trace holds steps, which are scaled by the norm of the bf16 parameters"},
-)  # fmt: skip
+    usual_rate=0.1,
+    batch_scaling="linear",
+    cost="leaf_norms",
+)
 def lars(
-    g, trace, *, p, learning_rate, trust_coefficient=0.001, eps=0.0, trust_ratio_mask=True, momentum=0.9,
+    g,
+    trace: Annotated[Mean, unless("momentum")],
+    *,
+    p,
+    learning_rate,
+    trust_coefficient=0.001,
+    eps=0.0,
+    trust_ratio_mask=True,
+    momentum: Decay = 0.9,
     nesterov=False,
-):  # fmt: skip
+):
     r"""LARS (You et al. 2017, arXiv:1708.03888): $u = g + \lambda x,\; v \leftarrow \mu v - \eta\, \kappa u\, \lVert x \rVert / (\lVert u \rVert + \epsilon),\; x \leftarrow x + v$.
 
     Weight decay $\lambda$ is added to the gradient, and the norm is of their sum, as in optax; the paper adds
@@ -96,7 +99,7 @@ def lars(
     return (momentum * trace + step if nesterov else trace), trace
 
 
-@rule(oracle=optax.fromage, alternatives={"min_norm": 0.5})
+@rule(usual_rate=0.01, cost="leaf_norms")
 def fromage(g, *, p, learning_rate, min_norm=1e-6):
     r"""Fromage (Bernstein et al. 2020, arXiv:2002.03432): $x \leftarrow (x - \eta\, g\, \lVert x \rVert / \lVert g \rVert) / \sqrt{1 + \eta^2}$.
 
@@ -108,12 +111,20 @@ def fromage(g, *, p, learning_rate, min_norm=1e-6):
     return (-learning_rate / root * trust_ratio(p, g, min_norm=min_norm) * g + shrink * p,)
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "nu": lambda p: jnp.zeros((), real_dtype(p.dtype))},
-    oracle=optax.novograd,
-    positional=("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"),
-)
-def novograd(g, mu, nu, *, p, t, weight_decay, b1=0.9, b2=0.25, eps=1e-6, eps_root=0.0):
+@rule(positional="learning_rate b1 b2 eps eps_root weight_decay", usual_rate=0.01, cost="leaf_norms")
+def novograd(
+    g,
+    mu: FirstMoment,
+    nu: Annotated[Square, start(lambda p: jnp.zeros((), real_dtype(p.dtype)))],
+    *,
+    p,
+    t,
+    weight_decay,
+    b1: Decay = 0.9,
+    b2: Decay = 0.25,
+    eps=1e-6,
+    eps_root=0.0,
+):
     r"""NovoGrad (Ginsburg et al. 2019, arXiv:1905.11286): $v \leftarrow \beta_2 v + (1-\beta_2) \lVert g \rVert^2,\; m \leftarrow \beta_1 m + g / (\sqrt v + \epsilon) + \lambda x,\; u = m$.
 
     One $v$ for each array, which starts at its first $\lVert g \rVert^2$. Weight decay goes through the momentum.

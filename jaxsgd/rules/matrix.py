@@ -1,8 +1,8 @@
 r"""Rules that see a parameter as a matrix.
 
-Floor 3. Kernels are (in, out), as JAX layers have them, and axes before the last two are a batch: the layers of
-a scan, the heads of an attention. What is no hidden matrix goes to Adam within the same rule, so that a model
-has one optimizer, one state and one learning rate to set.
+Kernels are (in, out), as JAX layers have them, and axes before the last two are a batch: the layers of a scan, the heads
+of an attention. Leaves that are no hidden matrix go to Adam within the same rule, so that a model has one optimizer, one
+state and one learning rate to set.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
-from optax.contrib import MuonDimensionNumbers
 
+from jaxsgd.hyper import Count, Decay, Positive, Static, checked
 from jaxsgd.matrices import (
+    JORDAN,
     PRECONDITIONINGS,
     USUAL,
     NewtonSchulz,
@@ -27,17 +27,20 @@ from jaxsgd.matrices import (
     eigenbasis,
     frobenius,
     inverse_root,
+    known,
+    partitioned,
     reordered_basis,
     rotated,
     rotated_back,
     table_of,
-)  # fmt: skip
+)
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq
-from jaxsgd.paths import leaf_names, nearest
-from jaxsgd.rule import Rule, rule
+from jaxsgd.paths import is_function, leaf_names, nearest
+from jaxsgd.rule import rule
 from jaxsgd.rules.adaptive import adam
+from jaxsgd.slots import Basis, Mean, Square, kept_in, start
 
-__all__ = ["NOT_HIDDEN", "muon", "muon_jordan", "optax_muon", "shampoo", "soap"]
+__all__ = ["NOT_HIDDEN", "MuonDimensionNumbers", "muon", "muon_jordan", "optax_muon", "shampoo", "soap"]
 
 NOT_HIDDEN = (
     r"(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?"  # embeddings
@@ -49,62 +52,43 @@ NOT_HIDDEN = (
 PROJECTION_IN = re.compile(r"(?i)(^|[/_])(query|key|value|qkv)(_proj)?(/kernel)?$")
 """Attention's projections, (in, heads, size): the heads are outputs, not a batch."""
 
+# -- which axes are a matrix -----------------------------------------------------------------------
 
-def routed(rule: Rule, arguments: dict[str, Any]) -> Callable[[Any], list[dict[str, Any]]]:
-    """Tell each leaf its matrix axes, or None and the settings of Adam: for rules with the extras `ROUTING`."""
-    rest: dict[str, Any] = {
-        "axes": None,
-        "weight_decay": rule.checked("adam_weight_decay", arguments["adam_weight_decay"]),
-    }
-    if arguments["adam_learning_rate"] is not None:
-        rest["learning_rate"] = rule.checked("adam_learning_rate", arguments["adam_learning_rate"])
-    adam, dimensions = arguments["adam"], arguments["muon_weight_dimension_numbers"]
-    return lambda params: [rest if axes is None else {"axes": axes} for axes in matrix_leaves(params, adam, dimensions)]
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
+LAST_TWO: Axes = ((-2,), (-1,))
 
 
-def orthogonalized(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with ``how`` to orthogonalise: for rules with the extras `ROUTING`."""
-    kind, mesh = arguments["preconditioning"], arguments["mesh"]
-    if kind not in PRECONDITIONINGS:
-        raise ValueError(f"preconditioning={kind!r}{nearest(str(kind), PRECONDITIONINGS)}")
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh={mesh!r}: a jax.sharding.Mesh is needed")
-    table, whole = table_of(arguments["ns_coeffs"])
-    return {**arguments, "how": NewtonSchulz(table, whole, kind, mesh)}
+class MuonDimensionNumbers(NamedTuple):
+    """Which axes are a matrix, as optax says it; axes that neither names are a batch.
+
+    Attributes:
+      reduction_axis: the axis, or axes, of the inputs.
+      output_axis: the axis, or axes, of the outputs.
+    """
+
+    reduction_axis: int | tuple[int, ...] = 0
+    output_axis: int | tuple[int, ...] = 1
 
 
-def matrix_leaves(params: Any, adam: Any, dimensions: Any) -> list[Any]:
-    """For each leaf its axes ``(rows, columns)``, or None where it goes to Adam."""
-    leaves, names = jax.tree.leaves(params), leaf_names(params)
-    if dimensions is None:
-        found = [_dimensions(name, leaf, adam) for name, leaf in zip(names, leaves, strict=True)]
-    else:
-        found = spread(dimensions, params, MuonDimensionNumbers)
-    argument = "muon_weight_dimension_numbers"
-    return [axes_of(argument, name, leaf, d) for name, leaf, d in zip(names, leaves, found, strict=True)]
+def is_dimensions(value: Any) -> bool:
+    """Whether ``value`` is dimension numbers, ours or optax's."""
+    return hasattr(value, "reduction_axis") and hasattr(value, "output_axis")
 
 
-def spread(given: Any, params: Any, kind: type) -> list[Any]:
-    """One of ``given`` for each leaf: it is a ``kind`` or None, a tree (or a prefix) of them, or a function of params."""
-    found: list[Any] = []
-    prefix = given(params) if callable(given) else given
-    to_leaves = lambda one, part: found.extend([one] * len(jax.tree.leaves(part)))  # noqa: E731
-    jax.tree.map(to_leaves, prefix, params, is_leaf=lambda one: one is None or isinstance(one, kind))
-    return found
+def spread(dimensions: Any, params: Any) -> list[Any]:
+    """Dimension numbers or None for each leaf, from one for all, a tree (or a prefix) of them, or a function of the
+    params."""
+    out: list[Any] = []
+    prefix = dimensions(params) if is_function(dimensions) else dimensions
+
+    def to_leaves(one: Any, part: Any) -> None:
+        out.extend([one] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(to_leaves, prefix, params, is_leaf=lambda one: one is None or is_dimensions(one))
+    return out
 
 
-def _dimensions(name: str, leaf: Any, adam: Any) -> MuonDimensionNumbers | None:
-    """What a leaf is where nobody says: the last two axes, unless it is Adam's by shape or name."""
-    ndim = jnp.ndim(leaf)
-    if ndim < 2 or (ndim != 2 if adam is None else adam(name, leaf) if callable(adam) else re.search(adam, name)):
-        return None
-    return MuonDimensionNumbers(-3, (-2, -1)) if ndim > 2 and PROJECTION_IN.search(name) else _LAST_TWO
-
-
-_LAST_TWO = MuonDimensionNumbers(-2, -1)
-
-
-def axes_of(argument: str, name: str, leaf: Any, dimensions: Any) -> Any:
+def axes_of(argument: str, name: str, leaf: Any, dimensions: Any) -> Axes | None:
     """Dimension numbers as two tuples of axes from 0; None for none, and for a leaf without elements.
 
     Raises:
@@ -113,26 +97,38 @@ def axes_of(argument: str, name: str, leaf: Any, dimensions: Any) -> Any:
     ndim = jnp.ndim(leaf)
     if dimensions is None or math.prod(jnp.shape(leaf)) == 0:
         return None
-    pair = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in dimensions]
+    pair = [(a,) if isinstance(a, int) else tuple(a) for a in (dimensions.reduction_axis, dimensions.output_axis)]
     rows, columns = (tuple(a % ndim if -ndim <= a < ndim else ndim for a in axes) for axes in pair)
     if len({*rows, *columns, ndim}) != len(rows) + len(columns) + 1 or not rows or not columns:
         raise ValueError(f"{argument}: {name!r} of shape {jnp.shape(leaf)} has no {dimensions}")
     return rows, columns
 
 
-def _scale(shape: tuple[int, ...], consistent_rms: Any) -> Any:
-    """What makes the updates of all shapes alike: (in, out) matrices of spectral norm 1 before."""
-    rows, columns = shape[-2:]
-    if consistent_rms is None:
-        return math.sqrt(max(1, columns / rows))
-    return math.sqrt(max(rows, columns)) * consistent_rms
+def _by_name(name: str, leaf: Any, adam: Any) -> MuonDimensionNumbers | None:
+    """The last two axes, unless the leaf goes to Adam by its shape or name."""
+    ndim = jnp.ndim(leaf)
+    if ndim < 2 or (ndim != 2 if adam is None else adam(name, leaf) if callable(adam) else re.search(adam, name)):
+        return None
+    projects = ndim > 2 and PROJECTION_IN.search(name)
+    return MuonDimensionNumbers(*((-3, (-2, -1)) if projects else (-2, -1)))
 
 
-def matrix_axes(x: Any, axes: Any) -> Any:
-    """The matrix axes of ``x``: as told by the call, else (under a wrapper) the last two of any array that has two."""
-    if axes != "last two":
-        return axes
-    return ((x.ndim - 2,), (x.ndim - 1,)) if x.ndim > 1 else None
+def matrix_leaves(params: Any, adam: Any, dimensions: Any) -> list[Axes | None]:
+    """For each leaf its axes ``(rows, columns)``, or None where it goes to Adam."""
+    leaves, names, argument = jax.tree.leaves(params), leaf_names(params), "muon_weight_dimension_numbers"
+    if dimensions is None:
+        numbers = [_by_name(name, leaf, adam) for name, leaf in zip(names, leaves, strict=True)]
+    else:
+        numbers = spread(dimensions, params)
+    return [axes_of(argument, *each) for each in zip(names, leaves, numbers, strict=True)]
+
+
+def matrix_axes(x: Any, axes: Axes | None) -> Axes | None:
+    """The matrix axes of ``x``, from 0; None where it is no matrix."""
+    if axes is None or x.ndim < 2:
+        return None
+    rows, columns = (tuple(axis % x.ndim for axis in side) for side in axes)
+    return rows, columns
 
 
 def adam_zeros(p: Any, axes: Any) -> Any:
@@ -140,63 +136,102 @@ def adam_zeros(p: Any, axes: Any) -> Any:
     return real_zeros(p) if matrix_axes(p, axes) is None else None
 
 
-def _last_two(params: Any) -> Any:
-    """The default of `muon` for leaves without names, as optax's dimension numbers."""
-    return jax.tree.map(lambda p: _LAST_TWO if p.ndim > 1 else None, params)
+# -- Muon ------------------------------------------------------------------------------------------
 
 
-def _optax_on_last_two(
-    learning_rate, ns_steps=5, beta=0.95, eps=1e-8, weight_decay=0.0, nesterov=True, adam_b1=0.9,
-    adam_b2=0.999, adam_eps_root=0.0, consistent_rms=None,
-):  # fmt: skip
-    """optax told to batch over leading axes; not ``adaptive``, where it takes one dual norm for a whole batch."""
-    return optax.contrib.muon(muon_weight_dimension_numbers=_last_two, **locals())
+def hidden_matrices(
+    *, adam_weight_decay=0.0, adam_learning_rate=None, muon_weight_dimension_numbers=None, adam=NOT_HIDDEN, **rest
+) -> dict[str, Any]:
+    """A call that gives each leaf its matrix axes, or None and the settings of Adam."""
+    others: dict[str, Any] = {"axes": None, "weight_decay": checked("adam_weight_decay", adam_weight_decay)}
+    if adam_learning_rate is not None:
+        others["learning_rate"] = checked("adam_learning_rate", adam_learning_rate)
+
+    def routes(params: Any) -> list[dict[str, Any]]:
+        found = matrix_leaves(params, adam, muon_weight_dimension_numbers)
+        return [others if axes is None else {"axes": axes} for axes in found]
+
+    return rest | {"routes": routes}
 
 
-ROUTING = {
-    "ns_coeffs": (3.4445, -4.7750, 2.0315), "preconditioning": "frobenius", "adam_weight_decay": 0.0,
-    "adam_learning_rate": None, "muon_weight_dimension_numbers": None, "adam": NOT_HIDDEN, "mesh": None,
-}  # fmt: skip
-"""The arguments of a call that decide what is a matrix and how it is made orthogonal."""
+def orthogonalized(
+    *,
+    ns_coeffs=JORDAN[0],
+    preconditioning="frobenius",
+    adam_weight_decay=0.0,
+    adam_learning_rate=None,
+    muon_weight_dimension_numbers=None,
+    adam=NOT_HIDDEN,
+    mesh=None,
+    **rest,
+) -> dict[str, Any]:
+    """A call that says, too, how matrices are made orthogonal."""
+    if preconditioning not in PRECONDITIONINGS:
+        raise ValueError(f"preconditioning={preconditioning!r}{nearest(str(preconditioning), PRECONDITIONINGS)}")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh={mesh!r}: a jax.sharding.Mesh is needed")
+    arguments = hidden_matrices(
+        adam_weight_decay=adam_weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        adam=adam,
+        **rest,
+    )
+    return arguments | {"how": NewtonSchulz(*table_of(ns_coeffs), preconditioning, mesh)}
 
-BY_NAME: dict[str, Any] = {
-    "routes": routed, "prepare": orthogonalized, "hidden": ("axes", "how"), "extras": ROUTING,
-}  # fmt: skip
-"""What makes a rule one of hidden matrices, with Adam for the rest; its function asks for ``axes`` and ``how``."""
+
+def _scale(shape: tuple[int, ...], consistent_rms: Any) -> Any:
+    """The factor that makes the updates of all shapes alike: (in, out) matrices of spectral norm 1 before."""
+    rows, columns = shape[-2:]
+    if consistent_rms is None:
+        return math.sqrt(max(1, columns / rows))
+    return math.sqrt(max(rows, columns)) * consistent_rms
 
 
 @rule(
-    start={"nu": adam_zeros},
-    **BY_NAME,
-    positional=(
-        "learning_rate", "ns_coeffs", "ns_steps", "beta", "eps", "weight_decay", "weight_decay_mask", "mu_dtype",
-    ),
-    aliases={"weight_decay_mask": "mask", "mu_dtype": "mu"},
-    oracle=_optax_on_last_two,
-    bounds={"beta": (0, 1)},
-    alternatives={"adam_eps": 0.01},
-)  # fmt: skip
+    positional="learning_rate ns_coeffs ns_steps beta eps weight_decay weight_decay_mask mu_dtype",
+    call=orthogonalized,
+    usual_rate=0.02,
+    cost="products",
+)
+@partitioned
 def muon(
-    g, mu, nu, *, t, axes="last two", how=USUAL, ns_steps=5, beta=0.95, eps=1e-8, nesterov=True, adaptive=False,
-    bias_correction=True, consistent_rms=None, adam_b1=0.9, adam_b2=0.999, adam_eps=None, adam_eps_root=0.0,
+    g,
+    mu: Annotated[Mean, kept_in("mu_dtype")],
+    nu: Annotated[Square, start(adam_zeros)],
+    *,
+    t,
+    axes: Static = LAST_TWO,
+    how: Static = USUAL,
+    ns_steps=5,
+    beta: Decay = 0.95,
+    eps=1e-8,
+    nesterov=True,
+    adaptive=False,
+    bias_correction=True,
+    consistent_rms=None,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.999,
+    adam_eps=None,
+    adam_eps_root=0.0,
     adam_nesterov=True,
-):  # fmt: skip
+):
     r"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): $U = \sqrt{\max(1, \tfrac{out}{in})}\, \operatorname{orth}(\beta \hat M_{t+1} + (1-\beta) \hat G_t)$.
 
-    The momentum $M$ of a matrix, with Nesterov's look-ahead, made nearly orthogonal by Newton-Schulz steps. What is
-    no hidden matrix goes to Adam: leaves below two dimensions, and those whose name matches ``adam`` (embeddings,
-    heads, norms, biases; see `NOT_HIDDEN`). ``print(describe(tx, params))`` shows who got what.
+    The momentum $M$ of a matrix, with Nesterov's look-ahead, made nearly orthogonal by Newton-Schulz steps. Leaves below
+    two dimensions go to Adam, and so do those whose name matches ``adam`` (embeddings, heads, norms, biases; see
+    `NOT_HIDDEN`). ``print(describe(tx, params))`` shows which leaf goes where.
 
-    The arguments are those of `optax.contrib.muon`, and further:
+    The arguments are those of optax's muon, and further:
 
-    - ``adam``: what Adam updates beside all leaves below two dimensions: a regular expression on the leaf's name,
-      or a function ``(name, leaf) -> bool``; None goes by shape alone, as optax does (see `optax_muon`).
+    - ``adam``: the leaves that Adam updates beside all below two dimensions: a regular expression on the leaf's name, or
+      a function ``(name, leaf) -> bool``; None goes by shape alone, as optax does (see `optax_muon`).
     - ``ns_coeffs``: $(a, b, c)$, or one triple a step, or ``"standard"``, ``"dion"``, ``"polar_express"``.
-    - ``muon_weight_dimension_numbers``: `optax.contrib.MuonDimensionNumbers` in a tree like the params (or a
-      prefix, or a function of the params), None for Adam; by default a leaf is (..., in, out), and attention's
-      query, key and value kernels (in, heads, size). A convolution's (h, w, in, out) is one matrix under
+    - ``muon_weight_dimension_numbers``: `MuonDimensionNumbers`, ours or optax's, in a tree like the params (or a prefix,
+      or a function of the params), None for Adam. Default: a leaf is (..., in, out), and attention's query, key and value
+      kernels (in, heads, size). A convolution's (h, w, in, out) is one matrix under
       ``MuonDimensionNumbers((0, 1, 2), 3)``, and a matrix for each tap by default.
-    - ``mesh``: a mesh over whose devices stacked matrices are computed, each on its own, and any other matrix gathered
+    - ``mesh``: a mesh over whose devices stacked matrices are computed, each on one device, and any other matrix gathered
       once; without it every Newton-Schulz step of a matrix split by rows gathers three times.
     - ``consistent_rms``: 0.2 is the scaling of Moonshot (Liu et al. 2025, arXiv:2502.16982).
     - ``bias_correction=False`` is Jordan's plain momentum; ``adam_eps`` is ``eps`` where None.
@@ -204,7 +239,7 @@ def muon(
     """
     if (axes := matrix_axes(g, axes)) is None:
         same = {"eps": eps if adam_eps is None else adam_eps, "nesterov": nesterov and adam_nesterov}
-        return adam.spec.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps_root=adam_eps_root, **same)
+        return adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps_root=adam_eps_root, **same)
     mu, t = ema(mu, g, beta), t if bias_correction else jnp.inf
     mean = ema(debias(mu, beta, t + 1), debias(g, beta, t), beta) if nesterov else debias(mu, beta, t)
     x, back = as_matrices(mean, *axes)
@@ -215,12 +250,11 @@ def muon(
 
 optax_muon = muon.preset(
     "optax_muon",
-    r"""Muon as in optax.contrib (Jordan et al. 2024, kellerjordan.github.io/posts/muon): $U = \sqrt{\max(1, \tfrac{out}{in})}\, \operatorname{orth}(\beta \hat M_{t+1} + (1-\beta) \hat G_t)$.
+    r"""Muon as in optax (Jordan et al. 2024, kellerjordan.github.io/posts/muon): $U = \sqrt{\max(1, \tfrac{out}{in})}\, \operatorname{orth}(\beta \hat M_{t+1} + (1-\beta) \hat G_t)$.
 
     `muon` on every two-dimensional leaf and on no other: embeddings and heads are orthogonalised too, the stacked
     kernels of a scan go to Adam.
     """,
-    oracle=optax.contrib.muon,
     adam=None,
 )
 
@@ -240,16 +274,22 @@ muon_jordan = muon.preset(
     adam_nesterov=False,
 )
 
+# -- SOAP and Shampoo ------------------------------------------------------------------------------
+
 
 def _factor(axis: int) -> Callable:
     """The start of a square factor for an axis, or None where the leaf is no matrix or the axis too long."""
 
     def begin(p: Any, max_precond_dim: Any) -> Any:
-        if p.ndim < 2 or p.shape[axis] > max_precond_dim:
+        if p.ndim < 2 or p.size == 0 or p.shape[axis] > known("max_precond_dim", max_precond_dim):
             return None
         return jnp.zeros((*p.shape[:-2], p.shape[axis], p.shape[axis]), p.dtype)
 
     return begin
+
+
+Left = Annotated[Basis, start(_factor(-2))]
+Right = Annotated[Basis, start(_factor(-1))]
 
 
 def _soap_bases(t, nu, factors, bases, frequency):
@@ -259,32 +299,40 @@ def _soap_bases(t, nu, factors, bases, frequency):
         return nu, tuple(None if f is None else eigenbasis(f) for f in factors)
 
     def again(nu, factors, bases):
-        made = [(None, None) if f is None else reordered_basis(f, q) for f, q in zip(factors, bases, strict=True)]
-        for axis, (order, _) in zip((-2, -1), made, strict=True):
+        pairs = [(None, None) if f is None else reordered_basis(f, q) for f, q in zip(factors, bases, strict=True)]
+        for axis, (order, _) in zip((-2, -1), pairs, strict=True):
             if order is not None:
                 index = jnp.expand_dims(order, -1 if axis == -2 else -2)
                 nu = jnp.take_along_axis(nu, jnp.broadcast_to(index, nu.shape), axis=axis)
-        return nu, tuple(q for _, q in made)
+        return nu, tuple(q for _, q in pairs)
 
     which = jnp.where(t == 1, 1, jnp.where((t - 1) % frequency == 0, 2, 0))
     return jax.lax.switch(which, (lambda nu, factors, bases: (nu, bases), first, again), nu, factors, bases)
 
 
-@rule(
-    start={
-        "nu": real_zeros, "left": _factor(-2), "right": _factor(-1),
-        "left_basis": _factor(-2), "right_basis": _factor(-1),
-    },
-    positional=("learning_rate", "b1", "b2", "eps", "weight_decay"),
-    learning_rate=3e-3,
-    weight_decay=0.01,
-    alternatives={"max_precond_dim": 4, "shampoo_beta": 0.5},
-    bounds={"shampoo_beta": (0, 1), "precondition_frequency": (1, math.inf)},
-)  # fmt: skip
+@rule(positional="learning_rate b1 b2 eps weight_decay", learning_rate=3e-3, weight_decay=0.01, cost="decomposed")
+@partitioned
 def soap(
-    g, mu, nu, left, right, left_basis, right_basis, *, t, p, learning_rate, weight_decay, b1=0.95, b2=0.95,
-    eps=1e-8, shampoo_beta=None, precondition_frequency=10, max_precond_dim=10000, bias_correction=True,
-):  # fmt: skip
+    g,
+    mu: Mean,
+    nu: Square,
+    left: Left,
+    right: Right,
+    left_basis: Left,
+    right_basis: Right,
+    *,
+    t,
+    p,
+    learning_rate,
+    weight_decay,
+    b1: Decay = 0.95,
+    b2: Decay = 0.95,
+    eps=1e-8,
+    shampoo_beta: Decay = None,
+    precondition_frequency: Count = 10,
+    max_precond_dim=10000,
+    bias_correction=True,
+):
     r"""SOAP (Vyas et al. 2024, arXiv:2409.11321): $L, R$ average $G G^T, G^T G$; Adam on $Q_L^T G Q_R$: $U = Q_L\, \tfrac{\hat M}{\sqrt{\hat V} + \epsilon}\, Q_R^T$.
 
     Adam in the eigenbasis of Shampoo's factors. As in the authors' code: the first step only looks at the gradient
@@ -312,34 +360,36 @@ def _plus(factor: Any, outer: jax.Array) -> Any:
 
 def _identity_factor(axis: int) -> Callable:
     """Like `_factor`, but ``eps`` times the identity."""
+    zeros = _factor(axis)
 
     def begin(p: Any, max_precond_dim: Any, eps: Any) -> Any:
-        zeros = _factor(axis)(p, max_precond_dim)
-        return (
-            None
-            if zeros is None
-            else zeros + eps * jnp.broadcast_to(jnp.eye(p.shape[axis], dtype=p.dtype), zeros.shape)
-        )
+        factor = zeros(p, max_precond_dim)
+        if factor is None:
+            return None
+        return factor + eps * jnp.broadcast_to(jnp.eye(p.shape[axis], dtype=p.dtype), factor.shape)
 
     return begin
 
 
-@rule(
-    start={
-        "accumulator": real_zeros,
-        "left": _identity_factor(-2), "right": _identity_factor(-1),
-        "left_root": _factor(-2), "right_root": _factor(-1),
-    },
-    alternatives={"max_precond_dim": 4, "precondition_frequency": 3, "eps": 1e-2},
-    bounds={"precondition_frequency": (1, math.inf), "eps": (math.ulp(0.0), math.inf)},
-)  # fmt: skip
+@rule(usual_rate=0.01, cost="decomposed")
+@partitioned
 def shampoo(
-    g, accumulator, left, right, left_root, right_root, *, t, eps=1e-4, precondition_frequency=1, graft=True,
+    g,
+    accumulator: Square,
+    left: Annotated[Basis, start(_identity_factor(-2))],
+    right: Annotated[Basis, start(_identity_factor(-1))],
+    left_root: Left,
+    right_root: Right,
+    *,
+    t,
+    eps: Positive = 1e-4,
+    precondition_frequency: Count = 1,
+    graft=True,
     max_precond_dim=10000,
-):  # fmt: skip
+):
     r"""Shampoo (Gupta et al. 2018, arXiv:1802.09568): $L \leftarrow L + G G^T,\; R \leftarrow R + G^T G,\; U = L^{-1/4}\, G\, R^{-1/4}$.
 
-    $L$ and $R$ start at $\epsilon I$; the roots are taken anew every ``precondition_frequency`` steps. With ``graft``
+    $L$ and $R$ start at $\epsilon I$; the roots are computed every ``precondition_frequency`` steps. With ``graft``
     (Agarwal et al. 2020, arXiv:2002.11803) each matrix moves as far as diagonal Adagrad would, in Shampoo's direction.
     An axis longer than ``max_precond_dim`` has no factor, and the other one's root is then $-1/2$. Leaves below two
     dimensions get diagonal Adagrad, $G / \sqrt{\epsilon + \sum G^2}$; axes before the last two are a batch.
@@ -349,9 +399,12 @@ def shampoo(
         return diagonal, accumulator, left, right, left_root, right_root
     left, right = _plus(left, g @ adjoint(g)), _plus(right, adjoint(g) @ g)
     order = 2 if left is None or right is None else 4
-    made = lambda: jax.tree.map(lambda factor: inverse_root(factor, order, eps), (left, right))  # noqa: E731
-    roots = jax.lax.cond((t - 1) % precondition_frequency == 0, made, lambda: (left_root, right_root))
+
+    def computed():
+        return jax.tree.map(lambda factor: inverse_root(factor, order, eps), (left, right))
+
+    roots = jax.lax.cond((t - 1) % precondition_frequency == 0, computed, lambda: (left_root, right_root))
     size = frobenius(u := rotated_back(g, roots[0], roots[1]))
-    u = u * (frobenius(diagonal) / jnp.where(size > 0, size, 1)).astype(u.dtype) if graft else u
-    u = jnp.where(size > 0, u, g)  # only a zero gradient has no size; its place in the mesh passes to the step
+    u = u * (frobenius(diagonal) / jnp.where(size == 0, 1, size)).astype(u.dtype) if graft else u
+    u = jnp.where(size == 0, g, u)  # only a zero gradient has no size; its sharding passes to the step
     return u, accumulator, left, right, *roots

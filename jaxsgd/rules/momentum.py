@@ -1,37 +1,33 @@
 r"""Gradient descent with and without memory of the last step.
 
-Floor 3. Two conventions of momentum live here. The *trace* $b \leftarrow \mu b + g;\; x \leftarrow x - \eta b$
-scales by the learning rate after the average, the *velocity* $v \leftarrow \mu v - \eta g;\; x \leftarrow x + v$
-before it. Under a constant learning rate they walk the same path; under a schedule the velocity still
-carries the old rate's steps, the trace rescales them.
+There are two conventions of momentum. The *trace* $b \leftarrow \mu b + g;\; x \leftarrow x - \eta b$ scales by the
+learning rate after the average, the *velocity* $v \leftarrow \mu v - \eta g;\; x \leftarrow x + v$ before it. Under a
+constant learning rate both walk the same path. Under a schedule the velocity keeps the old rate's steps, and the trace
+rescales them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from jaxsgd.hyper import Decay, Seed, in_state, scheduled
 from jaxsgd.numerics import wide
+from jaxsgd.paths import leaf_names
 from jaxsgd.rule import rule
-from jaxsgd.spec import seed, without_when_off
+from jaxsgd.slots import Mean, kept_in, unless
 from jaxsgd.state import PIN, find_states
+from jaxsgd.storage import Blocks, decode
 
-__all__ = [
-    "look_ahead", "momentum", "nesterov", "noisy_sgd", "optimistic_gradient_descent", "sgd", "velocity",
-]  # fmt: skip
+__all__ = ["look_ahead", "momentum", "nesterov", "noisy_sgd", "optimistic_gradient_descent", "sgd", "velocity"]
+
+Trace = Annotated[Mean, unless("momentum"), kept_in("accumulator_dtype")]
 
 
-@rule(
-    start={"trace": without_when_off("momentum")},
-    oracle=optax.sgd,
-    positional=("learning_rate", "momentum", "nesterov", "accumulator_dtype"),
-    aliases={"accumulator_dtype": "trace"},
-    needs={"nesterov": {"momentum": 0.9}},
-)
-def sgd(g, trace, *, momentum=None, nesterov=False):
+@rule(positional="learning_rate momentum nesterov accumulator_dtype", usual_rate=0.1, batch_scaling="linear")
+def sgd(g, trace: Trace, *, momentum: Decay = None, nesterov=False):
     r"""SGD (Robbins & Monro 1951, doi:10.1214/aoms/1177729586): $x \leftarrow x - \eta g$.
 
     With ``momentum`` the direction is the trace $b \leftarrow \mu b + g$, with ``nesterov`` it is
@@ -43,20 +39,15 @@ def sgd(g, trace, *, momentum=None, nesterov=False):
     return (momentum * trace + g if nesterov else trace), trace
 
 
-@rule(oracle=lambda learning_rate, momentum=0.9: optax.sgd(learning_rate, momentum))
-def momentum(g, trace, *, momentum=0.9):
+@rule(usual_rate=0.03, batch_scaling="linear")
+def momentum(g, trace: Mean, *, momentum: Decay = 0.9):
     r"""Momentum, trace form (Polyak 1964, doi:10.1016/0041-5553(64)90137-5): $b \leftarrow \mu b + g,\; x \leftarrow x - \eta b$."""
     trace = momentum * trace + g
     return trace, trace
 
 
-@rule(
-    runtime=("momentum",),
-    oracle=lambda learning_rate, momentum=0.9: optax.chain(
-        optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
-    ),
-)
-def velocity(g, v, *, learning_rate, momentum=0.9):
+@rule(usual_rate=0.03, batch_scaling="linear")
+def velocity(g, v: Mean, *, learning_rate, momentum: Annotated[Decay, in_state] = 0.9):
     r"""Momentum, velocity form (Sutskever et al. 2013, PMLR 28:1139): $v \leftarrow \mu v - \eta g,\; x \leftarrow x + v$.
 
     With the gradient taken at `look_ahead`, $x + \mu v$, this is Nesterov's look-ahead form.
@@ -65,12 +56,8 @@ def velocity(g, v, *, learning_rate, momentum=0.9):
     return v, v
 
 
-@rule(
-    oracle=lambda learning_rate, momentum=0.9: optax.chain(
-        optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov=True)
-    ),
-)
-def nesterov(g, v, *, learning_rate, momentum=0.9):
+@rule(usual_rate=0.03, batch_scaling="linear")
+def nesterov(g, v: Mean, *, learning_rate, momentum: Decay = 0.9):
     r"""Nesterov momentum (Bengio et al. 2013, arXiv:1212.0901): $v' = \mu v - \eta g,\; x \leftarrow x - \mu v + (1 + \mu) v'$.
 
     The look-ahead form after the change of variables: the parameters are the look-ahead points.
@@ -88,57 +75,54 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
         updates, state = tx.update(grads, state, params)
 
     Args:
-      state: an optimizer state that holds that of `velocity`.
+      state: an optimizer state that holds that of `velocity`, such as ``nnx.Optimizer.opt_state``.
       params: the parameters $x$.
-      momentum: $\mu$ of the coming step, a number or a schedule; by default the state's. A schedule must
-        be given here again: the state knows the last step's value only.
+      momentum: $\mu$ of the coming step, a number or a schedule. Default: the state's. A schedule must be given here
+        again: the state knows the last step's value only.
 
     Raises:
-      ValueError: no velocity in ``state``, or its momentum follows a schedule and is not given.
+      ValueError: no velocity in ``state``, or none of a parameter; its momentum follows a schedule and is not given.
     """
     found = [s for _, s in find_states(state) if "v" in s.slots and "momentum" in s.hyper]
     if len(found) != 1:
         raise ValueError(f"state: one state of jaxsgd.velocity is needed, found {len(found)}")
-    (held,) = found
-    if momentum is None and PIN + "momentum" in held.hyper:
+    count, hyper, velocity = found[0].count, found[0].hyper, found[0].slots["v"]
+    if momentum is None and PIN + "momentum" in hyper:
         raise ValueError("momentum: it follows a schedule; pass look_ahead(state, params, momentum=schedule)")
-    mu = held.hyper["momentum"] if momentum is None else momentum
-    mu = mu(held.count) if callable(mu) else mu
+    mu = scheduled(hyper["momentum"] if momentum is None else momentum, count)
+    # By name: params may be boxed where the state is not.
+    velocities = dict(zip(leaf_names(velocity, _whole), jax.tree.leaves(velocity, is_leaf=_whole), strict=True))
 
-    def ahead(p, v):
-        # A frozen leaf has no velocity.
-        return p if v is None else (wide(p) + jax.numpy.asarray(mu, v.real.dtype) * wide(v)).astype(p.dtype)
+    def ahead(name: str, p: Any) -> Any:
+        if name not in velocities:
+            raise ValueError(f"state: it holds no velocity of {name!r}; it holds those of {sorted(velocities)}")
+        v = velocities[name]
+        if v is None:  # a frozen leaf
+            return p
+        v = decode(v) if isinstance(v, Blocks) else wide(v)
+        return (wide(p) + jnp.asarray(mu, v.real.dtype) * v).astype(p.dtype)
 
-    treedef = jax.tree.structure(params)
-    pairs = zip(jax.tree.leaves(params), treedef.flatten_up_to(held.slots["v"]), strict=True)
-    return treedef.unflatten(ahead(p, v) for p, v in pairs)
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(map(ahead, leaf_names(params), leaves))
 
 
-@rule(oracle=optax.optimistic_gradient_descent)
-def optimistic_gradient_descent(g, g_prev, *, t, alpha=1.0, beta=1.0):
+def _whole(node: Any) -> bool:
+    return node is None or isinstance(node, Blocks)
+
+
+@rule(usual_rate=0.1, cost="gradient_kept")
+def optimistic_gradient_descent(g, g_prev: Mean, *, t, alpha=1.0, beta=1.0):
     r"""Optimistic gradient descent (Mokhtari et al. 2020, arXiv:1901.08511): $u_t = (\alpha + \beta) g_t - \beta g_{t-1}$.
 
-    The first step, which has no gradient before it, is $\alpha g_1$.
+    The first step has no gradient before it. It is $\alpha g_1$.
     """
     return (alpha + beta) * g - beta * jnp.where(t == 1, g, g_prev), g
 
 
-def _seeded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """As in optax, a key of None is 0."""
-    return {**arguments, "key": seed(0 if arguments["key"] is None else arguments["key"], "noisy_sgd")}
-
-
-@rule(
-    prepare=_seeded,
-    alternatives={"key": 1},
-    exceptions={
-        "zero": "the noise moves a parameter whose gradient is zero",
-        "complex": "the noise is drawn on the axes, it does not turn with the gradient",
-    },
-)
-def noisy_sgd(g, *, t, leaf_key, eta=0.01, gamma=0.55, key=0):
+@rule(usual_rate=0.1, batch_scaling="linear", cost="random")
+def noisy_sgd(g, *, t, leaf_key, eta=0.01, gamma=0.55, key: Seed = 0):
     r"""Noisy SGD (Neelakantan et al. 2015, arXiv:1511.06807): $u_t = g_t + \sigma_t \xi_t,\; \xi_t \sim N(0, 1),\; \sigma_t^2 = \eta / t^\gamma$.
 
-    ``key`` is the seed. The noise of an array depends on it, on the step and on the array's place in the tree.
+    ``key`` is the seed. The noise of an array depends on the seed, the step and the array's name.
     """
     return (g + jnp.sqrt(eta / t**gamma) * jax.random.normal(leaf_key, g.shape, g.dtype),)

@@ -1,28 +1,36 @@
 r"""Rules that orthogonalise a momentum in other ways than Muon.
 
-Floor 3. They treat leaves as `jaxsgd.rules.matrix` does: kernels are (in, out), axes before the last two a batch,
-and what is no hidden matrix goes to Adam.
+They treat leaves as `jaxsgd.rules.matrix` does: kernels are (in, out), axes before the last two are a batch, and leaves
+that are no hidden matrix go to Adam.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from jaxsgd.matrices import USUAL, adjoint, as_matrices, frobenius
+from jaxsgd.hyper import Decay, Seed, Static, within
+from jaxsgd.matrices import (
+    USUAL,
+    adjoint,
+    as_matrices,
+    frobenius,
+    gathered,
+    known,
+    matrix_shape,
+    orthonormal,
+    partitioned,
+)
 from jaxsgd.numerics import ema, real_zeros, sq
 from jaxsgd.rule import rule
 from jaxsgd.rules.adaptive import adam
-from jaxsgd.rules.matrix import BY_NAME, ROUTING, adam_zeros, matrix_axes, routed
-from jaxsgd.spec import seed
+from jaxsgd.rules.matrix import LAST_TWO, adam_zeros, hidden_matrices, matrix_axes, orthogonalized
+from jaxsgd.slots import Basis, Mean, Square, start
 
 __all__ = ["adamuon", "dion", "normuon"]
-
-DECAYS = {"beta": (0, 1), "beta2": (0, 1)}
 
 # -- orthogonal updates with a second moment -----------------------------------------------------
 
@@ -30,7 +38,7 @@ DECAYS = {"beta": (0, 1), "beta2": (0, 1)}
 def _resized(x: jax.Array, size: Any) -> jax.Array:
     """``x`` with the Frobenius norm ``size``, zeros as they are."""
     now = frobenius(x)
-    return x * (size / jnp.where(now > 0, now, 1)).astype(x.dtype)
+    return x * (size / jnp.where(now == 0, 1, now)).astype(x.dtype)
 
 
 def _cleared(x: jax.Array) -> jax.Array:
@@ -39,37 +47,49 @@ def _cleared(x: jax.Array) -> jax.Array:
     An entry that is always rounding would get full steps of it from a second moment of its own.
     """
     rounding = 512 * float(jnp.finfo(x.dtype).eps) / math.sqrt(math.prod(x.shape[-2:])) * frobenius(x)
-    return jnp.where(jnp.abs(x) > rounding, x, 0)
+    return jnp.where(jnp.abs(x) <= rounding, 0, x)
 
 
 def _neurons(p: Any, axes: Any) -> Any:
     """Zeros for each output of a matrix, or each entry of a leaf of Adam's."""
     axes = matrix_axes(p, axes)
-    return real_zeros(p if axes is None else jnp.sum(as_matrices(p, *axes)[0], -2, keepdims=True))
+    return real_zeros(p if axes is None else jnp.sum(as_matrices(gathered(p)[0], *axes)[0], -2, keepdims=True))
 
 
-@rule(
-    start={"nu": _neurons},
-    **BY_NAME,
-    positional=("learning_rate", "ns_coeffs", "ns_steps", "beta", "beta2", "weight_decay"),
-    bounds=DECAYS,
-    alternatives={"adam_eps": 0.01},
-)
+POSITIONAL = "learning_rate ns_coeffs ns_steps beta beta2 weight_decay"
+
+
+@rule(positional=POSITIONAL, call=orthogonalized, usual_rate=0.02, cost="products")
+@partitioned
 def normuon(
-    g, mu, nu, *, t, axes="last two", how=USUAL, ns_steps=5,
-    beta=0.95, beta2=0.95, eps=1e-7, eps_nu=1e-10, nesterov=True, consistent_rms=None, adam_b1=0.9, adam_b2=0.95,
+    g,
+    mu: Mean,
+    nu: Annotated[Square, start(_neurons)],
+    *,
+    t,
+    axes: Static = LAST_TWO,
+    how: Static = USUAL,
+    ns_steps=5,
+    beta: Decay = 0.95,
+    beta2: Decay = 0.95,
+    eps=1e-7,
+    eps_nu=1e-10,
+    nesterov=True,
+    consistent_rms=None,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.95,
     adam_eps=1e-10,
-):  # fmt: skip
+):
     r"""NorMuon (Li et al. 2025, arXiv:2510.05491): $O = \operatorname{orth}(M),\; v_j \leftarrow \beta_2 v_j + (1-\beta_2) \operatorname{mean}_i O_{ij}^2,\; \hat O_{ij} = O_{ij} / (\sqrt{v_j} + \epsilon),\; U = \sqrt{\max(1, \tfrac{out}{in})}\, \lVert O \rVert\, \hat O / \lVert \hat O \rVert$.
 
-    Muon whose outputs (neurons, the last axis of a kernel) each have a second moment, so that none of them steps
+    Muon with a second moment for each output (the neurons, the last axis of a kernel), so that none of them steps
     further than the others. The arguments are those of `muon`, and ``eps_nu`` for $\epsilon$; ``eps`` is that of the
     orthogonalisation. By default as in github.com/zichongli5/NorMuon: Nesterov's look-ahead, no bias correction,
     Muon's size of steps. The paper's algorithm is ``nesterov=False, consistent_rms=0.2``: a root mean square of 0.2,
     so that Adam's learning rates serve.
     """
     if (axes := matrix_axes(g, axes)) is None:
-        return adam.spec.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)
+        return adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)
     mu = ema(mu, g, beta)
     x, back = as_matrices(ema(mu, g, beta) if nesterov else mu, *axes)
     o = how.orthogonal(x, ns_steps, eps)
@@ -80,29 +100,38 @@ def normuon(
     return back(_resized(o / (jnp.sqrt(nu) + eps_nu).astype(o.dtype), size)), mu, nu
 
 
-@rule(
-    start={"nu": real_zeros},
-    **BY_NAME,
-    positional=("learning_rate", "ns_coeffs", "ns_steps", "beta", "beta2", "weight_decay"),
-    bounds=DECAYS,
-    weight_decay=0.01,
-    alternatives={"adam_eps": 0.01},
-)
+@rule(positional=POSITIONAL, call=orthogonalized, weight_decay=0.01, usual_rate=0.02, cost="products")
+@partitioned
 def adamuon(
-    g, mu, nu, *, t, axes="last two", how=USUAL, ns_steps=5,
-    beta=0.95, beta2=0.95, eps=1e-7, eps_nu=1e-8, nesterov=False, sign=True, consistent_rms=0.2, adam_b1=0.9,
-    adam_b2=0.95, adam_eps=1e-8,
-):  # fmt: skip
+    g,
+    mu: Mean,
+    nu: Square,
+    *,
+    t,
+    axes: Static = LAST_TWO,
+    how: Static = USUAL,
+    ns_steps=5,
+    beta: Decay = 0.95,
+    beta2: Decay = 0.95,
+    eps=1e-7,
+    eps_nu=1e-8,
+    nesterov=False,
+    sign=True,
+    consistent_rms=0.2,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.95,
+    adam_eps=1e-8,
+):
     r"""AdaMuon (Si et al. 2025, arXiv:2507.11005): $O = \operatorname{orth}(\operatorname{sign}(M)),\; V \leftarrow \beta_2 V + (1-\beta_2) O^2,\; \hat O = O / (\sqrt V + \epsilon),\; U = 0.2 \sqrt{mn}\, \hat O / \lVert \hat O \rVert$.
 
-    Muon with a second moment of each entry of the orthogonal update, and that update made from the signs of the
-    momentum. The paper has one decay for both moments. The arguments are those of `muon`, and ``eps_nu`` for
+    Muon with a second moment of each entry of the orthogonal update, which comes from the signs of the momentum. The
+    paper has one decay for both moments. The arguments are those of `muon`, and ``eps_nu`` for
     $\epsilon$; ``eps`` is that of the orthogonalisation, ``consistent_rms`` the root mean square of a step.
     ``sign=False`` orthogonalises the momentum itself, as github.com/Chongjie-Si/AdaMuon does (with ``nesterov=True``
     and ``beta2=0.999``).
     """
     if (axes := matrix_axes(g, axes)) is None:
-        return adam.spec.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)
+        return adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)
     mu = ema(mu, g, beta)
     x, back = as_matrices(ema(mu, g, beta) if nesterov else mu, *axes)
     o = how.orthogonal(jnp.sign(x) if sign else x, ns_steps, eps)
@@ -118,7 +147,7 @@ def adamuon(
 def _facing(axes: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """The axes of the longer side of a matrix, whose basis Dion keeps orthonormal, then those of the other.
 
-    Of equal ones the outputs, as in the authors' code with its (out, in).
+    Of equal sides the outputs come first, as in the authors' code with its (out, in).
     """
     rows, columns = axes
     sizes = [math.prod(shape[axis] for axis in side) for side in axes]
@@ -126,26 +155,25 @@ def _facing(axes: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _start_basis(p: Any, axes: Any, rank_fraction: Any, key: Any) -> Any:
-    """Where Dion's power iteration begins: a draw that is the same for every matrix of a shape."""
+    """The start of Dion's power iteration: a draw that is the same for every matrix of a shape."""
     if (axes := matrix_axes(p, axes)) is None:
         return None
-    if isinstance(rank_fraction, Tracer):
-        raise TypeError("dion: rank_fraction decides the shape of the state: a number known while tracing is needed")
-    x, _ = as_matrices(p, *_facing(axes, p.shape))
-    short = x.shape[-1]
-    rank = max(1, math.ceil(float(rank_fraction) * short - 1e-6))  # 0.7 * 10 is 7, whatever its last digit says
+    *batch, _, short = matrix_shape(p.shape, *_facing(axes, p.shape))
+    rank = max(
+        1, math.ceil(float(known("rank_fraction", rank_fraction)) * short - 1e-6)
+    )  # 0.7 * 10 is 7, whatever its last digit says
     seed = jax.random.key(key.astype(jnp.uint32) if isinstance(key, jax.Array) else key)
-    return jnp.broadcast_to(jax.random.normal(seed, (short, rank), p.dtype), (*x.shape[:-2], short, rank))
+    return jnp.broadcast_to(jax.random.normal(seed, (short, rank), p.dtype), (*batch, short, rank))
 
 
 def _power_step(b: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One step of the power iteration from the basis ``q``: $P, R = B^* P$, and which columns of $R$ are no rounding.
 
-    Where ``b`` has a lower rank than ``q``, the last columns of $P$ are any that complete it, and what $B$ has there is
-    rounding, which normalised would be a full step of noise.
+    Where ``b`` has a lower rank than ``q``, the last columns of $P$ are any that complete it. $B$ has only rounding there,
+    which normalised would be a full step of noise.
     """
     some = jnp.any(b != 0, (-2, -1), keepdims=True)
-    p, _ = jnp.linalg.qr(jnp.where(some, b @ q, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype)))
+    p, _ = orthonormal(jnp.where(some, b @ q, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype)))
     r = adjoint(b) @ p
     least = 64 * float(jnp.finfo(b.dtype).eps) * frobenius(b)
     return p, r, jnp.sum(sq(r), -2, keepdims=True) > sq(least)
@@ -158,32 +186,39 @@ def _unit_columns(r: jax.Array, clear: jax.Array, eps: Any) -> jax.Array:
 
 
 @rule(
-    start={"nu": adam_zeros, "q": _start_basis},
-    routes=routed,
-    prepare=lambda arguments: {**arguments, "key": seed(arguments["key"], "dion")},
-    hidden=("axes",),
-    extras={k: v for k, v in ROUTING.items() if k not in ("ns_coeffs", "preconditioning", "mesh")},
-    positional=("learning_rate", "rank_fraction", "beta", "weight_decay"),
+    positional="learning_rate rank_fraction beta weight_decay",
+    call=hidden_matrices,
     learning_rate=0.01,
     weight_decay=0.01,
-    bounds={"beta": (0, 1), "rank_fraction": (math.ulp(0.0), math.nextafter(1, 2))},
-    alternatives={"adam_eps": 0.01, "key": 1, "rank_fraction": 0.5},
-    needs={"key": {"rank_fraction": 0.5}},
+    cost="decomposed",
 )
+@partitioned
 def dion(
-    g, mu, nu, q, *, t, axes="last two", rank_fraction=1, beta=0.95, eps=1e-8, key=0, adam_b1=0.9, adam_b2=0.95,
+    g,
+    mu: Mean,
+    nu: Annotated[Square, start(adam_zeros)],
+    q: Annotated[Basis, start(_start_basis)],
+    *,
+    t,
+    axes: Static = LAST_TWO,
+    rank_fraction: Annotated[float, within(math.ulp(0.0), math.nextafter(1, 2))] = 1,
+    beta: Decay = 0.95,
+    eps=1e-8,
+    key: Seed = 0,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.95,
     adam_eps=1e-8,
-):  # fmt: skip
+):
     r"""Dion (Ahn et al. 2025, arXiv:2504.05295): $B = M + G,\; P = \operatorname{qr}(B Q),\; R = B^T P,\; M \leftarrow B - (1-\mu) P R^T,\; Q_j \leftarrow R_j / \lVert R_j \rVert,\; U = \sqrt{\tfrac{out}{in}}\, P Q^T$.
 
-    An orthonormal update of low rank, from one step of the power iteration on the momentum; what it leaves out stays
-    in the momentum. ``rank_fraction`` is the rank, in parts of the shorter side; ``beta`` is $\mu$; ``key`` the seed of
-    the first $Q$. The basis of the longer side is the orthonormal one, as in the authors' code. Columns of $R$ that are
-    only rounding, where $B$ has a lower rank, make no step, and their $Q_j$ waits. What is no hidden matrix goes to
-    Adam, as in `muon`.
+    An orthonormal update of low rank, from one step of the power iteration on the momentum; the rest stays in the
+    momentum. ``rank_fraction`` is the rank, in parts of the shorter side; ``beta`` is $\mu$; ``key`` the seed of the first
+    $Q$. The basis of the longer side is the orthonormal one, as in the authors' code. Columns of $R$ that are only
+    rounding, where $B$ has a lower rank, make no step, and their $Q_j$ waits. Leaves that are no hidden matrix go to Adam,
+    as in `muon`.
     """
     if (axes := matrix_axes(g, axes)) is None:
-        return *adam.spec.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps), q
+        return *adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps), q
     b, back = as_matrices(mu + g, *_facing(axes, g.shape))
     basis, r, clear = _power_step(b, q)
     unit = _unit_columns(r, clear, eps)

@@ -1,42 +1,34 @@
 r"""Rules that learn a preconditioner by whitening the gradients they meet.
 
-Floor 3. A matrix has a factor for each side, upper triangular or diagonal, and the preconditioner is
-$P = Q^T Q$ with $Q = Q_R \otimes Q_L$; a vector or a scalar has one factor.
+A matrix has a factor for each side, upper triangular or diagonal, and the preconditioner is $P = Q^T Q$ with
+$Q = Q_R \otimes Q_L$; a vector or a scalar has one factor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.matrices import adjoint, frobenius
+from jaxsgd.hyper import Decay, Seed, one_of, within
+from jaxsgd.matrices import adjoint, frobenius, known, partitioned
 from jaxsgd.numerics import debias, ema, sq
-from jaxsgd.paths import nearest
 from jaxsgd.rule import rule
-from jaxsgd.spec import seed, without_when_off
+from jaxsgd.slots import Basis, Mean, start, unless
 
 __all__ = ["kron"]
 
-SAVING = ("one_diag", "smart_one_diag", "all_diag")
-"""Which sides have a diagonal factor whatever their size: the longer one, the longer one if there is one, both."""
+Saving = Annotated[Any, one_of("one_diag", "smart_one_diag", "all_diag")]
+"""The sides with a diagonal factor whatever their size: the longer one, the longer one if there is one, both."""
 
 DAMPING = math.sqrt(np.finfo(np.float32).eps)
-"""Noise added to what a preconditioner is fitted to, in units of its mean magnitude."""
+"""The noise added to the data of a fit, in units of their mean magnitude."""
 
-
-def _prepared(arguments: dict[str, Any]) -> dict[str, Any]:
-    mode = arguments["memory_save_mode"]
-    if mode is not None and mode not in SAVING:
-        raise ValueError(f"memory_save_mode={mode!r}: known are None, {', '.join(SAVING)}{nearest(str(mode), SAVING)}")
-    return {**arguments, "key": seed(arguments["key"], "kron"), "saving": mode}
-
-
-# -- what a leaf is, and what it has -------------------------------------------------------------
+# -- the factors of a leaf -----------------------------------------------------------------------
 
 
 def _matrix(x: jax.Array, merge_dims: bool) -> jax.Array:
@@ -49,19 +41,20 @@ def _matrix(x: jax.Array, merge_dims: bool) -> jax.Array:
 def _factor(axis: int) -> Callable:
     """The start of the factor of one side: the scaled identity, whole or its diagonal."""
 
-    def begin(
-        p: Any, max_size_triangular: Any, min_ndim_triangular: Any, saving: Any, precond_init_scale: Any,
-        merge_dims: Any,
-    ) -> Any:  # fmt: skip
+    def begin(p, max_size_triangular, min_ndim_triangular, memory_save_mode, precond_init_scale, merge_dims):
         ndim = min(p.ndim, 2)
         if p.size == 0 or (axis == -2 and ndim < 2):
             return None
-        shape = _matrix(p, merge_dims).shape
+        shape = jax.eval_shape(lambda x: _matrix(x, merge_dims), jax.ShapeDtypeStruct(p.shape, p.dtype)).shape
         size, other, batch = shape[axis], shape[-3 - axis], shape[:-2]
         # Of equal sides the last is the longer one.
         longer = ndim < 2 or size > other or (size == other and axis == -1)
         saved = {None: False, "one_diag": longer, "smart_one_diag": ndim > 1 and size > other, "all_diag": True}
-        dense = 1 < size <= max_size_triangular and ndim >= min_ndim_triangular and not saved[saving]
+        longest, least = (
+            known("max_size_triangular", max_size_triangular),
+            known("min_ndim_triangular", min_ndim_triangular),
+        )
+        dense = 1 < size <= longest and ndim >= least and not saved[memory_save_mode]
         scale = precond_init_scale ** (1 / max(ndim, 1))
         return jnp.broadcast_to(
             scale * (jnp.eye(size, dtype=p.dtype) if dense else jnp.ones(size, p.dtype)),
@@ -71,7 +64,7 @@ def _factor(axis: int) -> Callable:
     return begin
 
 
-def _due(waited, *, t, preconditioner_update_probability):
+def _due(waited=0.0, *, t, preconditioner_update_probability):
     """Whether this step fits the preconditioners: one in 1/p, counted for all leaves at once."""
     rate = preconditioner_update_probability
     if rate is None:
@@ -138,43 +131,48 @@ def _balanced(batch: int, left: Any, right: Any) -> tuple[Any, Any]:
     """The factors with equal largest entries, against overflow: neither $P$ nor any later step changes by it."""
     if left is None:
         return left, right
-    largest = lambda q: jnp.max(jnp.abs(q), tuple(range(batch, q.ndim)))  # noqa: E731
-    ratio = jnp.sqrt(largest(right) / largest(left))
-    of = lambda q: ratio.reshape(ratio.shape + (1,) * (q.ndim - batch)).astype(q.dtype)  # noqa: E731
-    return left * of(left), right / of(right)
+    largest = [jnp.max(jnp.abs(q), tuple(range(batch, q.ndim))) for q in (left, right)]
+    ratio = jnp.sqrt(largest[1] / largest[0])
+    ours, theirs = (ratio.reshape(ratio.shape + (1,) * (q.ndim - batch)).astype(q.dtype) for q in (left, right))
+    return left * ours, right / theirs
 
 
 def _whitened(x: jax.Array, left: Any, right: Any, noise: jax.Array, rate: Any) -> tuple[Any, Any]:
-    """The factors after one step towards white $Q_L G Q_R^T$; ``noise`` is what they are held against."""
+    """The factors after one step towards white $Q_L G Q_R^T$, compared with ``noise``."""
     mean = jnp.mean(jnp.abs(x), (-2, -1), keepdims=True).astype(x.dtype)
     a = _both(_times, x + DAMPING * mean * noise, left, right)
     b = _both(_solved, noise, left, right)
     return _balanced(x.ndim - 2, _fitted(left, a, b, rate), _fitted(right, _turned(a), _turned(b), rate))
 
 
-@rule(
-    start={"mu": without_when_off("b1"), "left": _factor(-2), "right": _factor(-1), "waited": lambda: 0.0},
-    shared=_due,
-    prepare=_prepared,
-    hidden=("saving",),
-    extras={"memory_save_mode": None},
-    positional=("learning_rate", "b1", "weight_decay", "mask"),
-    learning_rate=3e-4,
-    alternatives={"max_size_triangular": 4, "key": 1},
-    bounds={"preconditioner_update_probability": (math.ulp(0.0), math.nextafter(1, 2))},
-    exceptions={"complex": "the noise is drawn on the axes, it does not turn with the gradient"},
-)
+@rule(positional="learning_rate b1 weight_decay mask", learning_rate=3e-4, shared=_due, cost="decomposed")
+@partitioned
 def kron(
-    g, mu, left, right, *, t, due, leaf_key, b1=0.9, preconditioner_update_probability=None,
-    max_size_triangular=8192, min_ndim_triangular=2, saving=None, momentum_into_precond_update=True,
-    precond_lr=0.1, precond_init_scale=1.0, merge_dims=True, key=0,
-):  # fmt: skip
+    g,
+    mu: Annotated[Mean, unless("b1")],
+    left: Annotated[Basis, start(_factor(-2))],
+    right: Annotated[Basis, start(_factor(-1))],
+    *,
+    t,
+    due,
+    leaf_key,
+    b1: Decay = 0.9,
+    preconditioner_update_probability: Annotated[Any, within(math.ulp(0.0), math.nextafter(1, 2))] = None,
+    max_size_triangular=8192,
+    min_ndim_triangular=2,
+    memory_save_mode: Saving = None,
+    momentum_into_precond_update=True,
+    precond_lr=0.1,
+    precond_init_scale=1.0,
+    merge_dims=True,
+    key: Seed = 0,
+):
     r"""PSGD Kron (Li 2015, arXiv:1512.04202): $U = Q_L^T Q_L\, \hat M_t\, Q_R^T Q_R,\; A = Q_L \hat M_t Q_R^T,\; B = Q_L^{-T} V Q_R^{-1},\; Q_L \leftarrow Q_L - \mu \operatorname{triu}(A A^T - B B^T)\, Q_L / \lVert A A^T + B B^T \rVert$.
 
     A whitened momentum: upper triangular factors for both sides, fitted by relative steps against noise $V \sim
-    N(0, 1)$ ($Q_R$ likewise, with $A^T, B^T$), and the root mean square of a step clipped at 1.1. The
-    arguments are those of github.com/evanatyourservice/kron_torch; unlike there, the noise that damps the fit does not
-    enter the step, and a gradient of zeros fits nothing.
+    N(0, 1)$ ($Q_R$ likewise, with $A^T, B^T$), and the root mean square of a step clipped at 1.1. The arguments are those
+    of github.com/evanatyourservice/kron_torch; unlike there, the noise that damps the fit does not enter the step, and a
+    gradient of zeros fits nothing.
 
     - ``preconditioner_update_probability``: how often the factors are fitted, as a rate: every $1/p$ steps. None is 1
       for 500 steps and falls to 0.03 until step 4,000. A number, or a schedule.
@@ -192,8 +190,11 @@ def kron(
         return mean, mu, left, right
     x = _matrix(mean, merge_dims)
     seen = x if momentum_into_precond_update else _matrix(g, merge_dims)
-    noise = lambda: _matrix(jax.random.normal(leaf_key, g.shape, g.dtype), merge_dims)  # noqa: E731
-    fitted = lambda: _whitened(seen, left, right, noise(), precond_lr)  # noqa: E731
+
+    def fitted():
+        noise = jax.random.normal(leaf_key, g.shape, g.dtype)
+        return _whitened(seen, left, right, _matrix(noise, merge_dims), precond_lr)
+
     left, right = jax.lax.cond(due & jnp.any(seen != 0), fitted, lambda: (left, right))
     u = _both(_preconditioned, x, left, right)
     size = frobenius(u) / math.sqrt(math.prod(u.shape[-2:])) + 1e-12

@@ -1,6 +1,6 @@
 """Property tests for update rules: yours, optax's, ours. Public, for any optax gradient transformation.
 
-Floor 7. Five lines in your test file::
+Five lines in your test file::
 
     from jaxsgd.testing import check_laws, check_rule
 

@@ -1,6 +1,6 @@
 """Hypothesis strategies for tests of update rules: trees, gradients, dtypes, hyperparameters. Needs Hypothesis.
 
-Floor 7. Values and seeds are drawn, shapes are not unless asked for: a compiled walk then serves every example::
+Values and seeds are drawn, shapes are not unless asked for: a compiled walk then serves every example::
 
     from hypothesis import given
     from jaxsgd.testing.strategies import problems
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +25,15 @@ import optax
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from jaxsgd.rule import DECAYS
+from jaxsgd.hyper import Bounds, Choice, SeedOf
+from jaxsgd.rule import Rule
 from jaxsgd.testing.walks import GRADIENTS, SHAPES, draw_gradients, draw_params
 
 __all__ = ["dtypes", "gradients", "hyperparameters", "param_trees", "problems", "shapes"]
 
 SEEDS = st.integers(0, 2**31 - 1)
+DECAYS = re.compile(r"b\d|.*_b\d|decay|momentum|rho")
+"""Arguments of other people's functions that are the decay of an average, in [0, 1)."""
 
 
 def dtypes(*, narrow: bool = True, complex: bool = False) -> SearchStrategy[np.dtype]:
@@ -93,9 +97,10 @@ def hyperparameters(
 ) -> SearchStrategy[dict[str, Any]]:
     """Keyword arguments for ``factory``, read off its signature: ``factory(**drawn)`` is a valid call.
 
-    What has a number or a flag as its default, and the learning rate, is drawn: decays (``b1``, ``momentum``, ``rho``)
-    from [0.01, 0.999], epsilons and rates over decades, other numbers between half and double their default, but below
-    1 what is below 1. Arguments of other kinds keep their defaults.
+    Arguments whose default is a number or a flag, and the learning rate, are drawn: decays from [0.01, 0.999], epsilons
+    and rates over decades, other numbers between half and double their default. The rules of jaxsgd say which values
+    each may have, and their choices are drawn too. Of other functions ``b1``, ``momentum`` and ``rho`` are decays, and
+    what is below 1 stays below 1. Arguments of other kinds keep their defaults.
 
     Args:
       factory: such as `optax.adam` or a rule of `jaxsgd.RULES`.
@@ -108,15 +113,20 @@ def hyperparameters(
     for name in fixed:
         if name not in parameters:
             raise TypeError(f"{name}: {getattr(factory, '__name__', factory)} has no such argument")
-    drawn = {name: _values(name, p.default) for name, p in parameters.items()}
+    known = {name: hyper.domain for name, hyper in factory.hypers.items()} if isinstance(factory, Rule) else {}
+    drawn = {name: _values(name, p.default, known.get(name)) for name, p in parameters.items()}
     given = {name: s if isinstance(s, SearchStrategy) else st.just(s) for name, s in fixed.items()}
     return st.fixed_dictionaries({name: s for name, s in drawn.items() if s is not None} | given)
 
 
-def _values(name: str, default: Any) -> SearchStrategy | None:
+def _values(name: str, default: Any, domain: Any) -> SearchStrategy | None:
     """Values of one argument, or None where it keeps its default."""
     if name == "learning_rate":
         return _decades(-4, -1)
+    if isinstance(domain, Choice):
+        return st.sampled_from(domain.known)
+    if isinstance(domain, SeedOf):
+        return SEEDS
     if isinstance(default, bool):
         return st.booleans()
     if not isinstance(default, int | float) or not math.isfinite(default):
@@ -125,12 +135,19 @@ def _values(name: str, default: Any) -> SearchStrategy | None:
         return _decades(-10, -3)
     if name.endswith("weight_decay"):
         return st.one_of(st.just(0.0), _decades(-4, -1))
-    if DECAYS.fullmatch(name):
+    decays = DECAYS.fullmatch(name) is not None
+    if isinstance(domain, Bounds):
+        decays = (domain.low, domain.high) == (0, 1)
+    if decays:
         return st.floats(0.01, 0.999)
     if isinstance(default, int):
         return st.integers(max(1, default // 2), max(1, 2 * default))
-    largest = (1 + default) / 2 if default < 1 else 2 * default  # what lies below 1 may have to
-    return st.floats(default / 2, min(largest, 2 * default)) if default > 0 else st.just(default)
+    if default <= 0:
+        return st.just(default)
+    below, high = getattr(domain, "low", 0.0), getattr(domain, "high", math.inf)
+    if domain is None and default < 1:
+        high = (1 + default) / 2
+    return st.floats(max(default / 2, below), min(2 * default, math.nextafter(high, 0)))
 
 
 def _decades(low: int, high: int) -> SearchStrategy[float]:

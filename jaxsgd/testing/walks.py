@@ -1,7 +1,4 @@
-"""Walking a transformation in float64 over gradients of several temperaments, and comparing two walks.
-
-Floor 7.
-"""
+"""Walking a transformation in float64 over gradients of several temperaments, and comparing two walks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,252 @@
+"""One array of a tree under a rule: what the rule sees of it, and its step.
+
+`step_leaf` is compiled with a leaf's settings static, so that leaves of one shape and one setting share a trace.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from dataclasses import replace as replaced
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.hyper import Hyper, is_off, narrow
+from jaxsgd.numerics import wide, widest
+from jaxsgd.rounding import rounded, rounds
+from jaxsgd.slots import Slot, by_name, parameter_names
+from jaxsgd.storage import Storage, plain
+
+__all__ = ["Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "sum_leaf"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a rule sees of one array.
+
+    Attributes:
+      g: the gradient, in the dtype to compute in.
+      p: the parameter, widened, or None where nothing needs it.
+      slots: name -> value, wide; None where the array has none.
+      hyper: all else by name: hyperparameters, ``learning_rate``, ``weight_decay``, ``t`` (the 1-based step), scalars
+        of the tree, extra arguments of the update.
+      delta: the change of the parameter, once a step was taken.
+    """
+
+    g: Any
+    p: Any
+    slots: Mapping[str, Any]
+    hyper: Mapping[str, Any]
+    delta: Any = None
+
+    @property
+    def learning_rate(self) -> Any:
+        return self.hyper["learning_rate"]
+
+    @property
+    def weight_decay(self) -> Any:
+        return self.hyper["weight_decay"]
+
+    @property
+    def t(self) -> Any:
+        return self.hyper["t"]
+
+    def replace(self, **changes: Any) -> Leaf:
+        """A leaf with other fields, or with other entries of ``hyper``."""
+        fields = {name: changes.pop(name) for name in ("g", "p", "slots", "hyper", "delta") if name in changes}
+        if changes:
+            fields["hyper"] = {**fields.get("hyper", self.hyper), **changes}
+        return replaced(self, **fields)
+
+    def named(self) -> dict[str, Any]:
+        """Everything by name, for functions that ask by their parameters."""
+        return {**self.hyper, **self.slots, "g": self.g, "p": self.p}
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """A rule as data: what it keeps and asks for, and its step on one array.
+
+    Attributes:
+      name: the rule's.
+      fn: the rule, ``fn(g, *slots, **context, **hyper) -> (direction, *slots)``; where it asks for ``learning_rate`` it
+        owns its step and returns the change of the parameter instead.
+      slots: name -> what it keeps of each array.
+      context: what it asks for beside: ``t``, ``p``, ``learning_rate``, scalars of ``shared``, extra arguments.
+      hypers: its hyperparameters by name.
+      sums: optional, one leaf by name -> dict of scalars, which are added over the tree.
+      shared: optional, once a step: kept scalars as positionals, whose defaults are their start; sums, ``t`` and
+        hyperparameters as keywords -> dict of scalars for the rule to ask for by name.
+      kept: the scalars that ``shared`` keeps -> how they start, a function of hyperparameters.
+      trees: optional, once a step: ``params``, ``updates``, ``t``, hyperparameters and extra arguments by name -> dict
+        of trees like the params; the rule asks for its leaf of one by name.
+      coupled: weight decay is added to the gradient (L2) instead of the direction.
+      fixed: hyperparameters that a wrapper has settled.
+      advance: a wrapper's step, a function of a leaf; None for a rule of its own.
+    """
+
+    name: str
+    fn: Callable
+    slots: Mapping[str, Slot]
+    context: tuple[str, ...]
+    hypers: Mapping[str, Hyper]
+    sums: Callable | None = None
+    shared: Callable | None = None
+    kept: Mapping[str, Callable] = field(default_factory=dict)
+    trees: Callable | None = None
+    coupled: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    advance: Callable[[Leaf], Leaf] | None = None
+
+    @property
+    def owns_step(self) -> bool:
+        """Whether the rule returns the whole change of the parameter."""
+        return "learning_rate" in self.context
+
+    @property
+    def tree_wide(self) -> frozenset[str]:
+        """The hyperparameters that have one value for the whole tree: no group may override them."""
+        asked = {*(parameter_names(self.shared) if self.shared is not None else ())}
+        asked |= {name for begin in self.kept.values() for name in parameter_names(begin)}
+        return frozenset(name for name, h in self.hypers.items() if h.in_state or name in asked)
+
+    @property
+    def extra(self) -> frozenset[str]:
+        """The extra arguments of ``update`` that the rule, its sums or its tree-wide scalars ask for."""
+        functions = [fn for fn in (self.sums, self.shared, self.trees) if fn is not None]
+        asked = {*self.context, *(name for fn in functions for name in parameter_names(fn))}
+        made = {"g", "p", "t", "learning_rate", "weight_decay", "leaf_key", "params", "updates"}
+        return frozenset(asked - made - {*self.slots, *self.kept, *self.hypers, *self.fixed})
+
+    def first(self, slot: str, p: Any, hyper: Mapping[str, Any]) -> Any:
+        """A slot before the first step, from ``p`` and hyperparameters; None where the array has none."""
+        return self.slots[slot].first(p, {**hyper, **self.fixed})
+
+    def direction(self, leaf: Leaf) -> tuple[Any, Leaf]:
+        """The equation on one array: what it returns first, and the leaf with its new slots.
+
+        Raises:
+          TypeError: the function returned another number of values than the gradient's and its slots'.
+        """
+        hyper = {**leaf.hyper, **self.fixed, "p": leaf.p}
+        arguments = {name: hyper[name] for name in (*self.context, *self.hypers, *self.fixed)}
+        out = self.fn(leaf.g, *(leaf.slots[name] for name in self.slots), **arguments)
+        first, *slots = out if isinstance(out, tuple) else (out,)
+        if len(slots) != len(self.slots):
+            raise TypeError(
+                f"rule {self.name}: it returned {1 + len(slots)} values; a direction and its {len(self.slots)} slots "
+                f"are needed{': ' if self.slots else ''}{', '.join(self.slots)}"
+            )
+        return first, leaf.replace(slots={**leaf.slots, **dict(zip(self.slots, slots, strict=True))})
+
+    def step(self, leaf: Leaf) -> Leaf:
+        """The rule on one array, then learning rate and decay: the leaf with its ``delta`` and new slots."""
+        if self.advance is not None:
+            return self.advance(leaf)
+        rate, decay = leaf.learning_rate, leaf.weight_decay
+        decays = not is_off(decay) and "weight_decay" not in self.context
+        if decays and self.coupled:
+            leaf, decays = leaf.replace(g=leaf.g + decay * leaf.p), False
+        direction, leaf = self.direction(leaf)
+        if self.owns_step:
+            return leaf.replace(delta=direction - rate * decay * leaf.p if decays else direction)
+        return leaf.replace(delta=-rate * (direction + decay * leaf.p if decays else direction))
+
+
+class ShapeError(Exception):
+    """A slot has another shape than its parameter: slot, its shape, the right one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that is static of one leaf; hashable, so that leaves with the same share a trace.
+
+    Attributes:
+      rule: what steps.
+      constants: hyperparameters that are compiled in, with ``lr_mult``: pairs of name and value.
+      storage: pairs of slot and storage.
+      slots: the slots that the state has.
+      rounding: how a 16-bit parameter takes steps.
+    """
+
+    rule: Equation
+    constants: tuple[tuple[str, Any], ...]
+    storage: tuple[tuple[str, Storage], ...]
+    slots: tuple[str, ...]
+    rounding: str | None = None
+
+    @functools.cached_property
+    def storages(self) -> dict[str, Storage]:
+        return dict(self.storage)
+
+    @functools.cached_property
+    def known(self) -> dict[str, Any]:
+        return dict(self.constants)
+
+    def leaf(self, g: Any, p: Any, rested: Mapping[str, Any], hyper: Mapping[str, Any]) -> tuple[Leaf, Any]:
+        """The leaf that the rule sees, and the real dtype that it computes in.
+
+        Raises:
+          ShapeError: a slot does not fit the parameter.
+        """
+        slots = {name: None if x is None else self._unpacked(name, x) for name, x in rested.items()}
+        # Compute in the dtype that the state is kept in, whatever the gradient's.
+        kept = [p] if p is not None else jax.tree.leaves(slots) or [g]
+        real = widest(x.dtype for x in kept)
+        dtype = jnp.dtype(f"complex{real.itemsize * 16}") if jnp.iscomplexobj(g) else real
+        now = {name: narrow(value, real) for name, value in hyper.items()} | self.known
+        if "lr_mult" in now:
+            now["learning_rate"] = now["learning_rate"] * now["lr_mult"]
+        leaf = Leaf(wide(g, dtype), None if p is None else wide(p), dict.fromkeys(self.rule.slots) | slots, now)
+        self._check(leaf, p if p is not None else g)
+        return leaf, real
+
+    def _unpacked(self, name: str, packed: Any) -> Any:
+        storage = self.storages.get(name, plain)
+        return jax.tree.map(wide, packed) if storage is plain else storage.unpack(packed)
+
+    def _check(self, leaf: Leaf, like: Any) -> None:
+        for name, value in leaf.slots.items():
+            if value is None:
+                continue
+            if self.rule.slots[name].zero:
+                wanted = [like.shape]
+            else:
+                begin = functools.partial(self.rule.first, name, hyper=leaf.hyper)
+                wanted = [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda p, b=begin: b(wide(p)), like))]
+            found = [x.shape for x in jax.tree.leaves(value)]
+            if found != wanted:
+                raise ShapeError(
+                    name, found[0] if len(found) == 1 else found, wanted[0] if len(wanted) == 1 else wanted
+                )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any) -> Any:
+    """One step of one array: its update, its stored slots, and the part that rounding took."""
+    leaf, _ = settings.leaf(g, p, rested, hyper)
+    leaf = settings.rule.step(leaf)
+    packed = {}
+    for name, old in rested.items():
+        if old is None:
+            packed[name] = None
+            continue
+        storage = settings.storages.get(name, plain)
+        new = leaf.slots[name] if storage is plain else storage.pack(leaf.slots[name], keys.get(name))
+        packed[name] = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
+    like = g if p is None else p
+    if settings.rounding is not None and rounds(like, settings.rounding):
+        update, lost = rounded(settings.rounding, p, leaf.delta, lost, keys.get(None))
+        return update, packed, lost
+    return leaf.delta.astype(like.dtype), packed, lost
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sum_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any) -> dict[str, jax.Array]:
+    """The terms of one array in the sums over the tree."""
+    leaf, _ = settings.leaf(g, p, rested, hyper)
+    assert settings.rule.sums is not None
+    return by_name(settings.rule.sums, leaf.named() | dict(settings.rule.fixed))

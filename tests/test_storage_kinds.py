@@ -1,0 +1,167 @@
+"""A storage that a rule accepts changes the bytes of its state as computed; any other is refused by a sentence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsgd
+from jaxsgd import RULES
+from jaxsgd.storage import accepts
+
+PARAMS = {"kernel": jax.ShapeDtypeStruct((128, 256), jnp.float32), "bias": jax.ShapeDtypeStruct((256,), jnp.float32)}
+WRAPPERS = (
+    jaxsgd.cautious,
+    jaxsgd.cautious_decay,
+    jaxsgd.grokfast,
+    jaxsgd.centralized,
+    jaxsgd.adaptive_clip,
+    jaxsgd.lookahead,
+    jaxsgd.low_rank,
+    jaxsgd.schedule_free,
+)
+
+
+class Factors(NamedTuple):
+    """A matrix of rank one."""
+
+    row: jax.Array
+    col: jax.Array
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """A user's own storage: the second moment of a matrix by its row and column sums, as in Adafactor."""
+
+    def accepts(self, kind: str) -> bool:
+        return kind == "square"
+
+    def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
+        return Factors(jnp.sum(x, 1), jnp.sum(x, 0)) if x.ndim == 2 else x
+
+    def unpack(self, packed: Any) -> jax.Array:
+        if not isinstance(packed, Factors):
+            return packed
+        total = jnp.sum(packed.row)
+        return packed.row[:, None] * packed.col / jnp.where(total > 0, total, 1)
+
+
+def of_int8(shape: tuple[int, ...], itemsize: int) -> int:
+    size = math.prod(shape)
+    if size < 4096 or not shape:
+        return size * itemsize
+    return size + itemsize * math.prod(shape[:-1]) * -(-shape[-1] // min(256, shape[-1]))
+
+
+STORAGES = {
+    "int8": (jaxsgd.int8(), of_int8),
+    "bfloat16": (jaxsgd.cast("bfloat16"), lambda shape, itemsize: 2 * math.prod(shape)),
+    "float16": (jaxsgd.cast("float16"), lambda shape, itemsize: 2 * math.prod(shape)),
+    "rank one": (RankOne(), lambda shape, itemsize: itemsize * (sum(shape) if len(shape) == 2 else math.prod(shape))),
+}
+
+
+def wrapped() -> dict[str, Any]:
+    """Every wrapper around rules that it takes."""
+    out = {}
+    for wrap in WRAPPERS:
+        for base in ("adam", "sgd", "momentum", "rmsprop", "lion", "yogi", "adagrad"):
+            try:
+                made = wrap(RULES[base])
+            except ValueError:  # both have a slot or a hyperparameter of one name, or the base owns its step
+                continue
+            out[made.name] = made
+    return out
+
+
+SUBJECTS = {**RULES, **wrapped()}
+
+
+def slots_of(rule: Any, **arguments: Any) -> dict[str, Any]:
+    return jax.eval_shape(rule(1e-3, **arguments).init, PARAMS).slots
+
+
+def size(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("how", STORAGES)
+@pytest.mark.parametrize("subject", sorted(SUBJECTS))
+def test_bytes_fall_as_computed_or_the_storage_is_refused(subject, how):
+    rule, (storage, packed) = SUBJECTS[subject], STORAGES[how]
+    plain = slots_of(rule)
+    taken = {name for name, slot in rule.slots.items() if accepts(storage, slot.kind)}
+    if not taken:
+        with pytest.raises(ValueError, match="it takes no slot of this rule"):
+            slots_of(rule, storage=storage)
+    else:
+        stored = slots_of(rule, storage=storage)
+        for name, held in plain.items():
+            floats = [x for x in jax.tree.leaves(held) if jnp.issubdtype(x.dtype, jnp.floating)]
+            others = size(held) - size(floats)
+            wanted = sum(packed(x.shape, x.dtype.itemsize) for x in floats) if name in taken else size(floats)
+            assert size(stored[name]) == wanted + others, name
+    for name, slot in rule.slots.items():
+        if not accepts(storage, slot.kind):
+            with pytest.raises(ValueError, match=f"does not take a slot of the kind '{slot.kind}'"):
+                rule(1e-3, storage={name: storage})
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "cautious_adam", "lookahead_adam", "grokfast_adam", "centralized_adam", "low_rank_adam", "schedule_free_adamw",
+        "galore", "apollo", "rmsprop", "adagrad", "yogi", "adam_mini", "normuon",
+    ],
+)  # fmt: skip
+def test_eight_bits_are_no_longer_ignored(subject):
+    """Each of these kept its moments in float32 under ``storage=int8()``, without a word."""
+    big = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    rule = SUBJECTS[subject]
+    before = size(jax.eval_shape(rule(1e-3).init, big).slots)
+    assert size(jax.eval_shape(rule(1e-3, storage=jaxsgd.int8()).init, big).slots) < 0.8 * before
+
+
+def test_a_storage_of_ones_own_trains(x64):
+    """The lift packs and unpacks any pytree; with row and column sums of rank one nothing is lost."""
+    rng = np.random.RandomState(0)
+    params = {"w": jnp.asarray(rng.standard_normal((5, 3))), "b": jnp.zeros(3)}
+    ours, exact = jaxsgd.adam(0.01, storage={"nu": RankOne()}), jaxsgd.adam(0.01)
+    grads = {"w": jnp.outer(jnp.arange(1.0, 6), jnp.arange(1.0, 4)), "b": jnp.ones(3)}
+    states = [ours.init(params), exact.init(params)]
+    assert isinstance(states[0].slots["nu"]["w"], Factors)
+    for _ in range(3):
+        found = [tx.update(grads, s, params) for tx, s in zip((ours, exact), states, strict=True)]
+        states = [state for _, state in found]
+        np.testing.assert_allclose(found[0][0]["w"], found[1][0]["w"], rtol=1e-12)
+        params = optax.apply_updates(params, found[1][0])
+
+
+@pytest.mark.parametrize(
+    ("storage", "error", "words"),
+    [
+        ("int8", TypeError, "a storage such as"),
+        (jaxsgd.int8, TypeError, "a storage"),
+        ({"mu": jaxsgd.int8}, TypeError, "a storage is needed"),
+        ({"mo": jaxsgd.int8()}, ValueError, "no slot 'mo'"),
+        ({"nu": jaxsgd.cast("float16")}, ValueError, "does not take a slot of the kind 'square'"),
+    ],
+)
+def test_wrong_storages_are_refused(storage, error, words):
+    with pytest.raises(error, match=words):
+        jaxsgd.adam(1e-3, storage=storage)
+    with pytest.raises(error, match=words):
+        jaxsgd.adam(1e-3, groups=[("a", {"storage": storage})])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_eight_bit_floats_need_a_scale(dtype):
+    with pytest.raises(ValueError, match="too few exponents without a scale"):
+        jaxsgd.cast(dtype)
