@@ -198,7 +198,7 @@ def optimizer(args: argparse.Namespace, config: Config, mesh: Mesh | None) -> op
         extras["mesh"] = mesh  # Muon's kind: gather each matrix once
     parts = [jaxsgd.clip_by_global_norm(args.clip), rule(SCHEDULES[schedule](rate, args.steps), **extras)]
     if args.ema is not None:
-        parts.append(jaxsgd.ema(args.ema))
+        parts.append(jaxsgd.params_ema(args.ema))
     tx = optax.chain(*parts)
     return jaxsgd.guard(tx) if args.guard else tx
 

@@ -17,15 +17,15 @@ import optax
 import jaxsgd
 from jaxsgd.testing import LAWS, compare, laws_broken
 
-RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
-    name: lambda name=name: getattr(optax, name)(1e-2)
+RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    name: getattr(optax, name)
     for name in (
-        "adabelief", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "fromage", "lamb", "lars",
-        "lion", "nadam", "nadamw", "noisy_sgd", "novograd", "optimistic_adam_v2", "optimistic_gradient_descent",
-        "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "sm3", "yogi",
+        "adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad",
+        "fromage", "lamb", "lars", "lion", "nadam", "nadamw", "noisy_sgd", "novograd", "optimistic_adam_v2",
+        "optimistic_gradient_descent", "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "sm3", "yogi",
     )
-} | {"adadelta": optax.adadelta, "adafactor": optax.adafactor} | {
-    f"contrib.{name}": lambda name=name: getattr(optax.contrib, name)(1e-2)
+} | {
+    f"contrib.{name}": getattr(optax.contrib, name)
     for name in (
         "acprop", "ademamix", "simplified_ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "galore",
         "madgrad", "momo", "momo_adam", "muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "sophia",
@@ -62,7 +62,7 @@ def report() -> str:
         "| --- | --- |",
     ]
     for name, make in sorted(RULES.items()):
-        broken = laws_broken(make())
+        broken = laws_broken(make)
         shown = "<br>".join(f"{b}".replace("|", "/") for b in broken) or "all hold"
         lines.append(f"| `{name}` | {shown} |")
     lines += ["", "## Same name in torch", "", "Fifty steps in float64; agreement is 1e-12 of a leaf's trajectory.", ""]

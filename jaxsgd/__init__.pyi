@@ -13,14 +13,15 @@ from jaxsgd.transforms.accumulate import Accumulate as Accumulate
 from jaxsgd.transforms.accumulate import AccumulateState as AccumulateState
 from jaxsgd.transforms.clip import ClipState as ClipState
 from jaxsgd.probe.diagnose import Diagnosis as Diagnosis
-from jaxsgd.transforms.ema import EmaState as EmaState
+from optax.transforms._accumulation import EmaState as EmaState
 from jaxsgd.rules.lowrank import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from jaxsgd.transforms.guard import GuardState as GuardState
+from jaxsgd.transforms.monitor import LeafMonitorState as LeafMonitorState
 from jaxsgd.transforms.mechanize import MechanizeState as MechanizeState
-from jaxsgd.transforms.monitor import MonitorState as MonitorState
 from jaxsgd.rules.matrix import MuonDimensionNumbers as MuonDimensionNumbers
 from jaxsgd.rules.matrix import NOT_HIDDEN as NOT_HIDDEN
 from jaxsgd.probe.scaling import NoiseScale as NoiseScale
+from jaxsgd.transforms.ema import ParamsEmaState as ParamsEmaState
 from jaxsgd.probe.pick import Pick as Pick
 from jaxsgd.transforms.plateau import PlateauState as PlateauState
 from jaxsgd.probe.probing import Probe as Probe
@@ -29,6 +30,7 @@ from jaxsgd.probe.range_test import RangeTest as RangeTest
 from jaxsgd.record import Recorder as Recorder
 from jaxsgd.rule import Rule as Rule
 from jaxsgd.transforms.sam import SamState as SamState
+from jaxsgd.rules.averaging import ScheduleFreeState as ScheduleFreeState
 from jaxsgd.probe.sharpness import Sharpness as Sharpness
 from jaxsgd.state import State as State
 from jaxsgd.train import Step as Step
@@ -68,6 +70,7 @@ from jaxsgd.transforms.monitor import monitor as monitor
 from jaxsgd.transforms.monitor import monitor_report as monitor_report
 from jaxsgd.probe.noise import noise_scale as noise_scale
 from jaxsgd.transforms.sam import normalize as normalize
+from jaxsgd.transforms.ema import params_ema as params_ema
 from jaxsgd.probe.pick import pick as pick
 from jaxsgd.storage import plain as plain
 from jaxsgd.plan import plan as plan
@@ -317,11 +320,11 @@ class _adamuon(Rule):
         adam_b1: float | Schedule = 0.9,
         adam_b2: float | Schedule = 0.95,
         adam_eps: float | Schedule = 1e-08,
-        preconditioning: str = "frobenius",
+        preconditioning: str = 'frobenius',
         adam_weight_decay: float | Schedule = 0.0,
         adam_learning_rate: Any = None,
         muon_weight_dimension_numbers: Any = None,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         mesh: Any = None,
         mask: Any = None,
         groups: Groups = (),
@@ -455,13 +458,13 @@ class _apollo(Rule):
         update_proj_gap: float | Schedule = 200,
         scale: float | Schedule = 1.0,
         *,
-        scale_type: str = "channel",
+        scale_type: str = 'channel',
         b1: float | Schedule = 0.9,
         b2: float | Schedule = 0.999,
         eps: float | Schedule = 1e-06,
         growth: float | Schedule = 1.01,
         key: float | Schedule = 0,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         weight_dimension_numbers: Any = None,
         weight_decay: float | Schedule | None = None,
         mask: Any = None,
@@ -482,13 +485,13 @@ class _apollo_mini(Rule):
         update_proj_gap: float | Schedule = 200,
         scale: float | Schedule = 128.0,
         *,
-        scale_type: str = "tensor",
+        scale_type: str = 'tensor',
         b1: float | Schedule = 0.9,
         b2: float | Schedule = 0.999,
         eps: float | Schedule = 1e-06,
         growth: float | Schedule = 1.01,
         key: float | Schedule = 0,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         weight_dimension_numbers: Any = None,
         weight_decay: float | Schedule | None = None,
         mask: Any = None,
@@ -556,7 +559,7 @@ class _dion(Rule):
         adam_weight_decay: float | Schedule = 0.0,
         adam_learning_rate: Any = None,
         muon_weight_dimension_numbers: Any = None,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         mask: Any = None,
         groups: Groups = (),
         storage: Storage | dict[str, Storage] | None = None,
@@ -576,7 +579,7 @@ class _dog(Rule):
         weight_decay: float | Schedule | None = None,
         mask: Any = None,
         *,
-        init_kind: str = "heuristic",
+        init_kind: str = 'heuristic',
         init_value: float | Schedule = 1e-06,
         groups: Groups = (),
         storage: Storage | dict[str, Storage] | None = None,
@@ -634,7 +637,7 @@ class _galore(Rule):
         mask: Any = None,
         weight_dimension_numbers: Any = None,
         *,
-        side: str = "long",
+        side: str = 'long',
         b1: float | Schedule = 0.9,
         b2: float | Schedule = 0.999,
         eps: float | Schedule = 1e-08,
@@ -873,11 +876,11 @@ class _muon(Rule):
         adam_eps: Any = None,
         adam_eps_root: float | Schedule = 0.0,
         adam_nesterov: bool = True,
-        preconditioning: str = "frobenius",
+        preconditioning: str = 'frobenius',
         adam_weight_decay: float | Schedule = 0.0,
         adam_learning_rate: Any = None,
         muon_weight_dimension_numbers: Any = None,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         mesh: Any = None,
         mask: Any = None,
         groups: Groups = (),
@@ -910,11 +913,11 @@ class _muon_jordan(Rule):
         adam_eps: float | Schedule = 1e-10,
         adam_eps_root: float | Schedule = 0.0,
         adam_nesterov: bool = False,
-        preconditioning: str = "frobenius",
+        preconditioning: str = 'frobenius',
         adam_weight_decay: float | Schedule = 0.0,
         adam_learning_rate: float | Schedule = 0.0003,
         muon_weight_dimension_numbers: Any = None,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         mesh: Any = None,
         mask: Any = None,
         groups: Groups = (),
@@ -1025,11 +1028,11 @@ class _normuon(Rule):
         adam_b1: float | Schedule = 0.9,
         adam_b2: float | Schedule = 0.95,
         adam_eps: float | Schedule = 1e-10,
-        preconditioning: str = "frobenius",
+        preconditioning: str = 'frobenius',
         adam_weight_decay: float | Schedule = 0.0,
         adam_learning_rate: Any = None,
         muon_weight_dimension_numbers: Any = None,
-        adam: str = "(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$",
+        adam: str = '(?i)embed|(^|[/_])emb([/_]|$)|(^|/)w[tp]e(/|$)|(cls|class|mask|dist|register)_?tokens?|(^|/)(?!\\w*(multi|att))\\w*head(_?\\d+)?(/|$)|logits|classifier|readout|norm|(^|/)ln(_\\w+|\\d+)?(/|$)|(^|[/_])(scale|gain|gamma|beta|biase?s?|b)$',
         mesh: Any = None,
         mask: Any = None,
         groups: Groups = (),
@@ -1082,7 +1085,7 @@ class _optax_muon(Rule):
         adam_eps: Any = None,
         adam_eps_root: float | Schedule = 0.0,
         adam_nesterov: bool = True,
-        preconditioning: str = "frobenius",
+        preconditioning: str = 'frobenius',
         adam_weight_decay: float | Schedule = 0.0,
         adam_learning_rate: Any = None,
         muon_weight_dimension_numbers: Any = None,
@@ -1170,7 +1173,7 @@ class _polyak_sgd(Rule):
         scaling: float | Schedule = 1.0,
         f_min: float | Schedule = 0.0,
         eps: float | Schedule = 0.0,
-        variant: str = "sps",
+        variant: str = 'sps',
         *,
         learning_rate: float | Schedule | None = None,
         weight_decay: float | Schedule | None = None,
@@ -1290,7 +1293,6 @@ class _schedule_free_adamw(Rule):
         r: float | Schedule = 0.0,
         eps_root: float | Schedule = 0.0,
         bias_correction: bool = True,
-        mu_dtype: Any = None,
         mask: Any = None,
         groups: Groups = (),
         storage: Storage | dict[str, Storage] | None = None,

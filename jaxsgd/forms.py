@@ -12,9 +12,9 @@ import jax
 import optax
 
 from jaxsgd.lift import watched
-from jaxsgd.paths import leaf_names
+from jaxsgd.paths import find_nodes, leaf_names
 from jaxsgd.slots import Slot
-from jaxsgd.state import State, find_states
+from jaxsgd.state import State
 from jaxsgd.storage import Storage, plain
 
 __all__ = ["Form", "forms"]
@@ -58,7 +58,7 @@ def forms(tx: optax.GradientTransformation, params: Any) -> list[Form]:
     seen, state = watched(tx, params)
     made = [(lift, own, jax.eval_shape(lift.init, own)) for lift, own in seen]
     out = []
-    for container, node in find_states(state):
+    for container, node in find_nodes(state, State):
         # Only rules in a chain are alike, and their states are in the order of their start.
         found = next((entry for entry in made if _layout(entry[2]) == _layout(node)), None)
         if found is None:
@@ -66,13 +66,14 @@ def forms(tx: optax.GradientTransformation, params: Any) -> list[Form]:
         made.remove(found)
         lift, own, _ = found
         treedef, names, storages = jax.tree.structure(own), leaf_names(own), lift.storages(own)
-        for name in node.slots.keys() & lift.rule.slots.keys():
-            slot = lift.rule.slots[name]
-            for parameter, stored, known in zip(names, treedef.flatten_up_to(node.slots[name]), storages, strict=True):
+        for name, slot in lift.rule.slots.items():
+            trees = treedef.flatten_up_to(node.slots[name]) if name in node.slots else [None] * len(names)
+            for parameter, stored, known in zip(names, trees, storages, strict=True):
                 if jax.tree.leaves(stored):
                     out.append(Form(container, slot, parameter, known.get(name, plain), stored))
     return out
 
 
 def _layout(state: State) -> Any:
-    return jax.tree.structure(state), [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    """Names and shapes; two tracings of one NNX state have unequal structures."""
+    return leaf_names(state), [(x.shape, x.dtype) for x in jax.tree.leaves(state)]

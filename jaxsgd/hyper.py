@@ -47,6 +47,10 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
 
 
+def _is_whole_array(value: Any) -> bool:
+    return is_array(value) and jnp.isdtype(value.dtype, "integral")
+
+
 def is_off(value: Any) -> bool:
     """Whether a hyperparameter is known, while tracing, to switch its term off."""
     return value is None or value is False or (isinstance(value, int | float) and value == 0)
@@ -104,8 +108,7 @@ class SeedOf:
 
     def check(self, where: str, value: Any) -> Any:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        array = is_array(value) and jnp.isdtype(value.dtype, "integral")
-        if value is not None and not whole and not array:
+        if value is not None and not whole and not _is_whole_array(value):
             raise TypeError(f"{where}: a whole number is needed, a seed")
         return 0 if value is None else value
 
@@ -117,7 +120,7 @@ class WholeFrom:
     low: int = 1
 
     def check(self, where: str, value: Any) -> Any:
-        array = is_array(value) and jnp.isdtype(value.dtype, "integral")
+        array = _is_whole_array(value)
         if isinstance(value, bool) or not (isinstance(value, int | np.integer) or array):
             raise TypeError(f"{where}: a whole number is needed")
         if not array and value < self.low:

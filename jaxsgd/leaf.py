@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsgd.hyper import Hyper, is_off, narrow
 from jaxsgd.numerics import wide, widest
-from jaxsgd.rounding import rounded, rounds
+from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.storage import Storage, plain
 
@@ -84,7 +84,7 @@ class Equation:
       trees: optional, once a step: ``params``, ``updates``, ``t``, hyperparameters and extra arguments by name -> dict
         of trees like the params; the rule asks for its leaf of one by name.
       coupled: weight decay is added to the gradient (L2) instead of the direction.
-      fixed: hyperparameters that a wrapper has settled.
+      fixed: hyperparameters that the wrapper around it has settled.
       advance: a wrapper's step, a function of a leaf; None for a rule of its own.
     """
 
@@ -123,7 +123,7 @@ class Equation:
 
     def first(self, slot: str, p: Any, hyper: Mapping[str, Any]) -> Any:
         """A slot before the first step, from ``p`` and hyperparameters; None where the array has none."""
-        return self.slots[slot].first(p, {**hyper, **self.fixed})
+        return self.slots[slot].first(p, hyper)
 
     def direction(self, leaf: Leaf) -> tuple[Any, Leaf]:
         """The equation on one array: what it returns first, and the leaf with its new slots.
@@ -133,7 +133,7 @@ class Equation:
         """
         hyper = {**leaf.hyper, **self.fixed, "p": leaf.p}
         arguments = {name: hyper[name] for name in (*self.context, *self.hypers, *self.fixed)}
-        out = self.fn(leaf.g, *(leaf.slots[name] for name in self.slots), **arguments)
+        out = self.fn(leaf.g, *(leaf.slots.get(name) for name in self.slots), **arguments)
         first, *slots = out if isinstance(out, tuple) else (out,)
         if len(slots) != len(self.slots):
             raise TypeError(
@@ -239,7 +239,7 @@ def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost:
         packed[name] = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
     like = g if p is None else p
     if settings.rounding is not None and rounds(like, settings.rounding):
-        update, lost = rounded(settings.rounding, p, leaf.delta, lost, keys.get(None))
+        update, lost = rounded(settings.rounding, p, leaf.delta, lost, keys.get(LOST))
         return update, packed, lost
     return leaf.delta.astype(like.dtype), packed, lost
 
@@ -249,4 +249,4 @@ def sum_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any) -> dic
     """The terms of one array in the sums over the tree."""
     leaf, _ = settings.leaf(g, p, rested, hyper)
     assert settings.rule.sums is not None
-    return by_name(settings.rule.sums, leaf.named() | dict(settings.rule.fixed))
+    return by_name(settings.rule.sums, leaf.named())

@@ -41,7 +41,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     def __new__(cls, lift: Lift) -> Transformation:
         init: Any = lift.init  # a state is a named tuple, which optax's types do not say
-        made = super().__new__(cls, init, lift.update)
+        update: Any = lift.update
+        made = super().__new__(cls, init, update)
         made.lift = lift
         return made
 
@@ -133,7 +134,7 @@ class Lift:
         self.decays = "weight_decay" in live or any(not is_off(own.get("weight_decay")) for _, own in self.groups)
         # A runtime value that happens to be 0 now is not off.
         known = {name: self.constants.get(name, True) for name in self.hyper}
-        variants = [{**known, **own, **self.rule.fixed} for own in ({}, *(own for _, own in self.groups))]
+        variants = [{**known, **own} for own in ({}, *(own for _, own in self.groups))]
         self.slots = tuple(name for name, s in self.rule.slots.items() if not all(s.off(own) for own in variants))
         self._remembered: tuple[Any, list[_Group]] = (None, [])
         self._jitted = jax.jit(self._update, inline=True)  # makes the eager update one dispatch
@@ -239,20 +240,20 @@ class Lift:
         shared = {name: jnp.asarray(by_name(begin, initial), dtype) for name, begin in self.rule.kept.items()}
         if self.norms:
             shared |= {"gradient_norm": jnp.zeros((), dtype), "update_norm": jnp.zeros((), dtype)}
-        keys = self._keys(count, len(leaves))
+        keys = self._keys(count)
         slots = {
             slot: treedef.unflatten(
-                None if o.settings is None else self._first(slot, wide(p), o, initial, keys(i, j))
-                for i, (p, o) in enumerate(zip(leaves, own, strict=True))
+                None if o.settings is None else self._first(slot, wide(p), o, initial, keys.get(slot))
+                for p, o in zip(leaves, own, strict=True)
             )
-            for j, slot in enumerate(self.slots)
+            for slot in self.slots
         }
         if self.rounding == "compensated":
             careful = [o.settings is not None and rounds(p, self.rounding) for p, o in zip(leaves, own, strict=True)]
             slots[LOST] = treedef.unflatten(
                 jnp.zeros_like(p) if c else None for p, c in zip(leaves, careful, strict=True)
             )
-        roles = {name: {s.role: None} for name, s in self.rule.slots.items() if s.role is not None and name in slots}
+        roles = {f"{s.role} {name}": None for name, s in self.rule.slots.items() if s.role and name in slots}
         state = State(count, hyper, slots, shared, roles)
         if (seen := _seen.get()) is not None:
             seen.append((self, jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)))
@@ -281,19 +282,18 @@ class Lift:
             return value
         return first_packed(storage, value, self.rule.slots[slot].zero, key)
 
-    def _drawing(self) -> dict[Any, int]:
-        """The slots whose storage draws random numbers, and None for rounding, with their place in the keys."""
-        stores = [self.storage, *(own.get("storage", {}) for _, own in self.groups)]
-        drawn = {slot for store in stores for slot, storage in store.items() if needs_key(storage)}
-        places = {slot: j for j, slot in enumerate(self.slots) if slot in drawn}
-        return places | ({None: len(self.slots)} if self.rounding == "stochastic" else {})
+    def _keys(self, count: jax.Array) -> dict[Any, jax.Array]:
+        """A key of this step for each slot whose storage draws, and for rounding; the same on every replica.
 
-    def _keys(self, count: jax.Array, leaves: int) -> Callable[[int, int], Any]:
-        """A key for each leaf and slot in this step, the same on every replica."""
-        if not self._drawing():
-            return lambda leaf, slot: None
-        key = jax.random.fold_in(jax.random.key(0), count)
-        return lambda leaf, slot: jax.random.fold_in(key, slot * leaves + leaf)
+        One key serves all leaves: with a key each their programs would differ. XLA for CPU compiles equal ones once.
+        """
+        stores = [self.storage, *(own.get("storage", {}) for _, own in self.groups)]
+        drawing = {slot for store in stores for slot, storage in store.items() if needs_key(storage)}
+        names = [slot for slot in self.slots if slot in drawing] + [LOST] * (self.rounding == "stochastic")
+        if not names:
+            return {}
+        words = jax.random.key_data(jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(names)))
+        return {name: jax.random.wrap_key_data(words[j]) for j, name in enumerate(names)}
 
     # -- update ------------------------------------------------------------------------------
 
@@ -396,7 +396,7 @@ class Lift:
         }
         rested = {slot: treedef.flatten_up_to(held) for slot, held in state.slots.items()}
         lost = rested.pop(LOST, None)
-        keys, stored = self._keys(count, len(grads)), self._drawing()
+        keys = self._keys(count)
         parts = []
         for i, (g, p, group) in enumerate(zip(grads, ps, own, strict=True)):
             asked = hyper[id(group)]
@@ -413,7 +413,7 @@ class Lift:
                     {slot: held[i] for slot, held in rested.items()},
                     asked,
                     None if lost is None else lost[i],
-                    {slot: keys(i, j) for slot, j in stored.items()},
+                    keys,
                 )
             )
         return parts
@@ -446,7 +446,7 @@ class Lift:
                     totals[name] = totals.get(name, jnp.zeros((), scalar)) + value.astype(scalar)
         if self.rule.shared is None:
             return totals
-        available = {**self.constants, **outside, **totals, **state.shared, **self.rule.fixed}
+        available = {**self.constants, **outside, **totals, **state.shared}
         self._check_given(parameter_names(self.rule.shared), available)
         made = by_name(self.rule.shared, available)
         for name in made:

@@ -122,8 +122,8 @@ def differentiable(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
     moves = [bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact)) for x in leaves]
 
     def whole(values: Iterable[Any], fill: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-        given = iter(values)
-        return treedef.unflatten(next(given) if move else fill(x) for x, move in zip(leaves, moves, strict=True))
+        rest = iter(values)
+        return treedef.unflatten(next(rest) if move else fill(x) for x, move in zip(leaves, moves, strict=True))
 
     return [x for x, move in zip(leaves, moves, strict=True) if move], whole
 

@@ -67,8 +67,8 @@ def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tu
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     if any(_is_value(key) for path, _ in flat for key in path):
         # A path does not tell a box from a node that happens to have a field "value": the nodes have to be seen.
-        found = [getattr(sys.modules.get(module), name, None) for module, name in BOXES.items()]
-        boxes = tuple(box for box in found if box is not None)
+        types = [getattr(sys.modules.get(module), name, None) for module, name in BOXES.items()]
+        boxes = tuple(box for box in types if box is not None)
         flat = _unboxed(tree, flat, boxes, is_leaf) if boxes else flat
     return [(tuple(map(_key_name, path)), leaf) for path, leaf in flat]
 

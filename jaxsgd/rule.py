@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxsgd.call import FRAME, REQUIRED, bind, defaults_of, named_by, signature_of
-from jaxsgd.hyper import Hyper
+from jaxsgd.hyper import Hyper, is_off
 from jaxsgd.leaf import Equation, Leaf
 from jaxsgd.lift import Transformation
 from jaxsgd.paths import nearest
@@ -427,7 +427,7 @@ def wrapped(
     """
     roles = _read(name, fn, 2)
     own_slots, own_hyper = roles["slots"], roles["hypers"]
-    fixed = {**base.fixed, **{key: value for key, value in (fix or {}).items() if key in base.hypers}}
+    fixed = {key: value for key, value in (fix or {}).items() if key in base.hypers}
     inner = replace(_equation(base), fixed=fixed, hypers={k: h for k, h in base.hypers.items() if k not in fixed})
     if shared is not None and (inner.shared is not None or inner.sums is not None):
         raise ValueError(f"{name}: {base.name} must not have tree-wide sums of its own")
@@ -436,7 +436,9 @@ def wrapped(
     both = {*own_slots} & {*inner.hypers} | {*own_hyper} & {*inner.slots}
     for taken in both:
         raise ValueError(f"{name}: {base.name} has {taken!r} too")
-    held = {key: _settled(slot, fixed) for key, slot in (slots or inner.slots).items()}
+    held = {
+        key: _settled(slot, fixed) for key, slot in (slots or inner.slots).items() if not _is_settled_off(slot, fixed)
+    }
     inside = Inner(inner)
 
     def advance(leaf: Leaf) -> Leaf:
@@ -450,11 +452,12 @@ def wrapped(
     context = ("p", "learning_rate", "weight_decay", *roles["context"], *inner.context)
     hyper = {**own_hyper, **inner.hypers}
     kept = {key: _fixed_in(begin, fixed) for key, begin in inner.kept.items()} | _kept(name, shared)
-    shared = shared or inner.shared
-    equation = Equation(
-        name, fn, {**own_slots, **held}, tuple(dict.fromkeys(context)), hyper, inner.sums, shared, kept, inner.trees,
-        fixed=fixed, advance=advance,
-    )  # fmt: skip
+    sums, of_base, trees = (
+        None if asked is None else _fixed_in(asked, fixed) for asked in (inner.sums, inner.shared, inner.trees)
+    )
+    shared = of_base if shared is None else shared
+    asked = tuple(dict.fromkeys(context))
+    equation = Equation(name, fn, {**own_slots, **held}, asked, hyper, sums, shared, kept, trees, advance=advance)
     chosen = _in_turn(call, base.call)
     order = None if positional is None else tuple(positional.split())
     rate = base.defaults["learning_rate"] if learning_rate is None else learning_rate
@@ -478,9 +481,14 @@ def _equation(rule: Rule) -> Equation:
     return Equation(**{key: getattr(rule, key) for key in Equation.__dataclass_fields__})
 
 
+def _is_settled_off(slot: Slot, fixed: Mapping[str, Any]) -> bool:
+    return slot.unless is not None and slot.unless in fixed and is_off(fixed[slot.unless])
+
+
 def _settled(slot: Slot, fixed: Mapping[str, Any]) -> Slot:
     """A slot of the base, with settled hyperparameters no longer asked for."""
-    return slot if not fixed else replace(slot, begin=_fixed_in(slot.begin, fixed))
+    unless = None if slot.unless in fixed else slot.unless
+    return replace(slot, begin=_fixed_in(slot.begin, fixed), unless=unless) if fixed else slot
 
 
 def _fixed_in(begin: Callable, fixed: Mapping[str, Any]) -> Callable:

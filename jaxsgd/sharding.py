@@ -268,12 +268,12 @@ def init_sharded(
 def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
     """For each parameter, the sharding of its first slot of the same shape; None where it has none."""
     shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
-    found: list[NamedSharding | None] = [None] * len(shapes)
+    out: list[NamedSharding | None] = [None] * len(shapes)
     leaves = jax.tree.leaves(opt_state)
     for leaf, i in zip(leaves, owners(opt_state, params, range(len(shapes))), strict=True):
-        if i is not None and found[i] is None and leaf.shape == shapes[i] and jnp.issubdtype(leaf.dtype, jnp.number):
-            found[i] = leaf.sharding
-    return found
+        if i is not None and out[i] is None and leaf.shape == shapes[i] and jnp.issubdtype(leaf.dtype, jnp.number):
+            out[i] = leaf.sharding
+    return out
 
 
 class ShardingReport(Text):
@@ -306,7 +306,7 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
     """
     state = getattr(state, "opt_state", state)
     rows = [("state", "shape", "dtype", "spec", "bytes", "on a device")]
-    undone, whole, totals = [], [], [0, 0]
+    unsplit, whole, totals = [], [], [0, 0]
     for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding):
@@ -318,15 +318,15 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
         totals = [totals[0] + size, totals[1] + here]
         axes = check_axes("zero1", zero1 or (), mesh)  # type: ignore[arg-type]
         if split_further(leaf.shape, spec, mesh, axes) != spec:  # type: ignore[arg-type]
-            undone.append(f"{name} {leaf.shape} {spec}")
+            unsplit.append(f"{name} {leaf.shape} {spec}")
         if leaf.ndim:
             rows.append((name, str(leaf.shape), leaf.dtype.name, str(spec), f"{size:,}", f"{here:,}"))
             if here == size:
                 whole.append(name)
-    if undone:
+    if unsplit:
         raise AssertionError(
-            f"state: {len(undone)} leaves could be split over {zero1!r} and are not: {'; '.join(undone[:8])}"
-            f"{'; ...' if len(undone) > 8 else ''}. Use init_sharded(..., zero1={zero1!r})"
+            f"state: {len(unsplit)} leaves could be split over {zero1!r} and are not: {'; '.join(unsplit[:8])}"
+            f"{'; ...' if len(unsplit) > 8 else ''}. Use init_sharded(..., zero1={zero1!r})"
         )
     rows.append(("in all, scalars too", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}"))
     report = ShardingReport(f"{aligned(rows)}\nwhole on every device: {', '.join(whole) or 'nothing'}")

@@ -31,14 +31,14 @@ class State(NamedTuple):
         ``pinned_<name>`` is negative until `with_hyper` pins it.
       slots: ``{"mu": tree like params, ...}``; a slot of a frozen leaf is None.
       shared: scalars that belong to the tree as a whole.
-      roles: the slots that `jaxsgd.eval_params` reads, ``{slot: {role: None}}``; structure alone, without leaves.
+      roles: the slots that `jaxsgd.eval_params` reads, ``{"average <slot>": None}``; structure alone, without leaves.
     """
 
     count: jax.Array
     hyper: dict[str, jax.Array]
     slots: dict[str, Any]
     shared: dict[str, jax.Array]
-    roles: dict[str, dict[str, None]] = {}
+    roles: dict[str, None] = {}
 
 
 def _is_state(node: Any) -> bool:

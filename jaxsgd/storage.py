@@ -6,11 +6,13 @@ A storage is any object with ``pack`` and ``unpack``; the lift packs after a ste
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -126,35 +128,87 @@ class Cast:
         return wide(packed)
 
 
+DECADES = np.arange(7)
+
+
+def _first(signed: bool) -> int:
+    """How many values the lowest decade has."""
+    return 1 if signed else 2
+
+
+@functools.cache
+def _value_lines(signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """c and k of ``value = k (9 index + c)``: the sum is exact in float32, so that the value is rounded once."""
+    counts = _first(signed) * 2.0**DECADES
+    shifts = 4.5 + 9 * (_first(signed) - 1) - 8 * counts
+    return shifts.astype(np.float32), (10.0 ** (DECADES - 7) / counts).astype(np.float32)
+
+
+@functools.cache
+def _index_lines(signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes and offsets of the index as a function of a magnitude in [0, 1]."""
+    counts = _first(signed) * 2**DECADES
+    edges = [np.linspace(0.1, 1, n + 1) * 10.0 ** (d - 6) for d, n in zip(DECADES, counts, strict=True)]
+    values = np.concatenate([[0.0], *((e[1:] + e[:-1]) / 2 for e in edges), [1.0]])
+    starts = np.cumsum(np.concatenate([[1], counts]))  # the first index of each decade, and that of 1
+    knots = np.unique([0, *starts, *(starts[1:] - 1)])
+    slopes = np.diff(knots) / np.diff(values[knots])
+    offsets = knots[:-1] - slopes * values[knots[:-1]]
+    slopes = slopes.astype(np.float32)
+    offsets[-1] = knots[-1] - slopes[-1]  # exact at 1, the largest of each block
+    return slopes, offsets.astype(np.float32)
+
+
+def _over_lines(x: jax.Array, a: np.ndarray, b: np.ndarray, line: Callable[..., jax.Array], largest: bool) -> jax.Array:
+    """The largest or smallest of ``line(x, a, b)`` over pairs of coefficients."""
+
+    def reduced(x: jax.Array) -> jax.Array:
+        shape = (len(a), *x.shape)
+        wide_a, wide_b = (jax.lax.broadcast_in_dim(jnp.asarray(c), shape, (0,)) for c in (a, b))
+        reduce = jax.lax.reduce_max if largest else jax.lax.reduce_min
+        return reduce(line(jax.lax.broadcast(x, shape[:1]), wide_a, wide_b), axes=(0,))
+
+    def one_by_one(x: jax.Array) -> jax.Array:
+        return functools.reduce(
+            jnp.maximum if largest else jnp.minimum, (line(x, *pair) for pair in zip(a, b, strict=True))
+        )
+
+    # XLA for CPU compiles one reduction much faster than many lines; GPU and TPU fuse elementwise work only.
+    return jax.lax.platform_dependent(x, cpu=reduced, default=one_by_one)
+
+
 def dynamic_map(index: jax.Array, signed: bool) -> jax.Array:
     """256 values in [-1, 1], or in [0, 1], finer towards zero (Dettmers et al. 2022, arXiv:2110.02861).
 
     Seven decades below 1, each with twice the values of the one before, the middles of equal parts of its
     [0.1, 1]; and 0 and 1 themselves. Index 0 is 0; a signed map has -127 to 128, the other one 0 to 255.
-    Arithmetic instead of a table, so that it fuses with what is done to the values.
+    The map is convex and piecewise linear, so that a value is the largest of seven lines of the index.
     """
-    first = 1 if signed else 2  # how many values the lowest decade has
-    size = jnp.abs(index).astype(jnp.int32)
-    place = size + first - 1
-    decade = 31 - jax.lax.clz(jnp.maximum(place, 1)) - (first - 1)
-    count = (first << decade).astype(jnp.float32)
-    value = _powers(decade) * (0.1 + 0.9 * ((place - count) + 0.5) / count)
-    value = jnp.where(size == (128 if signed else 255), 1, jnp.where(size == 0, 0, value))
-    return jnp.where(index < 0, -value, value)
+    x = index.astype(jnp.float32)
+    value = _over_lines(9 * jnp.abs(x) if signed else 9 * x, *_value_lines(signed), lambda x, c, k: (x + c) * k, True)
+    value = jax.lax.clamp(np.float32(0), value, np.float32(1))
+    return jnp.sign(x) * value if signed else value
 
 
-def _powers(decade: jax.Array) -> jax.Array:
-    """``10.0**(decade - 6)`` for decades from 0 to 6."""
-    return sum((jnp.where(decade == i, 10.0 ** (i - 6), 0.0) for i in range(7)), jnp.zeros((), jnp.float32))
+def _index_of(size: jax.Array, signed: bool) -> jax.Array:
+    """Where a magnitude in [0, 1] stands in `dynamic_map`: whole at its values, linear between them."""
+    slopes, offsets = _index_lines(signed)
+    low = _over_lines(size, slopes[:-1], offsets[:-1], lambda x, a, b: x * a + b, False)
+    return jnp.maximum(low, size * slopes[-1] + offsets[-1])
 
 
-def _below(unit: jax.Array, signed: bool) -> jax.Array:
-    """The index of the largest value of `dynamic_map` that is not above a magnitude in [0, 1]."""
-    first = 1 if signed else 2
-    decade = sum(((unit >= 10.0 ** (i - 7)).astype(jnp.int32) for i in range(1, 7)), jnp.zeros((), jnp.int32))
-    count = (first << decade).astype(jnp.float32)
-    place = jnp.floor((unit / _powers(decade) - 0.1) / 0.9 * count - 0.5) + count
-    return jnp.maximum(place.astype(jnp.int32) - first + 1, 0)
+def random_shares(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Multiples of 2**-16 in [0, 1): a hash of each position and the key, the same however the array is sharded.
+
+    So coarse that `floor` of an index below 256 plus one of them is exact: a value of the map never moves.
+    """
+    hashed, stride = jax.random.key_data(key)[-1], 0x9E3779B1  # Weyl's sequence of the golden ratio
+    for axis in reversed(range(len(shape))):
+        hashed = hashed + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    hashed = (hashed ^ (hashed >> 15)) * np.uint32(0x85EBCA77)
+    hashed = (hashed ^ (hashed >> 13)) * np.uint32(0xC2B2AE3D)
+    return (hashed >> 16).astype(jnp.float32) * np.float32(2**-16)
 
 
 @dataclass(frozen=True)
@@ -197,29 +251,28 @@ class Int8:
 
     def _codes(self, unit: jax.Array, key: jax.Array | None) -> jax.Array:
         """The indices of values in [-1, 1]: the nearest, or one of the two neighbours with the right mean."""
-        size, unit = jnp.abs(unit.astype(jnp.float32)), unit.astype(jnp.float32)
-        low = _below(size, self.signed)
-        here, there = (dynamic_map(index, self.signed) for index in (low, low + 1))
-        share = (size - here) / (there - here)
-        drawn = jax.random.uniform(key, unit.shape, jnp.float32) if self.stochastic and key is not None else 0.5
-        up = share > drawn
-        index = jnp.minimum(low + up, jnp.where(unit < 0, 127, 128) if self.signed else 255)
-        return (jnp.where(unit < 0, -index, index) - 1).astype(jnp.int8) if self.signed else index.astype(jnp.uint8)
+        drawn = random_shares(key, unit.shape) if self.stochastic and key is not None else np.float32(0.5)
+        if not self.signed:
+            return jnp.minimum(jnp.floor(_index_of(unit, False) + drawn), np.float32(255)).astype(jnp.uint8)
+        index = jnp.floor(jnp.sign(unit) * _index_of(jnp.abs(unit), True) + drawn)
+        return (jax.lax.clamp(np.float32(-127), index, np.float32(128)) - 1).astype(jnp.int8)
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
         if not self._packs(x):
             return x
         blocks = self._blocks(x)
-        scale = jnp.max(jnp.abs(blocks), axis=-1)
-        unit = blocks / jnp.where(scale > 0, scale, 1)[..., None]
-        codes = self._codes(unit, key).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-        return Blocks(codes, scale)
+        scale = jnp.max(jnp.abs(blocks) if self.signed else blocks, axis=-1)
+        # Below 2**-120 the reciprocal, by which XLA multiplies, would overflow: such a block is 0.
+        unit = blocks / jnp.maximum(scale, np.float32(2.0**-120).astype(x.dtype))[..., None]
+        # A barrier: XLA for TPU would move the reshape up and write the scales out in full.
+        codes = jax.lax.optimization_barrier(self._codes(unit.astype(jnp.float32), key))
+        return Blocks(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale)
 
     def unpack(self, packed: Any) -> jax.Array:
         if not isinstance(packed, Blocks):
             return wide(packed)
-        codes = packed.codes.astype(jnp.int32)
-        unit = dynamic_map(codes + 1 if self.signed else codes, self.signed).astype(packed.scale.dtype)
+        index = packed.codes.astype(jnp.float32)
+        unit = dynamic_map(index + 1 if self.signed else index, self.signed).astype(packed.scale.dtype)
         scaled = self._blocks(unit) * packed.scale[..., None]
         return scaled.reshape(*unit.shape[:-1], -1)[..., : unit.shape[-1]]
 

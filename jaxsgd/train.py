@@ -333,11 +333,11 @@ def check_donation(step: Step, state: TrainState, batch: Any) -> str:
       AssertionError: part of the state's memory is not donated; two states then exist at once.
     """
     used = step.lower(state, batch).compile().memory_analysis()
-    size, given = sum(map(local_bytes, jax.tree.leaves(state))), used.alias_size_in_bytes
+    size, reused = sum(map(local_bytes, jax.tree.leaves(state))), used.alias_size_in_bytes
     text = (
-        f"state {size:,} bytes on a device, {given:,} of them donated; "
+        f"state {size:,} bytes on a device, {reused:,} of them donated; "
         f"temporaries {used.temp_size_in_bytes:,}, peak {used.peak_memory_in_bytes:,}"
     )
-    if given < size:
-        raise AssertionError(f"step: {size - given:,} bytes of the state are not reused: {text}")
+    if reused < size:
+        raise AssertionError(f"step: {size - reused:,} bytes of the state are not reused: {text}")
     return text

@@ -109,7 +109,7 @@ class TrainState:
 
     @classmethod
     def _recipe(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
-        """``build, key, arrays``, where ``build(key, arrays)`` is the state."""
+        """``build, key, arrays``: ``build(key, arrays)`` makes the state; no arrays if ``model`` is a function."""
         check_optimizer(tx)
         if isinstance(model, nnx.Module) and model_state is not None:
             raise ValueError("model_state: an nnx.Module carries its own; leave it out")
@@ -118,14 +118,14 @@ class TrainState:
                 f"model: a linen module has no parameters. Use {type(model).__name__}(...).init(key, x)['params']"
             )
         key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
-        made = is_function(model) and not isinstance(model, nnx.Module)
-        if not made:
+        by_function = is_function(model) and not isinstance(model, nnx.Module)
+        if not by_function:
             refuse_deleted("model", model)
             # The static half has to be split off before tracing.
             graphdef, params, carried = _parts(model, model_state)
 
         def build(key: jax.Array, arrays: Any) -> TrainState:
-            if made:
+            if by_function:
                 init_key, key = jax.random.split(key)
                 own, params, carried = _parts(model(init_key), model_state)
             else:
@@ -133,7 +133,7 @@ class TrainState:
             params, carried, key = jax.tree.map(lambda x: jnp.array(strong(x), copy=True), (params, carried, key))
             return cls(jnp.zeros((), jnp.int32), params, tx.init(params), key, carried, own)
 
-        return build, key, None if made else jax.tree.map(strong, (params, carried))
+        return build, key, None if by_function else jax.tree.map(strong, (params, carried))
 
     @staticmethod
     def _where(shapes: TrainState, arrays: Any, tx: Any, mesh: Mesh, specs: Any, zero1: Any) -> TrainState:

@@ -35,14 +35,12 @@ DATA = ROOT / "tests" / "data" / "optax_suite.json"
 HOMES = ("optax", "optax.contrib", "optax.transforms")
 """Where optax's public functions are."""
 
-OTHER_NAMES = {"muon": "optax_muon", "schedule_free_eval_params": "eval_params"}
+OTHER_NAMES = {"muon": "optax_muon"}
 """optax's name -> jaxsgd's, where they differ."""
 
 OTHER_CALLS = {
     "ema": "averages the parameters, optax's the updates",
-    "lookahead": "takes a rule, optax's a transformation and a pair of parameters",
     "monitor": "takes a transformation, optax's a dictionary of measurements",
-    "schedule_free": "takes a rule, optax's a transformation",
 }
 """Names that both have for different things: not replaced."""
 
@@ -172,11 +170,12 @@ class Tally:
 
     def making(self, name: str, make: Callable) -> Callable:
         """``make`` counted, and the transformation that it returns, where no rule counts already."""
+        from jaxsgd.lift import Transformation
 
         @functools.wraps(make)
         def made(*args: Any, **kwargs: Any) -> Any:
             tx = make(*args, **kwargs)
-            if not hasattr(tx, "update") or hasattr(tx.update, "__self__"):
+            if not hasattr(tx, "update") or isinstance(tx, Transformation):
                 return tx
             return tx._replace(init=self.counted("init", tx.init), update=self.counted("update", tx.update))
 
@@ -186,19 +185,11 @@ class Tally:
 def stand_in(name: str, theirs: Callable, ours: Callable, tally: Tally) -> Callable:
     """What takes the place of ``theirs``: ours itself if it is a rule, and ours counted if not."""
     from jaxsgd.rule import Rule
-    from jaxsgd.state import find_states
 
     if name in DEPRECATED:
         return _warning(ours, DEPRECATED[name])
     if isinstance(ours, Rule):
         return ours
-    if name == "schedule_free_eval_params":  # optax's own wrapper, around a rule of ours, has a state of its own
-
-        @functools.wraps(theirs)
-        def eval_params(state: Any, params: Any) -> Any:
-            return (ours if find_states(state) and not hasattr(state, "z") else theirs)(state, params)
-
-        return tally.counted(name, eval_params)
     return tally.making(name, ours)
 
 

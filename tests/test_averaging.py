@@ -84,7 +84,7 @@ def test_any_rule_can_be_wrapped(base):
 
 def test_the_base_keeps_no_momentum():
     state = schedule_free(jaxsgd.adam)(0.1).init(PARAMS)
-    assert set(state.slots) == {"z", "nu"} and state.roles == {"z": {"extrapolated": None}}
+    assert set(state.slots) == {"z", "nu"} and state.roles == {"extrapolated z": None}
 
 
 def test_warmup_moves_on_the_first_step():
@@ -124,7 +124,7 @@ def test_state_dtype_is_what_z_rests_in():
 
 def test_eval_params_finds_the_average_of_parameters():
     for wrap in (lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx), jaxsgd.guard):
-        tx = wrap(optax.chain(jaxsgd.sgd(0.1), jaxsgd.ema(0.5)))
+        tx = wrap(optax.chain(jaxsgd.sgd(0.1), jaxsgd.params_ema(0.5)))
         y, state = march(tx, PARAMS, steps=3)
         expected = optax.tree.get(state, "average")
         jax.tree.map(np.testing.assert_array_equal, jaxsgd.eval_params(state, y), expected)
@@ -228,7 +228,7 @@ def test_eval_params_of_other_parameters_is_refused(make):
         jaxsgd.schedule_free_adamw(0.1),
         schedule_free(optax.sgd(0.1), 0.1),
         jaxsgd.torch.ASGD(0.1, t0=0.0),
-        optax.chain(optax.sgd(0.1), jaxsgd.ema(0.5)),
+        optax.chain(optax.sgd(0.1), jaxsgd.params_ema(0.5)),
     ],
     ids=["rule", "transformation", "asgd", "ema"],
 )
@@ -251,7 +251,7 @@ def test_eval_params_of_an_nnx_optimizer(tx):
 
 
 def test_eval_params_does_not_share_arrays_with_the_state():
-    tx = optax.chain(jaxsgd.torch.ASGD(0.1, t0=0.0), jaxsgd.ema(0.5))
+    tx = optax.chain(jaxsgd.torch.ASGD(0.1, t0=0.0), jaxsgd.params_ema(0.5))
     y, state = march(tx, PARAMS, steps=3)
     x = jaxsgd.eval_params(state, y)
     held = {id(leaf) for leaf in jax.tree.leaves(state)}

@@ -21,6 +21,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_migration import Factored
 
 import jaxsgd
 from jaxsgd.checkpoint import Checkpoints, leaves
@@ -353,6 +354,24 @@ def test_pain_6_after_an_edit_of_the_optimizer(tmp_path):
     wider = jaxsgd.TrainState.create({**params, "w": jnp.ones((4, 5))}, new)
     with pytest.raises(ValueError, match=r"params/w: float32\[4,3\] saved.*\n.*only opt_state may differ"):
         checkpoints.restore(wider, migrate=True)
+
+
+def test_storages_of_ones_own_need_both_optimizers(tmp_path):
+    """Packed and unpacked by them when a checkpoint is restored; reset, and said so, where they are not given."""
+    params = {"w": jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(1.0, 4.0))}  # of rank 1
+    plain, own = jaxsgd.adam(1e-2), jaxsgd.adam(1e-2, storage={"nu": Factored()})
+    states = [jaxsgd.TrainState.create(params, tx) for tx in (plain, own)]
+    state = states[0].replace(opt_state=plain.update(params, states[0].opt_state, params)[1])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, step=1, wait=True)
+        assert checkpoints.restore(states[1], migrate=True).report.reset
+        there = checkpoints.restore(states[1], migrate=True, tx=own)
+        assert there.report.complete
+        checkpoints.save(there.state, step=2, wait=True)
+        assert checkpoints.restore(states[0], migrate=True).report.reset
+        back = checkpoints.restore(states[0], migrate=True, old_tx=own)
+    assert back.report.complete
+    np.testing.assert_allclose(back.state.opt_state.slots["nu"]["w"], state.opt_state.slots["nu"]["w"], rtol=1e-5)
 
 
 def test_sigterm_saves_and_leaves(tmp_path):

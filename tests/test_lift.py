@@ -379,6 +379,18 @@ def test_describe_takes_any_chain():
     assert "optax EmaState" in text and text.count("head/kernel") == 1 == text.count("encoder/bias")
 
 
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [("prodigy", "estim_lr"), ("dadapt_adamw", "estim_lr"), ("schedule_free_adamw", "max_lr"),
+     ("schedule_free_sgd", "weight_sum"), ("schedule_free_adamw", "z"), ("adamw", "mu"), ("adam", "learning_rate"),
+     ("amsgrad", "nu_max"), ("sgd", "count")],
+)  # fmt: skip
+def test_names_that_people_read(rule, name):
+    """`optax.tree.get` finds them, once."""
+    state = RULES[rule](0.1, **({"momentum": 0.9} if rule == "sgd" else {})).init(PARAMS)
+    assert optax.tree.get(state, name) is not None
+
+
 def test_a_transformation_knows_its_rule():
     tx = jaxsgd.adamw(1e-3, b1=0.8, weight_decay=optax.constant_schedule(0.1), groups=[("bias", {"b1": 0.5})])
     assert tx.rule is jaxsgd.adamw and repr(tx).startswith("adamw(learning_rate=0.001, b1=0.8, weight_decay=")

@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from test_inputs import CONTAINERS, names_of
 
 import jaxsgd
 from jaxsgd.migration import adopt, migrate
@@ -68,8 +69,8 @@ EDITS: dict[str, tuple] = {
     "nothing": (adamw(1e-2), adamw(1e-2)),
     "clip added": (adam(1e-2), optax.chain(wide_clip, adam(1e-2))),
     "clip removed": (optax.chain(wide_clip, adam(1e-2)), adam(1e-2)),
-    "wrapped": (adam(1e-2), jaxsgd.guard(optax.chain(wide_clip, adam(1e-2), jaxsgd.ema(0.9)))),
-    "unwrapped": (jaxsgd.guard(optax.chain(wide_clip, adam(1e-2), jaxsgd.ema(0.9))), adam(1e-2)),
+    "wrapped": (adam(1e-2), jaxsgd.guard(optax.chain(wide_clip, adam(1e-2), jaxsgd.params_ema(0.9)))),
+    "unwrapped": (jaxsgd.guard(optax.chain(wide_clip, adam(1e-2), jaxsgd.params_ema(0.9))), adam(1e-2)),
     "accumulated": (adam(1e-2), jaxsgd.accumulate(adam(1e-2), 1)),
     "order": (optax.chain(wide_clip, adam(1e-2)), optax.chain(adam(1e-2), wide_clip)),
     "constant to schedule": (adam(1e-2), adam(SWITCH), adam(SWITCH)),
@@ -112,7 +113,9 @@ def test_pain_6_a_run_goes_on_as_if_it_had_always_been_so(edit):
 
 
 def test_an_unchanged_optimizer_keeps_everything_bit_for_bit():
-    tx = jaxsgd.guard(optax.chain(clip(1.0), adamw(SWITCH, storage={"mu": jaxsgd.cast("bfloat16")}), jaxsgd.ema(0.9)))
+    tx = jaxsgd.guard(
+        optax.chain(clip(1.0), adamw(SWITCH, storage={"mu": jaxsgd.cast("bfloat16")}), jaxsgd.params_ema(0.9))
+    )
     params, state = walk(tx, tx.init(PARAMS), PARAMS, HALF)
     carried, report = migrate(state, tx, params)
     assert_equal(carried, state)
@@ -129,7 +132,10 @@ def test_a_migrated_state_costs_no_compile():
 
 
 def test_the_average_of_parameters_goes_on():
-    old, new = optax.chain(adam(1e-2), jaxsgd.ema(0.9)), optax.chain(wide_clip, adam(1e-2), jaxsgd.ema(0.9))
+    old, new = (
+        optax.chain(adam(1e-2), jaxsgd.params_ema(0.9)),
+        optax.chain(wide_clip, adam(1e-2), jaxsgd.params_ema(0.9)),
+    )
     params, state = walk(old, old.init(PARAMS), PARAMS, HALF)
     params, carried = walk(new, migrate(state, new, params)[0], params, HALF, start=HALF)
     wanted, whole = walk(old, old.init(PARAMS), PARAMS, 2 * HALF)
@@ -291,7 +297,9 @@ class Logarithm:
 AROUND = {
     "alone": lambda rule, **options: rule(1e-2, **options),
     "wrapper": lambda rule, **options: jaxsgd.cautious(rule)(1e-2, **options),
-    "chain": lambda rule, **options: jaxsgd.guard(optax.chain(wide_clip, rule(1e-2, **options), jaxsgd.ema(0.9))),
+    "chain": lambda rule, **options: jaxsgd.guard(
+        optax.chain(wide_clip, rule(1e-2, **options), jaxsgd.params_ema(0.9))
+    ),
     "partition": lambda rule, **options: optax.partition(
         {"vector": rule(1e-2), "matrix": rule(1e-2, **options)}, labels
     ),
@@ -431,6 +439,46 @@ def test_narrow_and_complex_leaves():
     assert_equal(carried[1], state)
     carried, report = migrate(state, adam(1e-2), {"w": jnp.ones(2)})
     assert told(report.reset)["mu", "w"] == "it was complex64, now it is float32"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONTAINERS if kind != "nnx.Module"])
+def test_containers(kind):
+    """A leaf keeps its name in every container, also a field called ``value``; by structure and by names alone."""
+    tx, own = adam(1e-2), adam(1e-2, storage={"nu": Factored()})
+    params = CONTAINERS[kind](jnp.full((2, 3), 2.0), jnp.ones((2, 3)))
+    state = tx.update(params, tx.init(params), params)[1]
+    first, second = names_of(kind)
+    moved = by_name(state.slots["mu"])
+    assert not np.array_equal(moved[first], moved[second])
+    for old in (state, by_name(jax.device_get(state))):
+        carried, report = migrate(old, jaxsgd.guard(optax.chain(wide_clip, own)), params)
+        assert report.complete and {parameter for _, parameter in told(report.kept)} - {None} == {first, second}
+        assert_equal(by_name(carried.inner[1].slots["mu"]), moved)
+        back, report = migrate(carried, tx, params, old_tx=jaxsgd.guard(optax.chain(wide_clip, own)))
+        assert not report.reset
+        assert_like(back, tx.init(params))
+        assert_equal(back.slots["mu"], state.slots["mu"])
+        assert_equal(back.slots["nu"], state.slots["nu"], 1e-6)
+
+
+def test_leaves_of_every_kind():
+    params = {
+        "array": jnp.ones((2, 3)), "numpy": np.ones(3, np.float32), "bf16": jnp.ones(3, jnp.bfloat16),
+        "half": jnp.ones(3, jnp.float16), "complex": jnp.ones(3, jnp.complex64), "scalar": jnp.float32(2),
+        "number": 1.5, "empty": jnp.zeros((0, 3)), "none": None, "index": np.arange(3), "key": np.uint32(7),
+    }  # fmt: skip
+    frozen = {"groups": [("index|key", {"frozen": True})]}
+    tx, new = adam(1e-2, **frozen), optax.chain(wide_clip, adam(1e-2, storage=jaxsgd.int8(min_size=2), **frozen))
+    state = tx.init(params)
+    state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state)
+    carried, report = migrate(state, new, params)
+    assert_like(carried, new.init(params))
+    assert report.complete, report
+    back, report = migrate(carried, tx, params)
+    assert_like(back, tx.init(params))
+    assert not report.reset, report
+    for name, x, y in zip(leaf_names(state.slots), *map(jax.tree.leaves, (back.slots, state.slots)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-2, err_msg=name)
 
 
 def test_rounding_added():
@@ -606,8 +654,8 @@ KINDS = [
 def test_parameters_may_be_called_anything(params, tx, wrapped):
     """Slots, counts and parts of packed values are told from parameters of the same names."""
     numbers = itertools.count(1)
-    old = optax.chain(tx, jaxsgd.ema(0.9))
-    new = jaxsgd.guard(optax.chain(clip(1.0), tx, jaxsgd.ema(0.9))) if wrapped else old
+    old = optax.chain(tx, jaxsgd.params_ema(0.9))
+    new = jaxsgd.guard(optax.chain(clip(1.0), tx, jaxsgd.params_ema(0.9))) if wrapped else old
     state = jax.tree.map(lambda x: jnp.full(x.shape, next(numbers) % 100, x.dtype), old.init(params))
     carried, report = migrate(state, new, params)
     got = by_name(carried.inner[1:] if wrapped else carried)

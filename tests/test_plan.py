@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
+from test_inputs import CONTAINERS
 
 import jaxsgd
 from jaxsgd.plan import compare, plan
@@ -141,6 +143,36 @@ def test_slots_of_other_optimizers_have_their_names():
     assert parts["state: mu"] == parts["state: nu"] == parts["params"]
     packed = plan(loss_fn, params, jaxsgd.adam(1e-3, storage=jaxsgd.int8(min_size=0)), batch).parts
     assert parts["state: mu"] / 4 < packed["state: mu"] < 1.1 * parts["state: mu"] / 4
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_parameters_in_every_container(kind):
+    """Slots are found by the parameters' names, whatever holds them, also a field called ``value``."""
+    params = CONTAINERS[kind](jnp.ones((8, 16)), jnp.ones((8, 4)))
+    loss = lambda p, batch, key: sum(jnp.sum(x**2) for x in jax.tree.leaves(_arrays(p)))
+    parts = plan(loss, params, adam, jnp.ones(4)).parts
+    assert parts["params"] == parts["state: mu"] == parts["state: nu"] == 4 * 8 * 20
+    assert parts["state: other"] < 16
+
+
+def _arrays(params):
+    return nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
+
+
+def test_parameters_of_every_dtype():
+    """Moments of narrow parameters are float32, second moments of complex ones are real."""
+    params = {
+        "bf16": shape(16, dtype="bfloat16"), "half": shape(16, dtype="float16"),
+        "complex": shape(16, dtype="complex64"), "empty": shape(0, 4), "scalar": shape(), "none": None,
+        "index": shape(3, dtype="int32"),
+    }  # fmt: skip
+    tx = jaxsgd.adam(1e-3, groups=[("index", {"frozen": True})])
+    loss = lambda p, batch, key: sum(
+        jnp.sum(jnp.abs(x) ** 2).astype(jnp.float32) for n, x in p.items() if n not in ("none", "index")
+    )
+    parts = plan(loss, params, tx, jnp.ones(4)).parts
+    assert parts["params"] == 32 + 32 + 128 + 4 + 12
+    assert parts["state: mu"] == 64 + 64 + 128 + 4 and parts["state: nu"] == 3 * 64 + 4
 
 
 def test_zero1_on_eight_devices():

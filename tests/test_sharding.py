@@ -110,7 +110,7 @@ def test_every_road_leads_to_the_same_parameters_in_float64(name, mesh, x64):
 def test_sharded_parameters_and_tensor_parallel_specs():
     """FSDP over one axis, tensor parallel over the other, with accumulation: still the same parameters."""
     mesh = Mesh(np.reshape(jax.devices(), (4, 2)), ("data", "model"))
-    tx = jaxsgd.guard(optax.chain(jaxsgd.clip_by_global_norm(0.5), jaxsgd.adamw(1e-2), jaxsgd.ema(0.9)))
+    tx = jaxsgd.guard(optax.chain(jaxsgd.clip_by_global_norm(0.5), jaxsgd.adamw(1e-2), jaxsgd.params_ema(0.9)))
     params, batches = as_dtype(PARAMS, np.float32), as_dtype(BATCHES[:8], np.float32)
     wanted, _ = train(make_step(loss_fn, tx), TrainState.create(params, tx), batches)
     for specs in (

@@ -333,6 +333,38 @@ def test_rules_without_a_diagonal_preconditioner_are_refused_by_name():
             sharpness(loss, params, jnp.eye(6), tx=tx, opt_state=trained(loss, params, jnp.eye(6), tx, 2)[1])
 
 
+def test_the_state_of_an_nnx_optimizer():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(64, 10, rngs=rngs)
+
+    loss = lambda model, batch: cross_entropy(model.a(batch["x"]), batch["y"])
+    model, batch, tx = Net(nnx.Rngs(0)), digits(50), jaxsgd.adam(1e-2)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss)(model, batch))
+    found = sharpness(loss, model, batch, tx=tx, opt_state=optimizer.opt_state, progress=False)
+    np.testing.assert_allclose(found.constant, 38, rtol=1e-3)
+
+
+def test_a_state_between_two_batches_is_refused():
+    batch, tx = digits(), jaxsgd.accumulate(jaxsgd.sgd(1e-2), 2)
+    params, state = trained(mlp_loss, mlp(), batch, tx, 5)
+    with pytest.raises(ValueError, match="waits for more batches"):
+        sharpness(mlp_loss, params, batch, tx=tx, opt_state=state, progress=False)
+
+
+def test_a_packed_state_is_unpacked_by_migrate():
+    batch = digits()
+    plain, packed = (jaxsgd.adam(1e-2, storage=s) for s in (None, jaxsgd.cast("bfloat16", stochastic=True)))
+    params, state = trained(mlp_loss, mlp(), batch, packed, 30)
+    with pytest.raises(ValueError, match=r"Use the optimizer without storage=, and its state by jaxsgd.migrate"):
+        sharpness(mlp_loss, params, batch, tx=packed, opt_state=state, progress=False)
+    state, _ = jaxsgd.migrate(state, plain, params)
+    found = sharpness(mlp_loss, params, batch, tx=plain, opt_state=state, progress=False)
+    np.testing.assert_allclose(found.constant, 38, rtol=1e-3)
+
+
 def test_errors_in_words():
     loss = lambda p, b: sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(p)) * b
     one, fine = jnp.asarray(1.0), {"a": jnp.ones(2)}
@@ -349,7 +381,8 @@ def test_errors_in_words():
         ({"opt_state": ()}, "opt_state: it needs the rule"),
         ({"tx": optax.sgd(0.1)}, "no jaxsgd state"),
         ({"tx": jaxsgd.adam(0.1)}, "has seen none"),
-        ({"tx": jaxsgd.momentum(0.1, storage=jaxsgd.int8(min_size=0))}, "8 bits"),
+        ({"tx": jaxsgd.momentum(0.1, storage=jaxsgd.int8(min_size=0))}, "'trace' of momentum is rounded between steps"),
+        ({"tx": jaxsgd.momentum(0.1, storage=jaxsgd.cast("bfloat16"))}, "'trace' of momentum is rounded between steps"),
         ({"tx": jaxsgd.momentum(0.1, groups=[("a", {"learning_rate": 0.2})])}, "no multiple of its learning rate"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -17,11 +17,11 @@ from jaxsgd.transforms import (
     accumulate,
     accumulate_gradients,
     clip_by_global_norm,
-    ema,
     guard,
     guard_report,
     monitor,
     monitor_report,
+    params_ema,
     resume,
 )
 
@@ -32,9 +32,9 @@ MAKERS = {
     "clip": lambda tx: optax.chain(clip_by_global_norm(0.5), tx),
     "guard": lambda tx: guard(tx, z_score=4.0, window=4),
     "accumulate": lambda tx: accumulate(tx, 3),
-    "ema": lambda tx: optax.chain(tx, ema(0.9)),
+    "ema": lambda tx: optax.chain(tx, params_ema(0.9)),
     "monitor": monitor,
-    "all": lambda tx: monitor(guard(accumulate(optax.chain(clip_by_global_norm(0.5), tx, ema(0.9)), 2))),
+    "all": lambda tx: monitor(guard(accumulate(optax.chain(clip_by_global_norm(0.5), tx, params_ema(0.9)), 2))),
 }
 
 
@@ -262,6 +262,14 @@ def test_clip_over_two_axes():
     assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-6)
 
 
+def test_no_program_of_a_leaf_repeats_the_sum_over_all_leaves():
+    """Compilers copy cheap operations into every consumer: 192 leaves of guard(adamw) once took minutes to compile."""
+    leaves = [jnp.ones((2, i + 1)) for i in range(24)]
+    for tx in (clip_by_global_norm(1.0), guard(optax.sgd(0.1)), guard(clip_by_global_norm(1.0))):
+        text = jax.jit(tx.update).lower(leaves, tx.init(leaves)).compile().as_text()
+        assert text.count(" add(") < 5 * len(leaves)  # not their square
+
+
 # -- guard -------------------------------------------------------------------------------------------
 
 
@@ -273,7 +281,7 @@ def advance(tx, state, params, grads, **extra):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_pain_11_a_bad_batch_leaves_no_trace(bad):
     """State, step and schedule after good, bad, good are those after good, good."""
-    tx = guard(optax.chain(clip_by_global_norm(1.0), jaxsgd.adamw(optax.linear_schedule(0.1, 0.0, 5)), ema(0.9)))
+    tx = guard(optax.chain(clip_by_global_norm(1.0), jaxsgd.adamw(optax.linear_schedule(0.1, 0.0, 5)), params_ema(0.9)))
     with_bad = without = PARAMS, tx.init(PARAMS)
     for i in range(4):
         with_bad = advance(tx, with_bad[1], with_bad[0], noise(i))
@@ -314,7 +322,7 @@ def test_pain_11_a_bad_loss_alone_is_caught():
     params, state = advance(tx, tx.init(PARAMS), PARAMS, noise(0), value=jnp.asarray(jnp.inf))
     same(params, PARAMS)
     assert int(state.skipped) == 1
-    with pytest.raises(ValueError, match="value: the loss has the shape"):
+    with pytest.raises(ValueError, match=r"value: it has the shape \(2,\)"):
         tx.update(noise(0), state, params, value=jnp.ones(2))
 
 
@@ -677,8 +685,8 @@ def test_accumulate_under_shard_map():
 
 
 @pytest.mark.parametrize("debias", [True, False])
-def test_pain_20_ema_is_the_weighted_mean_of_the_parameters(debias, x64):
-    tx = optax.chain(jaxsgd.adam(0.1), ema(0.8, debias=debias))
+def test_pain_20_params_ema_is_the_weighted_mean_of_the_parameters(debias, x64):
+    tx = optax.chain(jaxsgd.adam(0.1), params_ema(0.8, debias=debias))
     params = jax.tree.map(lambda p: p.astype(np.float64), PARAMS)
     state, seen = tx.init(params), [params]
     same(state[1].average, params)
@@ -692,9 +700,9 @@ def test_pain_20_ema_is_the_weighted_mean_of_the_parameters(debias, x64):
     assert int(state[1].count) == 6
 
 
-def test_pain_20_ema_of_bf16_parameters_does_not_stall():
+def test_pain_20_params_ema_of_bf16_parameters_does_not_stall():
     params = {"w": jnp.ones(3, jnp.bfloat16), "steps": jnp.asarray(3)}
-    tx = ema(0.999, debias=False)
+    tx = params_ema(0.999, debias=False)
     state = tx.init(params)
     still, twice = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda p: 2 * p, params)
     body = lambda s, _: (tx.update(still, s, twice)[1], None)
@@ -703,20 +711,20 @@ def test_pain_20_ema_of_bf16_parameters_does_not_stall():
     same(state.average["w"], np.full(3, 2 - 0.999**1000), 1e-4)  # in bf16, 1 + 0.001 is 1
 
 
-def test_ema_can_be_donated_and_says_what_is_wrong():
-    tx = optax.chain(jaxsgd.sgd(0.1), ema(0.9))
+def test_params_ema_can_be_donated_and_says_what_is_wrong():
+    tx = optax.chain(jaxsgd.sgd(0.1), params_ema(0.9))
     params = {"w": jnp.ones(3)}
     state = tx.init(params)
     jax.jit(lambda p, s: advance(tx, s, p, p), donate_argnums=(0, 1))(params, state)
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="decay"):
-            ema(wrong)
-    with pytest.raises(ValueError, match="params: ema needs them"):
-        ema(0.9).update(PARAMS, ema(0.9).init(PARAMS))
+            params_ema(wrong)
+    with pytest.raises(ValueError, match="params: params_ema needs them"):
+        params_ema(0.9).update(PARAMS, params_ema(0.9).init(PARAMS))
 
 
-def test_pain_20_ema_agrees_on_eight_devices():
-    tx = optax.chain(jaxsgd.adam(0.1), ema(0.9))
+def test_pain_20_params_ema_agrees_on_eight_devices():
+    tx = optax.chain(jaxsgd.adam(0.1), params_ema(0.9))
     specs = {"w": P("data"), "b": P()}
     params = {"w": jnp.arange(8.0), "b": jnp.ones(2)}
 

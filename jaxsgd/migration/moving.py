@@ -26,9 +26,6 @@ __all__ = ["Migration"]
 # Compiled as a whole for each shape, in place of some forty operations.
 _decode, _encode_like = jax.jit(decode), jax.jit(encode_like)
 
-ALIASES = {"max_rate": "max_lr"}
-"""Scalars of rules -> what optax calls them."""
-
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
@@ -345,7 +342,7 @@ class Migration:
         place, fresh = self.new.places[name], self.new.leaves[name]
         short = place.slot.removeprefix(SHARED)
         held = [self.old.scalars.get(c, {}) for c in sources]
-        found = [old[f] for old in held for f in (place.slot, short, ALIASES.get(short)) if f in old][:1]
+        found = [old[f] for old in held for f in (place.slot, short) if f in old][:1]
         if not found:
             return self._say("changed", name, "new", place)
         self.used |= set(found)

@@ -31,7 +31,7 @@ ODD, EVEN = ("mean", "iterate"), ("square",)
 def rules_in(tx: Any, params: Any) -> list[Rule]:
     """The rules in ``tx``; none if it does not take such ``params``."""
     try:
-        return [lift.rule for lift in lifts_in(tx, params)]
+        return [lift.rule for lift in lifts_in(tx, params) if isinstance(lift.rule, Rule)]
     except Exception:  # whatever a user's transformation says to parameters that are not its own
         return []
 
@@ -56,10 +56,11 @@ class Asked:
         self.floating = [jnp.issubdtype(p.dtype, jnp.floating) for p in self.leaves]
         slots = {name: form for form in forms(tx, params) for name in form.names}
         for form in slots.values():
-            if not isinstance(form.storage, Plain | Cast):
+            sizes = [x.dtype.itemsize for x in jax.tree.leaves(form.stored)]
+            if not isinstance(form.storage, Plain | Cast) or min(sizes, default=4) < 4:
                 raise ValueError(
-                    f"tx: the slot {form.slot.name!r} of {name} is packed, in 8 bits or another form; a linear "
-                    "response needs plain or cast storage"
+                    f"tx: the slot {form.slot.name!r} of {name} is rounded between steps by {form.storage!r}; a linear "
+                    "response needs plain storage. Use the optimizer without storage=, and its state by jaxsgd.migrate"
                 )
         self.state_leaves, self.state_def = jax.tree.flatten(self._settled(opt_state, 0))
         self.owner = owners(self.state_def.unflatten(self.state_leaves), params, range(len(self.leaves)))
@@ -125,9 +126,9 @@ class Asked:
           ValueError: a leaf does neither.
         """
         floating = [i for i, x in enumerate(self.state_leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-        scalar = lambda i: self.owner[i] is None and not self.state_leaves[i].ndim  # noqa: E731
+        scalars = {i for i in floating if self.owner[i] is None and not self.state_leaves[i].ndim}
         odd = {i for i in floating if kinds[i] in ODD}
-        even = {i for i in floating if kinds[i] in EVEN or kinds[i] is None and scalar(i)}
+        even = {i for i in floating if kinds[i] in EVEN or kinds[i] is None and i in scalars}
         unknown = [i for i in floating if i not in odd | even]
         after = [self._after_three(sign) for sign in (1, -1)] if unknown else []
         for i in unknown:
@@ -146,7 +147,10 @@ class Asked:
 
     def _after_three(self, sign: int) -> list[Any]:
         """The state after three steps, by which all averages have begun, on gradients and parameters times ``sign``."""
-        turn = lambda xs: [sign * x if f else x for x, f in zip(xs, self.floating, strict=True)]  # noqa: E731
+
+        def turn(xs: Sequence[Any]) -> list[Any]:
+            return [sign * x if f else x for x, f in zip(xs, self.floating, strict=True)]
+
         p = turn(self.random(2, 0.1))
         state = jax.tree.leaves(self._like_settled(self.tx.init(self.treedef.unflatten(p))))
         for step in range(3):

@@ -117,37 +117,37 @@ class Population:
         self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
         self._row = jax.jit(self._dealt_out(_row, 1))
         self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
-        self._held = self._begin(self._given, self._deal(self.values))
-        _refuse_narrow(self._held[0])
+        self._carry = self._begin(self._given, self._deal(self.values))
+        _refuse_narrow(self._carry[0])
 
     # -- members ------------------------------------------------------------------------------
 
     @property
     def states(self) -> Any:
         """The members' states, stacked along a first axis."""
-        return jax.tree.map(lambda x: x[: self.members], self._held[0])
+        return jax.tree.map(lambda x: x[: self.members], self._carry[0])
 
     @property
     def alive(self) -> np.ndarray:
         """``(members,)`` bool: has not diverged."""
-        return np.asarray(self._held[1].alive)[: self.members] & (self._gone_at < 0)
+        return np.asarray(self._carry[1].alive)[: self.members] & (self._gone_at < 0)
 
     @property
     def diverged_at(self) -> np.ndarray:
         """``(members,)`` int: the steps a member had taken when it diverged, or -1."""
-        return np.where(self._gone_at >= 0, self._gone_at, np.asarray(self._held[1].diverged_at)[: self.members])
+        return np.where(self._gone_at >= 0, self._gone_at, np.asarray(self._carry[1].diverged_at)[: self.members])
 
     @property
     def steps(self) -> np.ndarray:
         """``(members,)`` int: the steps a member has taken since its start."""
-        return np.asarray(self._held[1].steps)[: self.members]
+        return np.asarray(self._carry[1].steps)[: self.members]
 
     def restart(self, mask: Any, values: Mapping[str, Any]) -> None:
         """Restart the members in ``mask`` ``(members,)`` with ``values`` ``(members,)``; the others continue."""
         mask = np.asarray(mask, bool)
         self.values = {name: np.where(mask, np.asarray(values[name]), old) for name, old in self.values.items()}
         self._gone_at, self._over = np.where(mask, -1, self._gone_at), self._over & ~mask[:, None]
-        self._held = self._restart(self._given, self._deal(self.values), self._deal(mask), self._held)
+        self._carry = self._restart(self._given, self._deal(self.values), self._deal(mask), self._carry)
 
     def _deal(self, tree: Any) -> Any:
         """Arrays ``(members,)``, padded to a multiple of the devices and sharded over them."""
@@ -177,12 +177,12 @@ class Population:
         zero = jnp.zeros((), jnp.int32)
         return self._call(given, values)[1], Fate(jnp.ones((), bool), zero, zero - 1)
 
-    def _again(self, given: Any, values: Mapping[str, Any], restarts: jax.Array, held: Any) -> Any:
-        return _where(restarts, self._born(given, values), held)
+    def _again(self, given: Any, values: Mapping[str, Any], restarts: jax.Array, carry: Any) -> Any:
+        return _where(restarts, self._born(given, values), carry)
 
-    def _stepped(self, given: Any, batch: Any, values: Any, active: jax.Array, held: Any) -> Any:
+    def _stepped(self, given: Any, batch: Any, values: Any, active: jax.Array, carry: Any) -> Any:
         """A member after a step, and the row of its metrics: unchanged and NaN if it does not train."""
-        state, fate = held
+        state, fate = carry
         new, report = self._call(given, values)[0](state, batch)
         scalars = _scalars(report)
         self._names = list(scalars)
@@ -197,21 +197,21 @@ class Population:
         return (_where(ok, new, state), fate), jnp.where(ok, row, jnp.nan)
 
     def _chunk(self, forms: tuple[str, ...]) -> Callable[..., Any]:
-        """``(form, given, batches, on, values, active, held) -> (held, metrics)``; ``form`` picks one of ``forms``."""
+        """``(form, given, batches, on, values, active, carry) -> (carry, metrics)``; ``form`` indexes ``forms``."""
 
-        def one(given: Any, batches: Any, on: jax.Array, values: Any, active: jax.Array, held: Any) -> Any:
-            def train(held: Any, batch: Any) -> Any:
-                return self._step(given, batch, values, active, held)
+        def one(given: Any, batches: Any, on: jax.Array, values: Any, active: jax.Array, carry: Any) -> Any:
+            def train(carry: Any, batch: Any) -> Any:
+                return self._step(given, batch, values, active, carry)
 
-            def skip(held: Any, batch: Any) -> Any:
-                return held, jnp.full(len(self._names), jnp.nan, jnp.float32)
+            def skip(carry: Any, batch: Any) -> Any:
+                return carry, jnp.full(len(self._names), jnp.nan, jnp.float32)
 
-            def body(held: Any, x: tuple[Any, jax.Array]) -> Any:
+            def body(carry: Any, x: tuple[Any, jax.Array]) -> Any:
                 batch, on = x
-                trains = lambda held, batch: jax.lax.cond(held[1].alive & active, train, skip, held, batch)  # noqa: E731
-                return jax.lax.cond(on, trains, skip, held, batch)  # under vmap this stays a branch
+                trains = lambda carry, batch: jax.lax.cond(carry[1].alive & active, train, skip, carry, batch)  # noqa: E731
+                return jax.lax.cond(on, trains, skip, carry, batch)  # under vmap this stays a branch
 
-            return jax.lax.scan(body, held, (batches, on))
+            return jax.lax.scan(body, carry, (batches, on))
 
         def run(form: jax.Array, given: Any, batches: Any, on: jax.Array, *rows: Any) -> Any:
             each = lambda row: one(given, batches, on, *row)  # noqa: E731
@@ -219,8 +219,8 @@ class Population:
             return jax.lax.switch(form, [ways[name] for name in forms], rows)
 
         def single(form: jax.Array, given: Any, batch: Any, on: jax.Array, *row: Any) -> Any:
-            values, active, held = jax.tree.map(lambda x: x[0], row)
-            return jax.tree.map(lambda x: x[None], self._step(given, batch, values, active, held))
+            values, active, carry = jax.tree.map(lambda x: x[0], row)
+            return jax.tree.map(lambda x: x[None], self._step(given, batch, values, active, carry))
 
         return self._dealt_out(single if forms == ("loop",) else run, 4)
 
@@ -236,9 +236,9 @@ class Population:
     def _look(self, batches: Any) -> None:
         """Trace a step of one member, to learn the names of its metrics and the form that suits it."""
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
-        values, held = (jax.tree.map(one, x) for x in (self._deal(self.values), self._held))
+        values, carry = (jax.tree.map(one, x) for x in (self._deal(self.values), self._carry))
         on = jax.ShapeDtypeStruct((), jnp.bool_)
-        traced = self._step.trace(self._given, jax.tree.map(one, batches), values, on, held)
+        traced = self._step.trace(self._given, jax.tree.map(one, batches), values, on, carry)
         if self.strategy != "auto":
             return
         if self.devices[0].platform == "cpu" and "conv_general_dilated" in str(traced.jaxpr):
@@ -299,10 +299,10 @@ class Population:
         """Freeze members whose losses are above the limit, and set their metrics to NaN from there on."""
         losses = table[:, :, self._names.index("loss")]
         self._least += least_losses(losses, EARLY - len(self._least))
-        found, self._over = risen(losses, self._least, self.limit, self._over)
-        for member in np.flatnonzero((found >= 0) & (self._gone_at < 0)):
-            self._gone_at[member] = before[member] + found[member]
-            table[member, found[member] :] = np.nan
+        rises, self._over = risen(losses, self._least, self.limit, self._over)
+        for member in np.flatnonzero((rises >= 0) & (self._gone_at < 0)):
+            self._gone_at[member] = before[member] + rises[member]
+            table[member, rises[member] :] = np.nan
 
     def _run(self, batches: Any, first: int, count: int, rows: tuple[Any, ...], form: int) -> Any:
         """One call of the program over ``count`` batches, padded to a chunk with the last one."""
@@ -311,10 +311,10 @@ class Population:
         on = np.arange(self.chunk) < count
         cut, on, which = jax.device_put((cut, on, np.int32(form)), self._everywhere)
         if self._program is None:
-            self._program = self._prepare(which, self._given, cut, on, *rows, self._held)
+            self._program = self._prepare(which, self._given, cut, on, *rows, self._carry)
             if self.strategy != "auto":  # there may be one form only
                 which = jax.device_put(np.int32(self._form), self._everywhere)
-        self._held, row = self._program(which, self._given, cut, on, *rows, self._held)
+        self._carry, row = self._program(which, self._given, cut, on, *rows, self._carry)
         return row
 
     def _turns(self, left: int) -> Iterator[tuple[int, int]]:
@@ -330,7 +330,7 @@ class Population:
                     return
                 begin = time.perf_counter()
                 yield form, count
-                jax.block_until_ready(self._held)
+                jax.block_until_ready(self._carry)
                 seconds[name] = (time.perf_counter() - begin) / count
                 left -= count
             if not timed:
@@ -342,23 +342,23 @@ class Population:
     def _looped(self, batches: Any, active: np.ndarray) -> np.ndarray:
         """Steps of single members, one on each device, called in turn: ``(members, steps, names)``."""
         index = [jax.device_put(np.int32(r), self._everywhere) for r in range(self._rows)]
-        whole = (self._deal(self.values), self._deal(active), self._held)
+        whole = (self._deal(self.values), self._deal(active), self._carry)
         rows = [self._row(r, whole) for r in index]
         steps, left = len(jax.tree.leaves(batches)[0]), []
         form, on = jax.device_put((np.int32(0), np.bool_(True)), self._everywhere)
-        held = [row[2] for row in rows]
+        carry = [row[2] for row in rows]
         for i in range(steps):
             batch = jax.tree.map(lambda x, i=i: x[i], batches)
             shared = (form, self._given, jax.device_put(batch, self._everywhere), on)
             if self._program is None:
                 self._program = self._prepare(*shared, *rows[0])
             if i % self.chunk == 0:  # looking waits for the device
-                going = [bool(np.any(np.asarray(h[1].alive & row[1]))) for h, row in zip(held, rows, strict=True)]
+                going = [bool(np.any(np.asarray(h[1].alive & row[1]))) for h, row in zip(carry, rows, strict=True)]
             for r in np.flatnonzero(going):
-                held[r], metrics = self._program(*shared, *rows[r][:2], held[r])
+                carry[r], metrics = self._program(*shared, *rows[r][:2], carry[r])
                 left.append((r, i, metrics))
-        for r, member in zip(index, held, strict=True):
-            self._held = self._with_row(r, member, self._held)
+        for r, member in zip(index, carry, strict=True):
+            self._carry = self._with_row(r, member, self._carry)
         table = np.full((len(self.devices), self._rows, steps, len(self._names)), np.nan, np.float32)
         for r, i, metrics in left:
             table[:, r, i] = metrics

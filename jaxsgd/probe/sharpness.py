@@ -217,15 +217,17 @@ def sharpness(
         _, gradient = curvature.value_and_gradient()
     with Bar("sharpness", total=2 * iterations, show=progress) as bar:
         plain = spectrum(curvature, eigenvalues, iterations, tolerance, start, bar)
-        other, divided = None, None
+        other, divisors = None, None
         if response is not None:
-            other, divided = _preconditioned(curvature, response, plain, eigenvalues, iterations, tolerance, start, bar)
+            other, divisors = _preconditioned(
+                curvature, response, plain, eigenvalues, iterations, tolerance, start, bar
+            )
     norm = float(jnp.sqrt(jnp.sum(gradient * gradient)))
     shared = (plain, other)
     if response is None:
         top = plain.largest if plain.largest > plain.residuals[0] + plain.rounding else 0.0
-        made = {name: c / top if top > 0 else math.inf for name, c in CONSTANTS.items()}
-        threshold, rate, rule, notes = made["gradient descent"], None, None, ()
+        thresholds = {name: c / top if top > 0 else math.inf for name, c in CONSTANTS.items()}
+        threshold, rate, rule, notes = thresholds["gradient descent"], None, None, ()
     else:
         assert other is not None
         top = other.largest if other.largest > other.residuals[0] + other.rounding else 0.0
@@ -235,10 +237,10 @@ def sharpness(
             response.name,
             response.notes,
         )
-        made = {response.name: threshold}
+        thresholds = {response.name: threshold}
     constant = threshold * top if top > 0 else math.inf
     return Sharpness(
-        *shared, made, threshold, constant, rate, rule, value, norm, curvature.size, divided, tolerance, notes
+        *shared, thresholds, threshold, constant, rate, rule, value, norm, curvature.size, divisors, tolerance, notes
     )
 
 
@@ -252,15 +254,15 @@ def _preconditioned(
 ) -> tuple[Spectrum, tuple[float, float, float] | None]:  # fmt: skip
     """The spectrum preconditioned by the rule, and the smallest, median and largest of its divisors."""
     p, shift = response.preconditioner, response.shift
-    divided = (float(p.min()), float(np.median(p)), float(p.max()))
+    divisors = (float(p.min()), float(np.median(p)), float(p.max()))
     same = lambda x: bool(np.ptp(x) <= 1e-4 * np.abs(x).max()) if np.isfinite(x).all() else False  # noqa: E731
     if same(p) and same(shift):
         one = abs(p[0] - 1) < 1e-4
         scaled = plain.transformed(1.0 if one else 1 / float(p[0]), float(shift[0]))
-        return scaled, None if one else divided
+        return scaled, None if one else divisors
     with np.errstate(divide="ignore"):
         root = np.where(np.isfinite(p), 1 / np.sqrt(p), 0)
-    return spectrum(curvature, wanted, iterations, tolerance, key, bar, root, shift), divided
+    return spectrum(curvature, wanted, iterations, tolerance, key, bar, root, shift), divisors
 
 
 def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any) -> tuple[Curvature, Any]:

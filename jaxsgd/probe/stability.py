@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxsgd.numerics import wide
+from jaxsgd.paths import leaf_names
 from jaxsgd.probe.asking import Asked, rate_in_force, rule_name
 from jaxsgd.state import find_states
 
@@ -121,6 +123,7 @@ def read_rule(
       ValueError: the rule is no such recursion, coordinate by coordinate; why not.
     """
     name = rule_name(tx, params)
+    opt_state = _in_its_containers(tx, params, opt_state)
     held = [state for _, state in find_states(opt_state) if "learning_rate" in state.hyper]
     if not held:
         raise ValueError("opt_state: no jaxsgd state in it, whose learning rate a threshold could be compared with")
@@ -156,6 +159,13 @@ def read_rule(
             f"tx: the steps of {name} are no multiple of its learning rate (a group may have its own: use lr_mult)"
         )
     return _normalised(name, table, half, trained, rate, unit, unseen)
+
+
+def _in_its_containers(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> Any:
+    """The state in the containers that ``tx.init`` makes; `nnx.Optimizer` has others around its arrays."""
+    made = jax.eval_shape(lambda params: tx.init(params), params)
+    same = leaf_names(made) == leaf_names(opt_state)
+    return jax.tree.unflatten(jax.tree.structure(made), jax.tree.leaves(opt_state)) if same else opt_state
 
 
 def _impulse(table: np.ndarray) -> np.ndarray:
@@ -252,6 +262,11 @@ def _normalised(
     here = now - unit * per_rate
     first = np.abs(np.stack([table[1, 0], half[1, 0]]))[:, alive] if k else np.ones((2, 1))
     divisor = _divisor(now, unit, bool(np.ptp(first) > 0.01 * first.max()))
+    if not 0 < divisor < math.inf:
+        raise ValueError(
+            f"tx: {name} has no diagonal preconditioner: its steps do not follow each gradient (it waits for more "
+            "batches)"
+        )
     here[:, 0] *= divisor
     per_rate[:, 0] *= divisor
     with np.errstate(divide="ignore"):

@@ -86,7 +86,7 @@ def sweep(
             raise ValueError("state=None: a step needs its initial TrainState")
         _check_runtime(state, values)
         step = train
-        build = lambda given, **scalars: (step, _with_values(given, scalars))  # noqa: E731
+        build = lambda start, **scalars: (step, _with_values(start, scalars))  # noqa: E731
         return _stepped(build, state, members, data, steps, strategy, devices, limit, progress)
     if not callable(train):
         raise TypeError(f"train={train!r}: a jaxsgd.Step, or a function that builds one or trains, is needed")
@@ -102,15 +102,15 @@ def _combined(values: Mapping[str, Any], paired: bool) -> dict[str, np.ndarray]:
     """The values of each run by name."""
     if not values:
         raise ValueError("values: nothing to sweep. Use for example learning_rate=[1e-4, 1e-3]")
-    lists = {name: list(np.atleast_1d(np.asarray(given))) for name, given in values.items()}
-    for name, given in lists.items():
-        if not given:
+    lists = {name: list(np.atleast_1d(np.asarray(entries))) for name, entries in values.items()}
+    for name, entries in lists.items():
+        if not entries:
             raise ValueError(f"{name}=[]: at least one value is needed")
-        if np.ndim(given[0]) or not np.issubdtype(np.asarray(given).dtype, np.number):
+        if np.ndim(entries[0]) or not np.issubdtype(np.asarray(entries).dtype, np.number):
             raise ValueError(f"{name}={values[name]!r}: a list of numbers is needed")
-        if not np.all(np.isfinite(np.asarray(given, float))):
+        if not np.all(np.isfinite(np.asarray(entries, float))):
             raise ValueError(f"{name}={values[name]!r}: finite numbers are needed")
-    if paired and len({len(given) for given in lists.values()}) > 1:
+    if paired and len({len(entries) for entries in lists.values()}) > 1:
         raise ValueError(f"paired: lists of one length are needed, got { {n: len(v) for n, v in lists.items()} }")
     rows = list(zip(*lists.values(), strict=True) if paired else itertools.product(*lists.values()))
     columns = {name: np.asarray([row[i] for row in rows]) for i, name in enumerate(lists)}
@@ -121,8 +121,8 @@ def _combined(values: Mapping[str, Any], paired: bool) -> dict[str, np.ndarray]:
 def _check_runtime(state: Any, values: Mapping[str, Any]) -> None:
     """Check that the state has every name and takes every value."""
     refuse_deleted("state", state)
-    for name, given in values.items():
-        for value in np.atleast_1d(np.asarray(given)):
+    for name, entries in values.items():
+        for value in np.atleast_1d(np.asarray(entries)):
             if name == "seed":
                 if not isinstance(state, TrainState) or not np.issubdtype(value.dtype, np.integer):
                     raise ValueError(f"seed={value!r}: a whole number and a jaxsgd.TrainState are needed")
@@ -234,12 +234,12 @@ def _whole(
     if state is not None:
         refuse_deleted("state", state)
         inside = {"seed"} if isinstance(state, TrainState) else set()
-        inside |= {name for _, found in find_states(state) for name in found.hyper}
+        inside |= {name for _, node in find_states(state) for name in node.hyper}
         inside -= {name for name in inspect.signature(train).parameters if name in members}
         _check_runtime(state, {name: members[name] for name in members if name in inside})
 
-    def one(given: Any, scalars: Mapping[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
-        state, data = given
+    def one(inputs: Any, scalars: Mapping[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
+        state, data = inputs
         others = {name: value for name, value in scalars.items() if name not in inside}
         if state is None:
             out = train(**others) if data is None else train(data, **others)
@@ -262,24 +262,24 @@ def _whole(
     return _trained(one, (state, data), members, way, why, chosen, limit)
 
 
-def _trained(one: Any, given: Any, members: Any, way: str, why: str, devices: list[Any], limit: float) -> Sweep:
+def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: list[Any], limit: float) -> Sweep:
     count = len(next(iter(members.values())))
     mesh = Mesh(np.asarray(devices), ("members",))
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("members",), ()))
     more = -count % len(devices)
     rows = {n: jax.device_put(np.pad(x, (0, more), mode="edge"), split) for n, x in members.items()}
 
-    def run(given: Any, rows: Any) -> Any:
-        each = lambda row: one(given, row)  # noqa: E731
+    def run(inputs: Any, rows: Any) -> Any:
+        each = lambda row: one(inputs, row)  # noqa: E731
         return jax.vmap(each)(rows) if way == "vmap" else jax.lax.map(each, rows)
 
     parts = PartitionSpec("members")
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), parts), out_specs=parts, check_vma=False)
-    given = jax.device_put(given, everywhere)
+    inputs = jax.device_put(inputs, everywhere)
     begin = time.perf_counter()
-    program = jax.jit(sharded).lower(given, rows).compile()
+    program = jax.jit(sharded).lower(inputs, rows).compile()
     compiled = time.perf_counter()
-    states, metrics = jax.block_until_ready(program(given, rows))
+    states, metrics = jax.block_until_ready(program(inputs, rows))
     seconds = time.perf_counter() - compiled
     states, metrics = jax.tree.map(lambda x: x[:count], (states, metrics))
     metrics = {name: np.asarray(x, np.float32) for name, x in metrics.items()}

@@ -307,15 +307,18 @@ def _prodigy_memory(g, s, d, rate, b2, beta3, estim_lr0, safeguard_warmup):
     return decay * s + d / estim_lr0 * (d if safeguard_warmup else rate) * g
 
 
-def _prodigy_sums(g, s, x0, *, p, t, d, learning_rate, b1, b2, beta3, estim_lr0, safeguard_warmup, bias_correction):
-    rate = _adam_rate(d, learning_rate, t, b1, b2, bias_correction)
+def _prodigy_sums(
+    g, s, x0, *, p, t, estim_lr, learning_rate, b1, b2, beta3, estim_lr0, safeguard_warmup, bias_correction
+):
+    d, rate = estim_lr, _adam_rate(estim_lr, learning_rate, t, b1, b2, bias_correction)
     s = _prodigy_memory(g, s, d, rate, b2, beta3, estim_lr0, safeguard_warmup)
     return {"gained": d / estim_lr0 * rate * _dot(g, x0 - p), "length": jnp.sum(jnp.abs(s))}
 
 
-def _prodigy_shared(d=FIRST_D, numerator=0.0, *, gained, length, b2, beta3, estim_lr_coef):
-    numerator = (b2**0.5 if beta3 is None else beta3) * numerator + gained
-    return {"d": jnp.maximum(d, _over(estim_lr_coef * numerator, length)), "numerator": numerator, "d_before": d}
+def _prodigy_shared(estim_lr=FIRST_D, numerator_weighted=0.0, *, gained, length, b2, beta3, estim_lr_coef):
+    numerator = (b2**0.5 if beta3 is None else beta3) * numerator_weighted + gained
+    d = jnp.maximum(estim_lr, _over(estim_lr_coef * numerator, length))
+    return {"estim_lr": d, "numerator_weighted": numerator, "d_before": estim_lr}
 
 
 @rule(
@@ -334,7 +337,7 @@ def prodigy(
     *,
     p,
     t,
-    d,
+    estim_lr,
     d_before,
     learning_rate,
     weight_decay,
@@ -355,18 +358,19 @@ def prodigy(
     rate = _adam_rate(d_before, learning_rate, t, b1, b2, bias_correction)
     mu, nu = ema(mu, d_before * g, b1), ema(nu, sq(d_before * g), b2)
     s = _prodigy_memory(g, s, d_before, rate, b2, beta3, estim_lr0, safeguard_warmup)
-    return -rate * (mu / (jnp.sqrt(nu) + d * eps) + _decay(p, weight_decay)), mu, nu, s, x0
+    return -rate * (mu / (jnp.sqrt(nu) + estim_lr * eps) + _decay(p, weight_decay)), mu, nu, s, x0
 
 
-def _dadapt_sums(g, nu, s, *, t, d, learning_rate, b1, b2, eps):
-    rate, decay = _adam_rate(d, learning_rate, t, b1, b2), b2**0.5
+def _dadapt_sums(g, nu, s, *, t, estim_lr, learning_rate, b1, b2, eps):
+    rate, decay = _adam_rate(estim_lr, learning_rate, t, b1, b2), b2**0.5
     gained = rate * _dot(g, s / (jnp.sqrt(nu) + eps))
     return {"gained": gained, "length": jnp.sum(jnp.abs(ema(s, rate * g, decay)))}
 
 
-def _dadapt_shared(d=FIRST_D, numerator=0.0, *, gained, length, b2):
-    numerator = ema(numerator, gained, b2**0.5)
-    return {"d": jnp.maximum(d, _over(numerator, (1 - b2**0.5) * length)), "numerator": numerator, "d_before": d}
+def _dadapt_shared(estim_lr=FIRST_D, numerator_weighted=0.0, *, gained, length, b2):
+    numerator = ema(numerator_weighted, gained, b2**0.5)
+    d = jnp.maximum(estim_lr, _over(numerator, (1 - b2**0.5) * length))
+    return {"estim_lr": d, "numerator_weighted": numerator, "d_before": estim_lr}
 
 
 @rule(

@@ -121,16 +121,16 @@ def _extrapolated(y: Any, z: Any, b1: Any) -> Any:
     return (y - (1 - b1) * z) / b1
 
 
-def _weighed(weight_sum: Any, max_rate: Any, rate: Any, power: Any, scale: Any = 1.0) -> dict[str, Any]:
+def _weighed(weight_sum: Any, max_lr: Any, rate: Any, power: Any, scale: Any = 1.0) -> dict[str, Any]:
     """The weight of a step in the average, $c_t$."""
-    max_rate = jnp.maximum(max_rate, rate)
-    weight = scale * max_rate**power
+    max_lr = jnp.maximum(max_lr, rate)
+    weight = scale * max_lr**power
     weight_sum = weight_sum + weight
-    return {"weight_sum": weight_sum, "max_rate": max_rate, "ck": weight / jnp.where(weight_sum > 0, weight_sum, 1)}
+    return {"weight_sum": weight_sum, "max_lr": max_lr, "ck": weight / jnp.where(weight_sum > 0, weight_sum, 1)}
 
 
-def _weights(weight_sum=0.0, max_rate=0.0, *, t, learning_rate, weight_lr_power, r):
-    return _weighed(weight_sum, max_rate, learning_rate, weight_lr_power, t**r) | {"stretch": 1.0}
+def _weights(weight_sum=0.0, max_lr=0.0, *, t, learning_rate, weight_lr_power, r):
+    return _weighed(weight_sum, max_lr, learning_rate, weight_lr_power, t**r) | {"stretch": 1.0}
 
 
 def _warm_up(warmup_steps: int | None = None, **rest: Any) -> dict[str, Any]:
@@ -191,9 +191,9 @@ def _rectification(t: Any, b2: Any, silent_sgd_phase: bool) -> jax.Array:
     return jnp.where(begun, jnp.sqrt(jnp.where(begun, ratio, 1)), 0.0 if silent_sgd_phase else 1.0)
 
 
-def _rectified_weights(weight_sum=0.0, max_rate=0.0, *, t, learning_rate, weight_lr_power, r, b2, silent_sgd_phase):
+def _rectified_weights(weight_sum=0.0, max_lr=0.0, *, t, learning_rate, weight_lr_power, r, b2, silent_sgd_phase):
     stretch = _rectification(t, b2, silent_sgd_phase)
-    return _weighed(weight_sum, max_rate, learning_rate * stretch, weight_lr_power, t**r) | {"stretch": stretch}
+    return _weighed(weight_sum, max_lr, learning_rate * stretch, weight_lr_power, t**r) | {"stretch": stretch}
 
 
 def _radam(g, nu: Square, *, t, b2: Decay = 0.999, eps=1e-8, silent_sgd_phase=True):
@@ -263,7 +263,7 @@ def _of_transformation(
             return (b * x + (1 - b) * wide(z) - y).astype(p.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.step_count))
-        after = ScheduleFreeState(state.b1, now["weight_sum"], count, now["max_rate"], inner, z)
+        after = ScheduleFreeState(state.b1, now["weight_sum"], count, now["max_lr"], inner, z)
         return jax.tree.map(change, params, state.z, z), after
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -354,8 +354,8 @@ def _averages(state: Any) -> Iterator[tuple[Any, Any]]:
     """Each tree to evaluate, with ``b1`` where it is the z of an extrapolation."""
     for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, State) or _is_average(node)):
         if isinstance(node, State):
-            for slot, roles in node.roles.items():
-                yield node.slots[slot], _scalar(node.hyper["b1"]) if "extrapolated" in roles else None
+            for role, slot in map(str.split, node.roles):
+                yield node.slots[slot], _scalar(node.hyper["b1"]) if role == "extrapolated" else None
         elif _is_average(node):
             yield (node.z, _scalar(node.b1)) if hasattr(node, "z") else (node.average, None)
 

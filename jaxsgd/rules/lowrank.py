@@ -283,8 +283,8 @@ def _start_seed(p, axes):
     return None if _faced(p, axes, "short") is None else jnp.zeros((), jnp.int32)
 
 
-def _start_size(p, axes, growth):
-    shape = None if is_off(growth) else _faced(p, axes, "short")
+def _start_size(p, axes):
+    shape = _faced(p, axes, "short")
     return None if shape is None else jnp.zeros((*shape[:-2], 1, 1), real_dtype(p.dtype))
 
 
@@ -347,7 +347,7 @@ def apollo(
     g,
     mu: Annotated[Mean, start(_start_low(zeros))],
     nu: Annotated[Square, start(_start_low(real_zeros))],
-    size: Annotated[Other, start(_start_size)],
+    size: Annotated[Other, unless("growth"), start(_start_size)],
     seed: Annotated[Other, start(_start_seed)],
     *,
     t,

@@ -158,7 +158,10 @@ def law_derivative(tx: optax.GradientTransformation) -> str | None:
         params, update = _tree(1, np.float64), _compiled(tx)
         state = update(_tree(3, np.float64), tx.init(params), params)[1]
         grads, direction = _tree(4, np.float64), _tree(5, np.float64)
-        moved = lambda s: update(jax.tree.map(lambda g, d: g + s * d, grads, direction), state, params)[0]  # noqa: E731
+
+        def moved(s: Any) -> Any:
+            return update(jax.tree.map(lambda g, d: g + s * d, grads, direction), state, params)[0]
+
         tangent = jax.jit(lambda s: jax.jvp(moved, (s,), (1.0,))[1])(0.0)
         # Central differences with step 1e-6 in float64: truncation and rounding both near 1e-10.
         difference = jax.tree.map(lambda a, b: (a - b) / 2e-6, moved(1e-6), moved(-1e-6))

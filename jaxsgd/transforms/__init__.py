@@ -1,15 +1,15 @@
-"""Transformations of whole trees that optax lacks: clipping, a guard, accumulation, averages, measurements.
+"""Transformations of whole trees: clipping, a guard, accumulation, averages, measurements.
 
-Floor 4. All are `optax.GradientTransformationExtraArgs`, take part in `optax.chain`, and keep a state whose
-structure, shapes and dtypes never change, so that they can be scanned, vmapped and compiled once.
+All are `optax.GradientTransformationExtraArgs` for `optax.chain`. The structure, shapes and dtypes of their states
+never change, so that they can be scanned and vmapped, and compile once.
 """
 
 from jaxsgd.transforms.accumulate import Accumulate, AccumulateState, accumulate, accumulate_gradients
 from jaxsgd.transforms.clip import ClipState, clip_by_global_norm
-from jaxsgd.transforms.ema import EmaState, ema
+from jaxsgd.transforms.ema import EmaState, ParamsEmaState, ema, params_ema
 from jaxsgd.transforms.guard import GuardState, guard, guard_report, resume
 from jaxsgd.transforms.mechanize import MechanizeState, mechanize
-from jaxsgd.transforms.monitor import MonitorState, monitor, monitor_report
+from jaxsgd.transforms.monitor import LeafMonitorState, monitor, monitor_report
 from jaxsgd.transforms.plateau import PlateauState, reduce_on_plateau
 from jaxsgd.transforms.sam import SamState, normalize, sam
 
@@ -19,8 +19,9 @@ __all__ = [
     "ClipState",
     "EmaState",
     "GuardState",
+    "LeafMonitorState",
     "MechanizeState",
-    "MonitorState",
+    "ParamsEmaState",
     "PlateauState",
     "SamState",
     "accumulate",
@@ -33,6 +34,7 @@ __all__ = [
     "monitor",
     "monitor_report",
     "normalize",
+    "params_ema",
     "reduce_on_plateau",
     "resume",
     "sam",

@@ -1,37 +1,39 @@
-"""Gradients of batches that do not fit: summed inside one step, or over several.
-
-Floor 4.
-"""
+"""Gradient accumulation for batches that do not fit: within one step, or over several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsgd.batches import batch_size, check_divides
-from jaxsgd.numerics import is_key, wide, widest, zeros
+from jaxsgd.numerics import differentiable, is_key, wide, widest, zeros
+from jaxsgd.paths import check_optimizer, check_params
+from jaxsgd.state import plain
 from jaxsgd.transforms.clip import AxisName, varying_over
-from jaxsgd.transforms.guard import keep_types
+from jaxsgd.transforms.trees import check_like, is_float0, is_inexact, keep_types, or_zeros, scalar
 
 __all__ = ["Accumulate", "AccumulateState", "accumulate", "accumulate_gradients"]
 
 
+@jax.jit
 def weighted(weight: jax.Array, x: Any) -> jax.Array:
-    """``weight * x``, widened; 0 where the weight is, even if ``x`` is then NaN (the mean of no tokens)."""
+    """``weight * x``, widened; 0 where the weight is 0, even if ``x`` is NaN there (the mean of no tokens)."""
     x = wide(x)
     scale = weight.astype(x.dtype).reshape(weight.shape + (1,) * (x.ndim - weight.ndim))
     return jnp.where(scale.real > 0, scale * x, jnp.zeros_like(x))
 
 
+@jax.jit
 def over(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """``total / weight``; ``total``, which is then 0, where no weight was collected."""
+    """``total / weight``; ``total``, which is 0 then, where the weights add up to 0."""
     return total / jnp.where(weight > 0, weight, 1).astype(total.dtype)
 
 
@@ -47,57 +49,59 @@ def accumulate_gradients(
 ) -> Callable[..., tuple[tuple[jax.Array, Any], Any]]:
     """The loss and gradient of a batch in ``steps`` microbatches, in the memory of one.
 
-    ``(loss, aux), grads = accumulate_gradients(loss_fn, 8, weight="tokens")(params, batch, key)`` gives what
-    ``jax.value_and_grad(loss_fn, has_aux=True)`` gives for the whole batch: a `jax.lax.scan` adds up the
-    gradients in at least float32. The optimizer then runs once.
+    ``(loss, aux), grads = accumulate_gradients(loss_fn, 8, weight="tokens")(params, batch, key)`` gives the same as
+    ``jax.value_and_grad(loss_fn, has_aux=True)`` on the whole batch. A `jax.lax.scan` adds up the gradients in at
+    least float32. The optimizer then runs once.
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, the loss being a mean over a microbatch.
-      steps: the number of microbatches. Arrays of the batch are split on the first axis, which it must divide;
-        scalars go to every microbatch. Microbatch i holds the examples i, i + steps, ..., so that a batch which is
-        sharded over devices is split without moving anything between them.
-      weight: by what the mean of a microbatch counts. ``"tokens"``: by ``aux["tokens"]``, of the whole batch then;
-        a function ``weight(batch) -> scalar``; None: all the same. A microbatch of weight 0 counts nothing, even
-        where its loss is NaN. If all weigh 0, loss and gradients are 0.
+      steps: the number of microbatches. It must divide the first axis of the batch's arrays; scalars go to every
+        microbatch. Microbatch i has the examples i, i + steps, ..., so that splitting a sharded batch moves nothing
+        between devices.
+      weight: the weight of a microbatch in the mean. ``"tokens"``: ``aux["tokens"]``, which becomes that of the whole
+        batch; or a function ``weight(batch) -> scalar``. A microbatch of weight 0 does not count, even if its loss is
+        NaN. If all weigh 0, loss and gradients are 0. Default: None, equal weights.
       axis_name: mesh axes inside `jax.shard_map` or `jax.pmap` along which the batch is sharded and ``params`` are
-        replicated: loss, gradients and scalars in aux are then of the whole batch, reduced once at the end. Without
-        it they are this device's own; nothing is summed behind your back. Not needed under `jax.jit`.
+        replicated. Loss, gradients and scalars in aux are then of the whole batch, reduced once at the end. Without
+        it they are each device's own. Not needed under `jax.jit`. Default: None.
 
     Returns:
       A function ``(params, batch, key=None) -> ((loss, aux), grads)``. Gradients have the shapes of ``params``, in
-      float32 for narrower ones. In aux, floating scalars are weighted means, integer scalars sums; all other leaves
-      are stacked, with a new first axis of length ``steps``. ``key`` is split between the microbatches.
+      float32 for narrower ones; those of integers are float0 zeros. As in `jax.grad`, gradients of complex parameters
+      are not conjugated. In aux, floating scalars are weighted means, integer scalars sums; all other leaves are
+      stacked along a new first axis of length ``steps``. ``key`` is split between the microbatches.
 
     Raises:
-      ValueError: ``steps`` below 1; the batch cannot be split (the nearest sizes are named); the loss is no
+      ValueError: ``steps`` below 1; the batch cannot be split (the error names the nearest sizes); the loss is no
         scalar; aux lacks the weight.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one microbatch is needed")
 
-    def stateless(params: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-        out = loss_fn(params, batch, key)
-        loss, aux = out if isinstance(out, tuple) else (out, None)
-        return loss, (carried, aux)
+    def run(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
+        leaves, whole = differentiable(params)
 
-    gradients = carrying_gradients(stateless, steps, weight=weight, axis_name=axis_name)
+        def stateless(leaves: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+            out = loss_fn(whole(leaves), batch, key)
+            loss, aux = out if isinstance(out, tuple) else (out, None)
+            return loss, (carried, aux)
 
-    def whole(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
-        (loss, (_, aux)), grads = gradients(params, None, batch, key)
-        if steps == 1:  # stacked all the same, so that aux is no other for one microbatch
+        gradients = carrying_gradients(stateless, steps, weight=weight, axis_name=axis_name)
+        (loss, (_, aux)), grads = gradients(leaves, None, batch, key)
+        if steps == 1:  # stacked too, so that aux has the same form for one microbatch
             aux = jax.tree.map(lambda x: x[None] if jnp.ndim(x) > 0 else x, aux)
-        return (wide(loss), aux), jax.tree.map(wide, grads)
+        return (wide(loss), aux), whole(map(wide, grads), lambda p: np.zeros(jnp.shape(p), jax.dtypes.float0))
 
-    return whole
+    return run
 
 
 def carrying_gradients(
     loss_fn: Callable[..., Any], steps: int, *, weight: str | Callable[[Any], ArrayLike] | None, axis_name: AxisName
 ) -> Callable[..., tuple[tuple[jax.Array, tuple[Any, Any]], Any]]:
-    """`accumulate_gradients` of a loss that hands something on, such as batch statistics.
+    """`accumulate_gradients` of a loss that carries something on, such as batch statistics.
 
-    ``loss_fn(params, carried, batch, key) -> (loss, (carried, aux))``; each microbatch gets what the one before
-    carried. Along ``axis_name`` its floating leaves are averaged at the end, of all others the largest is taken. One
+    ``loss_fn(params, carried, batch, key) -> (loss, (carried, aux))``; each microbatch gets ``carried`` of the one
+    before. Along ``axis_name`` its floating leaves are averaged at the end; of all others the largest counts. One
     microbatch on one device is not scanned: its gradients are those of `jax.value_and_grad`, dtypes included.
     """
 
@@ -105,10 +109,10 @@ def carrying_gradients(
         loss, (carried, aux) = loss_fn(params, carried, batch, key)
         if jnp.shape(loss) != ():
             raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed (its mean?)")
-        given: Any = 1
+        size: Any = 1
         if weight is not None:
-            given = weight(batch) if callable(weight) else _entry(aux, weight)
-        return loss, (jnp.asarray(given).astype(jnp.float32), carried, aux)
+            size = weight(batch) if callable(weight) else _entry(aux, weight)
+        return loss, (jnp.asarray(size).astype(jnp.float32), carried, aux)
 
     differentiate = jax.value_and_grad(terms, has_aux=True)
 
@@ -126,7 +130,7 @@ def carrying_gradients(
             (loss, (w, carried, aux)), grads = differentiate(params, carried, batch, key)
             if weight is None and axis_name is None:
                 return (loss, (carried, aux)), grads
-            total = jax.tree.map(lambda g: weighted(w, g), grads)
+            total = jax.tree.map(partial(weighted, w), grads)
             losses, weights = loss[None], w[None]
             scalar = jax.tree.map(lambda x: jnp.ndim(x) == 0, aux)
             aux = jax.tree.map(lambda x: jnp.asarray(x)[None] if jnp.ndim(x) == 0 else x, aux)
@@ -163,15 +167,15 @@ def carrying_gradients(
 
 def _entry(aux: Any, weight: str) -> Any:
     if not isinstance(aux, Mapping) or weight not in aux:
-        held = sorted(aux) if isinstance(aux, Mapping) else type(aux).__name__
-        raise ValueError(f"weight={weight!r}: the loss must return (loss, aux) with aux[{weight!r}]; aux is {held}")
+        names = sorted(aux) if isinstance(aux, Mapping) else type(aux).__name__
+        raise ValueError(f"weight={weight!r}: the loss must return (loss, aux) with aux[{weight!r}]; aux is {names}")
     return aux[weight]
 
 
 def _split(batch: Any, steps: int) -> Any:
     """Arrays as ``(steps, size / steps, ...)``, scalars repeated."""
     if batch_size(batch) is None:
-        raise ValueError("batch: it holds no array to split into microbatches")
+        raise ValueError("batch: it has no array to split into microbatches")
     check_divides(batch, steps, f"steps={steps}")
 
     def cut(x: Any) -> jax.Array:
@@ -196,13 +200,13 @@ def _local(tree: Any, batch: Any, key: Any) -> Any:
 
 
 class AccumulateState(NamedTuple):
-    """What `accumulate` remembers.
+    """The state of `accumulate`.
 
     Attributes:
       inner: the wrapped transformation's state.
       step: int32 scalar, microbatches in the window so far.
-      weight: float32 scalar (float64 where a parameter is), what they weigh.
-      total: tree like params in at least float32, their gradients' weighted sum.
+      weight: float32 scalar (float64 where a parameter is), the sum of their weights.
+      total: tree like params in at least float32, the weighted sum of their gradients; zeros for integers.
     """
 
     inner: Any
@@ -212,78 +216,134 @@ class AccumulateState(NamedTuple):
 
 
 class Accumulate(optax.GradientTransformationExtraArgs):
-    """A transformation over windows of steps, made by `accumulate`."""
+    """A transformation over windows of steps, made by `accumulate`.
 
-    def flush(self, state: AccumulateState, params: Any = None, **extra_args: Any) -> tuple[Any, AccumulateState]:
-        """End a partial window, such as the last of a training: ``updates, state = tx.flush(state, params)``.
+    Attributes:
+      tx: the wrapped transformation.
+      every: steps in a window.
+    """
 
-        The updates are zeros, and the state stays as it is, where the window is empty.
+    tx: optax.GradientTransformationExtraArgs
+    every: int
+
+    def __new__(cls, tx: optax.GradientTransformation, every: int) -> Accumulate:
+        check_optimizer(tx)
+        tx = optax.with_extra_args_support(tx)
+        self = super().__new__(cls, partial(_init, tx), partial(_update, tx, every))
+        self.tx, self.every = tx, every
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.tx, self.every  # for copies
+
+    def __repr__(self) -> str:
+        return f"accumulate({self.tx!r}, every={self.every})"
+
+    def flush(self, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        """End a partial window, such as the last one of a run: ``updates, state = tx.flush(state, params)``.
+
+        Args:
+          state: the `AccumulateState`. It may hold Flax variables, as `nnx.Optimizer.opt_state` does.
+          params: the parameters, arrays or Flax variables. Default: None.
+          **extra_args: for the wrapped transformation.
+
+        Returns:
+          The updates in the containers of ``params``, and the state in its own. Where the window is empty, the updates
+          are zeros and the state is unchanged.
         """
-        return self.update.__self__.flush(state, params, **extra_args)  # type: ignore[attr-defined]
+        arrays, ps = plain(state), plain(params)
+        like = arrays.total if params is None else ps
+        updates, new = _end(self.tx, arrays.step > 0, arrays, arrays.total, like, ps, extra_args)
+        # A variable holds one array: the leaves are the same.
+        structure = jax.tree.structure(arrays.total if params is None else params)
+        updates = jax.tree.unflatten(structure, jax.tree.leaves(updates))
+        return updates, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(new))
 
 
 def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
     """Run ``tx`` once in ``every`` steps, on the weighted mean of their gradients.
 
-    Between, updates are zeros. Where the whole batch is at hand, `accumulate_gradients` does it within one step.
+    In between, updates are zeros. If the whole batch is available at once, use `accumulate_gradients` in one step.
 
-    Unlike with `optax.MultiSteps`, ``tx`` runs only at the end of a window (Muon costs nothing between);
-    an inf spoils its own window, not all that follow (and not that one, with ``accumulate(guard(tx), every)``);
-    microbatches may weigh differently, ``tx.update(grads, state, params, weight=tokens)``; and
-    ``tx.flush(state, params)`` ends a partial window.
+    `optax.MultiSteps` differs in four ways. Here ``tx`` runs only at the end of a window, so that Muon costs nothing in
+    between. An inf spoils its own window only, and not even that with ``accumulate(guard(tx), every)``. Microbatches
+    may have weights: ``tx.update(grads, state, params, weight=tokens)``. And ``tx.flush(state, params)`` ends a partial
+    window.
 
     Args:
-      tx: the whole optimizer, clipping included. It gets the mean in at least float32, and further extra
-        arguments as they are in the window's last step.
+      tx: the whole optimizer, clipping included. It gets the mean in at least float32, and the extra arguments of the
+        window's last step.
       every: steps in a window.
 
     Returns:
       An `Accumulate`, which is an `optax.GradientTransformationExtraArgs`, with an `AccumulateState`. Updates are in
-      the dtypes of ``params`` (of the gradients without them). A weight of 0 counts nothing, even with NaN gradients;
-      ``tx`` rests if the whole window weighs 0.
+      the dtypes of ``params`` (of the gradients without them). A weight of 0 does not count, even with NaN gradients.
+      If a whole window weighs 0, ``tx`` does not run.
 
     Raises:
-      ValueError: ``every`` below 1.
+      ValueError: ``every`` below 1; in the update, a state that was made for parameters of other shapes.
     """
     if every < 1:
         raise ValueError(f"every={every}: at least one step is needed")
-    bound = _Accumulate(optax.with_extra_args_support(tx), every)
-    return Accumulate(bound.init, bound.update)
+    return Accumulate(tx, every)
 
 
-@dataclass(frozen=True)
-class _Accumulate:
-    tx: optax.GradientTransformationExtraArgs
-    every: int
+def _init(tx: optax.GradientTransformationExtraArgs, params: Any) -> AccumulateState:
+    check_params(params)
+    weight = jnp.zeros((), widest(jnp.result_type(p) for p in jax.tree.leaves(params)))
+    return AccumulateState(tx.init(params), jnp.zeros((), jnp.int32), weight, jax.tree.map(zeros, params))
 
-    def init(self, params: Any) -> AccumulateState:
-        weight = jnp.zeros((), widest(jnp.result_type(p) for p in jax.tree.leaves(params)))
-        return AccumulateState(self.tx.init(params), jnp.zeros((), jnp.int32), weight, jax.tree.map(zeros, params))
 
-    def update(
-        self, updates: Any, state: Any, params: Any = None, *, weight: ArrayLike = 1.0, **extra_args: Any
-    ) -> tuple[Any, AccumulateState]:
-        w = jnp.maximum(jnp.asarray(weight).astype(state.weight.dtype), 0)
-        total = jax.tree.map(lambda t, g: t + weighted(w, g).astype(t.dtype), state.total, updates)
-        state = AccumulateState(state.inner, state.step + 1, state.weight + w, total)
-        return self._end(state.step >= self.every, state, updates if params is None else params, params, extra_args)
+def _update(
+    tx: optax.GradientTransformationExtraArgs,
+    every: int,
+    /,
+    updates: Any,
+    state: Any,
+    params: Any = None,
+    *,
+    weight: ArrayLike = 1.0,
+    **extra_args: Any,
+) -> tuple[Any, AccumulateState]:
+    check_like(updates, state.total, "accumulate")
+    w = jnp.maximum(scalar(weight, "weight").astype(state.weight.dtype), 0)
+    total = jax.tree.map(partial(_add, w), state.total, updates)
+    state = AccumulateState(state.inner, state.step + 1, state.weight + w, total)
+    like = updates if params is None else params
+    return _end(tx, state.step >= every, state, updates, like, params, extra_args)
 
-    def flush(self, state: AccumulateState, params: Any = None, **extra_args: Any) -> tuple[Any, AccumulateState]:
-        return self._end(state.step > 0, state, state.total if params is None else params, params, extra_args)
 
-    def _end(self, due: Any, state: AccumulateState, like: Any, params: Any, extra: Any) -> tuple[Any, AccumulateState]:
-        """The inner update where the window is ``due``, with updates in the dtypes of ``like``."""
+@jax.jit
+def _add(weight: jax.Array, total: jax.Array, g: Any) -> jax.Array:
+    if not is_inexact(total) or is_float0(g):
+        return total
+    return total + weighted(weight, wide(g, total.dtype)).astype(total.dtype)
 
-        def run() -> tuple[Any, Any]:
-            mean = jax.tree.map(lambda t: over(t, state.weight), state.total)
-            updates, inner = self.tx.update(mean, state.inner, params, **extra)
-            return keep_types(updates, like), keep_types(inner, state.inner)
 
-        def hold() -> tuple[Any, Any]:
-            return keep_types(jax.tree.map(jnp.zeros_like, state.total), like), state.inner
+def _end(
+    tx: optax.GradientTransformationExtraArgs,
+    due: Any,
+    state: AccumulateState,
+    last: Any,
+    like: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, AccumulateState]:
+    """The inner update where the window is ``due``, with updates in the dtypes of ``like``.
 
-        now = due & (state.weight > 0)
-        updates, inner = jax.lax.cond(now, run, hold) if isinstance(now, Tracer) else (run if now else hold)()
-        # Reset by choice: an inf times 0 would stay, as NaN, for ever.
-        fresh = jax.tree.map(lambda x: jnp.where(due, jnp.zeros_like(x), x), state._replace(inner=None))
-        return updates, fresh._replace(inner=inner)
+    Leaves that are not floating are those of the ``last`` gradients.
+    """
+
+    def run() -> tuple[Any, Any]:
+        mean = jax.tree.map(lambda t, g: over(t, state.weight) if is_inexact(t) else g, state.total, last)
+        updates, inner = tx.update(mean, state.inner, params, **extra_args)
+        return keep_types(updates, like, "accumulate"), keep_types(inner, state.inner, "accumulate")
+
+    def rest() -> tuple[Any, Any]:
+        return keep_types(jax.tree.map(jnp.zeros_like, state.total), like, "accumulate"), state.inner
+
+    now = due & (state.weight > 0)
+    updates, inner = jax.lax.cond(now, run, rest) if isinstance(now, Tracer) else (run if now else rest)()
+    # Reset by choice: an inf times 0 would stay as NaN.
+    rest_of_state = jax.tree.map(partial(or_zeros, jnp.logical_not(due)), state._replace(inner=None))
+    return updates, rest_of_state._replace(inner=inner)

@@ -1,11 +1,9 @@
-"""A guard against bad batches: the step is skipped, wholly.
-
-Floor 4.
-"""
+"""A guard that skips the steps of bad batches, and reports what it skipped."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +12,12 @@ import numpy as np
 import optax
 
 from jaxsgd.numerics import widest
-from jaxsgd.paths import path_name
+from jaxsgd.paths import check_optimizer
+from jaxsgd.state import plain
 from jaxsgd.transforms.clip import AxisName, norm_across
+from jaxsgd.transforms.trees import find, is_float0, keep_types, or_zeros, scalar, select
 
-__all__ = ["GuardState", "Rolling", "find", "guard", "guard_report", "keep_types", "resume"]
+__all__ = ["GuardState", "Rolling", "guard", "guard_report", "resume"]
 
 
 class Rolling(NamedTuple):
@@ -34,14 +34,14 @@ class Rolling(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    """What `guard` remembers.
+    """The state of `guard`.
 
     Attributes:
-      inner: the wrapped transformation's state, as of the last good step.
+      inner: the wrapped transformation's state after the last good step.
       skipped: int32 scalar, steps skipped in all.
       skipped_in_a_row: int32 scalar, steps skipped since the last good one.
-      halted: bool scalar, whether the guard has given up until `resume`.
-      norms, losses: `Rolling` statistics of both, which only ``z_score`` uses.
+      halted: bool scalar, whether the guard skips every step until `resume`.
+      norms, losses: `Rolling` statistics of gradient norms and losses, for ``z_score``.
     """
 
     inner: Any
@@ -62,36 +62,35 @@ def guard(
 ) -> optax.GradientTransformationExtraArgs:
     """Skip the steps of bad batches: ``guard(optax.chain(clip_by_global_norm(1.0), adamw(3e-4)))``.
 
-    A step is bad where the gradients, or the loss if it is given (``tx.update(..., value=loss)``), are not
-    finite, and, with ``z_score``, where their norm or the loss lies more than so many standard deviations
-    above its rolling mean. Then the updates are zeros, and nothing in ``tx`` advances: neither moments, nor the
-    step count, nor schedules. ``tx`` never sees the bad gradients, so no NaN survives in a derivative either.
+    A step is bad if the gradients are not finite, or the loss, where it is passed: ``tx.update(..., value=loss)``.
+    With ``z_score``, it is also bad if their norm or the loss is an outlier above its rolling mean. The updates of a
+    bad step are zeros, and nothing in ``tx`` advances: no moment, no step count, no schedule. ``tx`` never sees the
+    bad gradients, so that derivatives through the step stay finite.
 
-    Unlike `optax.apply_if_finite` the guard never lets a NaN in. After ``max_consecutive`` bad steps in a row it
-    halts: it skips every step, good ones too, so that the parameters stay those of the last good step, and
-    `guard_report` says so. `resume` lets it go on.
+    After ``max_consecutive`` bad steps in a row the guard halts: it skips every step, good ones too, and
+    `guard_report` says so. The parameters stay those of the last good step, where `optax.apply_if_finite` lets the NaN
+    in. `resume` ends the halt.
 
-    An outlier counts in the statistics as the largest value that would have passed: one of them moves little, while
-    after a lasting change of level the threshold follows within a few steps. The standard deviation is taken to be a
-    thousandth of the mean at least.
+    An outlier counts in the statistics as the largest value that would have passed. So a single one changes little,
+    and after a lasting change of level the threshold follows within a few steps. The standard deviation counts as at
+    least a thousandth of the mean.
 
     Args:
-      tx: what to guard; the whole optimizer, clipping included.
-      max_consecutive: bad steps in a row after which to halt.
-      z_score: standard deviations above the mean from which a norm or a loss is an outlier, for example 6; None
-        looks for non-finite values only.
-      window: the rolling statistics weigh the past like a mean over so many steps; half as many good steps must
-        have passed before anything is called an outlier.
+      tx: the whole optimizer, clipping included.
+      max_consecutive: bad steps in a row after which the guard halts. Default: 50.
+      z_score: standard deviations above the mean from which a norm or a loss is an outlier, for example 6. Default:
+        None, only values that are not finite are bad.
+      window: steps of a flat window that would weigh the past alike. After half as many good steps the guard starts
+        to call values outliers. Default: 128.
       axis_name: mesh axes inside `jax.shard_map` or `jax.pmap` whose devices decide together: norms are added up
-        as in `norm_across`, losses averaged. Without it, devices with different gradients part.
+        as in `norm_across`, losses averaged. Without it, devices with different gradients diverge. Default: None.
 
     Returns:
-      A transformation with a `GuardState`. Norms whose squares overflow float32 (from 1.8e19 on) count as
-      not finite.
+      A transformation with a `GuardState`. A norm whose square overflows float32 (from 1.8e19 on) is not finite.
 
     Raises:
       ValueError: ``max_consecutive`` below 1, ``z_score`` not above 0, ``window`` below 2; in the update, a
-        ``value`` that is no scalar.
+        ``value`` that is no real scalar, or a state that was made for parameters of other shapes.
     """
     if max_consecutive < 1:
         raise ValueError(f"max_consecutive={max_consecutive}: at least 1 is needed")
@@ -99,6 +98,7 @@ def guard(
         raise ValueError(f"z_score={z_score}: a number above 0 is needed, or None")
     if window < 2:
         raise ValueError(f"window={window}: at least 2 steps are needed")
+    check_optimizer(tx)
     inner = optax.with_extra_args_support(tx)
     log_decay = math.log((window - 1) / (window + 1))  # the mean age of a value is that of a flat window
 
@@ -125,68 +125,49 @@ def guard(
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, GuardState]:
         stats = {"norms": state.norms, "losses": state.losses}
-        seen = {"norms": norm_across(updates, axis_name)}
+        measures = {"norms": norm_across(updates, axis_name)}
         if extra_args.get("value") is not None:
-            loss = jnp.asarray(extra_args["value"])
-            if loss.shape != ():
-                raise ValueError(f"value: the loss has the shape {loss.shape}; a scalar is needed")
-            seen["losses"] = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
-        seen = {name: x.astype(stats[name].mean.dtype) for name, x in seen.items()}
-        finite = jnp.stack([jnp.isfinite(x) for x in seen.values()]).all()
+            loss = scalar(extra_args["value"])
+            measures["losses"] = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
+        measures = {name: x.astype(stats[name].mean.dtype) for name, x in measures.items()}
+        finite = jnp.stack([jnp.isfinite(x) for x in measures.values()]).all()
         good = finite
         if z_score is not None:
-            good &= jnp.stack([x <= ceiling(stats[name]) for name, x in seen.items()]).all()
-            stats |= {name: add(stats[name], x, finite) for name, x in seen.items()}
+            good &= jnp.stack([x <= ceiling(stats[name]) for name, x in measures.items()]).all()
+            stats |= {name: add(stats[name], x, finite) for name, x in measures.items()}
         good &= ~state.halted
 
         def only_good(x: Any) -> jax.Array:
-            return jnp.where(good, x, jnp.zeros_like(x))
+            return x if is_float0(x) else or_zeros(good, x)
 
-        if "losses" in seen:
+        if "losses" in measures:
             extra_args["value"] = only_good(extra_args["value"])
-        updates, advanced = inner.update(jax.tree.map(only_good, updates), state.inner, params, **extra_args)
-        held = jax.tree.map(lambda n, o: jnp.where(good, n, o), keep_types(advanced, state.inner), state.inner)
+        updates, new = inner.update(jax.tree.map(only_good, updates), state.inner, params, **extra_args)
+        new = jax.tree.map(partial(select, good), keep_types(new, state.inner, "guard"), state.inner)
         in_a_row = jnp.where(good, 0, optax.safe_increment(state.skipped_in_a_row))
         skipped = jnp.where(good, state.skipped, optax.safe_increment(state.skipped))
         halted = state.halted | (in_a_row >= max_consecutive)
-        return jax.tree.map(only_good, updates), GuardState(held, skipped, in_a_row, halted, **stats)
+        return jax.tree.map(only_good, updates), GuardState(new, skipped, in_a_row, halted, **stats)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def keep_types(new: Any, old: Any) -> Any:
-    """``new`` in the dtypes of ``old``: some transformations change their state's dtypes with the gradients'."""
-    return jax.tree.map(
-        lambda n, o: n if jnp.result_type(n) == jnp.result_type(o) else jnp.astype(n, o.dtype), new, old
-    )
-
-
-def find(tree: Any, kind: type) -> list[tuple[str, Any]]:
-    """Every node of type ``kind`` in ``tree`` with its path.
-
-    Raises:
-      ValueError: there is none.
-    """
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, kind))[0]
-    found = [(path_name(path), node) for path, node in flat if isinstance(node, kind)]
-    if not found:
-        raise ValueError(f"state: no {kind.__name__} in {jax.tree.structure(tree)}")
-    return found
-
-
 def guard_report(state: Any) -> dict[str, Any]:
-    """What the guard did, on the host: ``skipped``, ``skipped_in_a_row``, ``halted`` and a ``verdict`` in words.
+    """Steps that the guard skipped, on the host: ``skipped``, ``skipped_in_a_row``, ``halted`` and a ``verdict``.
 
     Args:
-      state: an optimizer state; a `GuardState` is found inside chains, partitions and wrappers. Where there are
-        several, each name is prefixed with the path of its guard. Stacked states give lists.
+      state: an optimizer state; a `GuardState` is found inside chains, partitions, wrappers and `nnx.Optimizer`.
+        Where there are several, each name is prefixed with the path of its guard. Stacked states give lists.
+
+    Returns:
+      Two counts, a bool, and a sentence.
 
     Raises:
       ValueError: ``state`` holds no guard.
     """
-    found = find(state, GuardState)
+    nodes = find(state, GuardState)
     out: dict[str, Any] = {}
-    for path, node in found:
+    for path, node in nodes:
         skipped, row, halted = map(np.asarray, jax.device_get((node.skipped, node.skipped_in_a_row, node.halted)))
         if halted.any():
             verdict = (
@@ -197,7 +178,7 @@ def guard_report(state: Any) -> dict[str, Any]:
             verdict = f"skipping: the last {row.max()} steps were bad"
         else:
             verdict = f"good: {skipped.max()} steps skipped so far"
-        prefix = f"{path}/" if len(found) > 1 else ""
+        prefix = f"{path}/" if len(nodes) > 1 else ""
         values = {"skipped": skipped, "skipped_in_a_row": row, "halted": halted}
         out |= {prefix + name: value.tolist() for name, value in values.items()} | {prefix + "verdict": verdict}
     return out
@@ -207,11 +188,14 @@ def skipped_steps(state: Any) -> dict[str, jax.Array]:
     """``{"skipped": steps that the guard of ``state`` skipped so far}`` on the device; nothing without one guard."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, GuardState))
     guards = [node for node in nodes if isinstance(node, GuardState)]
-    return {"skipped": guards[0].skipped} if len(guards) == 1 else {}
+    return {"skipped": plain(guards[0].skipped)} if len(guards) == 1 else {}
 
 
 def resume(state: Any) -> Any:
-    """A copy of ``state`` whose guards go on after a halt, with their statistics as they were.
+    """A copy of ``state`` in which no guard is halted; their statistics stay.
+
+    Args:
+      state: an optimizer state, as in `guard_report`. Flax variables stay variables.
 
     Raises:
       ValueError: ``state`` holds no guard.
@@ -221,6 +205,7 @@ def resume(state: Any) -> Any:
     def go_on(node: Any) -> Any:
         if not isinstance(node, GuardState):
             return node
-        return node._replace(skipped_in_a_row=jnp.zeros_like(node.skipped_in_a_row), halted=jnp.zeros_like(node.halted))
+        row, halted = jax.tree.map(jnp.zeros_like, (node.skipped_in_a_row, node.halted))
+        return node._replace(skipped_in_a_row=row, halted=halted)
 
     return jax.tree.map(go_on, state, is_leaf=lambda node: isinstance(node, GuardState))

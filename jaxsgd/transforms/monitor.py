@@ -1,25 +1,25 @@
-"""Measurements of each parameter, in a state of fixed structure.
-
-Floor 4.
-"""
+"""Measurements of each parameter, in a state of fixed structure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import monitor as optax_monitor
 
-from jaxsgd.paths import named_leaves
+from jaxsgd.paths import check_optimizer, named_leaves, same_structure
 from jaxsgd.transforms.clip import AxisName, norm_across
-from jaxsgd.transforms.guard import find
+from jaxsgd.transforms.trees import REMEDY, find, is_inexact
 
-__all__ = ["MonitorState", "monitor", "monitor_report"]
+__all__ = ["LeafMonitorState", "monitor", "monitor_report"]
 
 
-class MonitorState(NamedTuple):
-    """What `monitor` remembers.
+class LeafMonitorState(NamedTuple):
+    """The state of `monitor` around a transformation.
 
     Attributes:
       inner: the wrapped transformation's state.
@@ -32,60 +32,76 @@ class MonitorState(NamedTuple):
     update_ratios: dict[str, jax.Array]
 
 
-def monitor(tx: optax.GradientTransformation, *, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
+def monitor(
+    tx: optax.GradientTransformation | Mapping[str, Any], *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     """Measure each parameter's gradient norm and update-to-weight ratio: ``monitor(adamw(3e-4))``.
 
-    Nothing else changes. The ratio says how far a step moves a weight relative to its size; about 1e-3 is
-    a common rule of thumb. It is 0 where the parameter itself is 0. All are zeros before the first step.
+    Nothing else changes. The ratio is the size of a step relative to the weight's; a common rule of thumb is 1e-3. It
+    is 0 where the parameter itself is 0. Before the first step all values are 0. `monitor_report` reads them.
+
+    ``monitor({"norm": optax.tree.norm})`` is optax's ``monitor``: a part of a chain, with optax's state.
 
     Args:
-      tx: what to measure; the whole optimizer, so that the update is the one applied.
-      axis_name: mesh axes along which leaves are sharded inside `jax.shard_map`, see `norm_across`.
+      tx: the whole optimizer, so that the measured update is the applied one; or optax's dict of measurements.
+      axis_name: mesh axes along which leaves are sharded inside `jax.shard_map`, see `norm_across`. Default: None.
 
     Returns:
-      A transformation with a `MonitorState`, read by `monitor_report`. Leaves that are not floating are left out.
+      A transformation with a `LeafMonitorState`. Leaves that are not floating are left out.
 
     Raises:
-      ValueError: two leaves have the same name; in the update, ``params`` missing.
+      TypeError: ``tx`` is neither a transformation nor a dict.
+      ValueError: two leaves have the same name; in the update, ``params`` missing, or a state that was made for other
+        parameters.
     """
+    if isinstance(tx, Mapping):
+        if axis_name is not None:
+            raise ValueError(f"axis_name={axis_name!r}: the measurements of a dict do not take it. Use it inside them")
+        return optax_monitor(dict(tx))
+    check_optimizer(tx)
     inner = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> MonitorState:
-        leaves = named_leaves(params, "params")
-        measured = [n for n, p in leaves.items() if jnp.issubdtype(jnp.result_type(p), jnp.inexact)]
-        norms, ratios = ({name: jnp.zeros((), jnp.float32) for name in measured} for _ in range(2))
-        return MonitorState(inner.init(params), norms, ratios)
+    def init(params: Any) -> LeafMonitorState:
+        floats = [name for name, p in named_leaves(params, "params").items() if is_inexact(p)]
+        norms, ratios = ({name: jnp.zeros((), jnp.float32) for name in floats} for _ in range(2))
+        return LeafMonitorState(inner.init(params), norms, ratios)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, MonitorState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, LeafMonitorState]:
         if params is None:
             raise ValueError("params: monitor needs them: tx.update(grads, state, params)")
-        grads, ps = named_leaves(updates, "updates"), named_leaves(params, "params")
+        same_structure(params, updates)
+        floats = {name: i for i, (name, p) in enumerate(named_leaves(params, "params").items()) if is_inexact(p)}
+        if floats.keys() != state.gradient_norms.keys():
+            odd = min(floats.keys() ^ state.gradient_norms.keys())
+            raise ValueError(f"monitor: {odd!r} is only in one of the state and the parameters. {REMEDY}")
+        grads, ps = jax.tree.leaves(updates), jax.tree.leaves(params)
         updates, advanced = inner.update(updates, state.inner, params, **extra_args)
-        steps = named_leaves(updates, "updates")
-
-        def norm(leaf: Any) -> jax.Array:
-            return norm_across(leaf, axis_name).astype(jnp.float32)
-
+        steps = jax.tree.leaves(updates)
         norms, ratios = {}, {}
-        for name in state.gradient_norms:
-            norms[name], size = norm(grads[name]), norm(ps[name])
-            ratios[name] = jnp.where(size > 0, norm(steps[name]) / jnp.where(size > 0, size, 1), 0)
-        return updates, MonitorState(advanced, norms, ratios)
+        for name, i in floats.items():
+            norms[name], ratios[name] = _measure(grads[i], ps[i], steps[i], axis_name)
+        return updates, LeafMonitorState(advanced, norms, ratios)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@partial(jax.jit, static_argnums=3)
+def _measure(g: Any, p: Any, u: Any, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+    norm, size, step = (norm_across(x, axis_name).astype(jnp.float32) for x in (g, p, u))
+    return norm, jnp.where(size > 0, step / jnp.where(size > 0, size, 1), 0)
+
+
 def monitor_report(state: Any) -> dict[str, jax.Array]:
-    """What to log of the last step, as device scalars: ``{"gradient_norm/<leaf>": ..., "update_ratio/<leaf>": ...}``.
+    """The last step's values, as device scalars: ``{"gradient_norm/<leaf>": ..., "update_ratio/<leaf>": ...}``.
 
     Args:
-      state: an optimizer state; a `MonitorState` is found inside chains, partitions and wrappers.
+      state: an optimizer state; a `LeafMonitorState` is found inside chains, partitions, wrappers and `nnx.Optimizer`.
 
     Raises:
       ValueError: ``state`` holds no monitor.
     """
     out = {}
-    for _, node in find(state, MonitorState):
+    for _, node in find(state, LeafMonitorState):
         out |= {f"gradient_norm/{name}": value for name, value in node.gradient_norms.items()}
         out |= {f"update_ratio/{name}": value for name, value in node.update_ratios.items()}
     return out

@@ -1,7 +1,4 @@
-"""A learning rate that shrinks where the loss no longer does.
-
-Floor 4.
-"""
+"""A learning rate that shrinks when the loss stops falling."""
 
 from __future__ import annotations
 
@@ -12,21 +9,22 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxsgd.lift import is_constant
+from jaxsgd.hyper import is_constant
 from jaxsgd.numerics import wide, widest
+from jaxsgd.transforms.trees import map_inexact, scalar
 
 __all__ = ["PlateauState", "reduce_on_plateau"]
 
 
 class PlateauState(NamedTuple):
-    """What `reduce_on_plateau` remembers.
+    """The state of `reduce_on_plateau`.
 
     Attributes:
-      scale: scalar in float32 (float64 where a parameter is), what the updates were multiplied with. To be logged:
+      scale: scalar in float32 (float64 where a parameter is), the factor of the last updates. For a log:
         ``optax.tree.get(state, "scale")``.
       best_value: like ``scale``, the lowest average so far that counted as an improvement.
       plateau_count: int32 scalar, averages since then.
-      cooldown_count: int32 scalar, averages still to pass before any is counted again.
+      cooldown_count: int32 scalar, averages until failures count again.
       count: int32 scalar, values in the current average.
       avg_value: like ``scale``, that average.
     """
@@ -48,27 +46,27 @@ def reduce_on_plateau(
     accumulation_size: ArrayLike = 1,
     min_scale: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale the updates down when a value has stopped improving: ``optax.chain(adam(1e-3), reduce_on_plateau(0.5))``.
+    """Scale the updates down when the loss stops improving: ``optax.chain(adam(1e-3), reduce_on_plateau(0.5))``.
 
-    The update needs the value, lower being better: ``tx.update(grads, state, params, value=loss)``; with several
-    devices the mean over all of them, or their learning rates part. Once ``patience`` averages in a row have failed to
-    come below the best one by more than the tolerances, the scale is multiplied by ``factor``. A value that is inf or
-    NaN, minus infinity included, is no improvement, and nothing of it stays.
+    The update needs the loss: ``tx.update(grads, state, params, value=loss)``. With several devices pass the mean over
+    all of them; otherwise their learning rates diverge. After ``patience`` averages in a row that do not come below the
+    best one by more than the tolerances, the scale is multiplied by ``factor``. A value that is inf, minus infinity or
+    NaN is no improvement, and the state does not keep it.
 
     Args:
-      factor: what the scale is multiplied with, in (0, 1).
-      patience: averages without an improvement after which it is, at least 1.
-      rtol: an improvement is one by more than this share of the best value's magnitude, in [0, 1], ...
-      atol: ... and this much more; 0 or more. One of both must be above 0.
-      cooldown: averages after a reduction that do not count as failures.
-      accumulation_size: values in an average: 1 for a validation loss, more for the losses of batches.
-      min_scale: where the reductions end, in [0, 1].
+      factor: the factor of a reduction, in (0, 1). Default: 0.1.
+      patience: averages without an improvement before a reduction, at least 1. Default: 10.
+      rtol: share of the best value's magnitude that an improvement must exceed, in [0, 1]. Default: 1e-4.
+      atol: amount that it must exceed in addition, 0 or more. One of both must be above 0. Default: 0.
+      cooldown: averages after a reduction that do not count as failures. Default: 0.
+      accumulation_size: values in an average: 1 for a validation loss, more for the losses of batches. Default: 1.
+      min_scale: the smallest scale, in [0, 1]. Default: 0.
 
     Returns:
-      A transformation with a `PlateauState`. Updates keep their dtypes.
+      A transformation with a `PlateauState`. Updates keep their dtypes. Leaves that are not floating pass unchanged.
 
     Raises:
-      ValueError: an argument out of its range; in the update, ``value`` missing or no scalar.
+      ValueError: an argument out of its range; in the update, ``value`` missing or no real scalar.
     """
     _check("factor", factor, "it must lie in (0, 1)", lambda x: 0 < x < 1)
     _check("patience", patience, "at least 1 average is needed", lambda x: x >= 1 and x == int(x))
@@ -90,23 +88,20 @@ def reduce_on_plateau(
         del params
         if extra_args.get("value") is None:
             raise ValueError("value: reduce_on_plateau needs it: tx.update(grads, state, params, value=loss)")
-        value = jnp.asarray(extra_args["value"])
-        if value.shape != ():
-            raise ValueError(f"value: it has the shape {value.shape}; a scalar is needed")
+        value = scalar(extra_args["value"])
         dtype = state.scale.dtype
         relative, absolute, less, least = (jnp.asarray(x).astype(dtype) for x in (rtol, atol, factor, min_scale))
 
         count = jnp.asarray(optax.safe_increment(state.count))
-        average = (state.count.astype(dtype) * state.avg_value.astype(dtype) + value.astype(dtype)) / count.astype(
-            dtype
-        )
+        total = state.count.astype(dtype) * state.avg_value.astype(dtype) + value.astype(dtype)
+        average = total / count.astype(dtype)
         full = count >= accumulation_size
 
         best = state.best_value.astype(dtype)
         first = jnp.isinf(best)
-        known = jnp.where(first, 0, best)
+        finite = jnp.where(first, 0, best)
         # A share of the magnitude: a share of a negative best would let worse values pass for better ones.
-        needed = jnp.where(known > 0, (1 - relative) * known, (1 + relative) * known) - absolute
+        needed = jnp.where(finite > 0, (1 - relative) * finite, (1 + relative) * finite) - absolute
         improved = full & jnp.isfinite(average) & (first | (average < needed))
         failures = jnp.where(improved, 0, jnp.asarray(optax.safe_increment(state.plateau_count)))
 
@@ -122,14 +117,18 @@ def reduce_on_plateau(
             count=jnp.where(full, 0, count),
             avg_value=jnp.where(full, 0, average),
         )
-        scaled = jax.tree.map(lambda u: (wide(u) * scale.astype(wide(u).dtype)).astype(jnp.result_type(u)), updates)
-        return scaled, state
+        return map_inexact(lambda u: _scale(u, scale), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@jax.jit
+def _scale(u: jax.Array, scale: jax.Array) -> jax.Array:
+    return (wide(u) * scale.astype(wide(u).dtype)).astype(u.dtype)
+
+
 def _check(name: str, value: Any, words: str, valid: Any) -> None:
-    """Whether an argument is in its range, as far as it is known; arrays are taken as they are."""
+    """Check an argument's range where it is a number; arrays are not checked."""
     if is_constant(value):
         if not valid(value):
             raise ValueError(f"{name}={value}: {words}")
