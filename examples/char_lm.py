@@ -35,6 +35,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 import jaxsgd
 from jaxsgd.plot import loss_curves, save
 
+RULE, RATE = "muon", 3e-2
+"""The default rule, and a learning rate that works for it here."""
+
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
@@ -106,8 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic")
     add("--param-dtype", choices=("float32", "bfloat16"), help="of the parameters; bfloat16 ones are rounded at random")
     add("--remat", action="store_true", default=None, help="compute activations anew in the backward pass")
-    add("--rule", default="muon", help=f"one of {', '.join(sorted(jaxsgd.RULES))}")
-    add("--learning-rate", type=float, help="the peak. Default: the rule's usual rate")
+    add("--rule", default=RULE, help=f"one of {', '.join(sorted(jaxsgd.RULES))}")
+    add("--learning-rate", type=float, help=f"the peak. Default: {RATE:g} for {RULE}, else 3 times the usual rate")
     add("--schedule", choices=sorted(SCHEDULES), help="warmup_cosine; constant for schedule-free rules")
     add("--clip", type=float, default=1.0, help="the largest norm of the gradients")
     add("--steps", type=int, default=600)
@@ -188,7 +191,9 @@ def mesh_of(args: argparse.Namespace, config: Config) -> Mesh | None:
 def optimizer(args: argparse.Namespace, config: Config, mesh: Mesh | None) -> optax.GradientTransformationExtraArgs:
     """The rule on its schedule with what the flags put around it. Raises ValueError, KeyError for what does not fit."""
     rule = jaxsgd.RULES[args.rule]
-    rate = (rule.usual_rate or 3e-3) if args.learning_rate is None else args.learning_rate
+    # A transformer of this size takes three times the rate at which a search begins.
+    usual = RATE if args.rule == RULE else 3 * (rule.usual_rate or 1e-3)
+    rate = usual if args.learning_rate is None else args.learning_rate
     rule(rate)  # a schedule would hide a bad rate
     # A rule that is evaluated at an average of its iterates needs no decay.
     averages = any(slot.role is not None for slot in rule.slots.values())

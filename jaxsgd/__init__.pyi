@@ -11,10 +11,10 @@ from jaxsgd.lift import Transformation
 from jaxsgd.paths import Groups
 from jaxsgd.transforms.accumulate import Accumulate as Accumulate
 from jaxsgd.transforms.accumulate import AccumulateState as AccumulateState
-from jaxsgd.transforms.clip import ClipState as ClipState
 from jaxsgd.probe.diagnose import Diagnosis as Diagnosis
 from optax.transforms._accumulation import EmaState as EmaState
 from jaxsgd.rules.lowrank import GaLoreDimensionNumbers as GaLoreDimensionNumbers
+from jaxsgd.transforms.clip import GlobalNormState as GlobalNormState
 from jaxsgd.transforms.guard import GuardState as GuardState
 from jaxsgd.transforms.monitor import LeafMonitorState as LeafMonitorState
 from jaxsgd.transforms.mechanize import MechanizeState as MechanizeState

@@ -93,7 +93,9 @@ def signature_of(rule: Equation, defaults: Mapping[str, Any], positional: Sequen
 
 
 def _plain_type(name: str, default: Any) -> Any:
-    if name in ("learning_rate", "weight_decay"):
+    if name == "learning_rate":
+        return optax.ScalarOrSchedule  # optax's own tools look for it
+    if name == "weight_decay":
         return "float | Schedule"
     if isinstance(default, bool):
         return "bool"
@@ -102,6 +104,11 @@ def _plain_type(name: str, default: Any) -> Any:
     if isinstance(default, int | float):
         return "float | Schedule"
     return FRAME_TYPES.get(name, "Any")
+
+
+def type_text(p: inspect.Parameter) -> str:
+    """The plain type of an argument."""
+    return p.annotation if isinstance(p.annotation, str) else "float | Schedule"
 
 
 def call_text(signature: inspect.Signature) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxsgd.call import FRAME, REQUIRED, bind, defaults_of, named_by, signature_of
+from jaxsgd.call import FRAME, REQUIRED, bind, defaults_of, named_by, signature_of, type_text
 from jaxsgd.hyper import Hyper, is_off
 from jaxsgd.leaf import Equation, Leaf
 from jaxsgd.lift import Transformation
@@ -172,7 +172,7 @@ def _typed(signature: inspect.Signature) -> str:
             parts.append("*")
             keyword = True
         default = "" if p.default is REQUIRED else f" = {p.default!r}"
-        parts.append(f"{p.name}: {p.annotation}{default}")
+        parts.append(f"{p.name}: {type_text(p)}{default}")
     return f"({', '.join(parts)}) -> GradientTransformationExtraArgs"
 
 

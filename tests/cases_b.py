@@ -6,12 +6,10 @@ import jax
 import optax
 from case import Case
 
-from jaxsgd.rules.matrix import MuonDimensionNumbers
-
 
 def _last_two(params):
     """The default of `muon` for leaves without names, as optax's dimension numbers."""
-    return jax.tree.map(lambda p: MuonDimensionNumbers(-2, -1) if p.ndim > 1 else None, params)
+    return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(-2, -1) if p.ndim > 1 else None, params)
 
 
 def _optax_on_last_two(

@@ -21,7 +21,6 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_migration import Factored
 
 import jaxsgd
 from jaxsgd.checkpoint import Checkpoints, leaves
@@ -358,6 +357,8 @@ def test_pain_6_after_an_edit_of_the_optimizer(tmp_path):
 
 def test_storages_of_ones_own_need_both_optimizers(tmp_path):
     """Packed and unpacked by them when a checkpoint is restored; reset, and said so, where they are not given."""
+    from test_migration import Factored  # here, for it starts a backend, which a peer must not have
+
     params = {"w": jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(1.0, 4.0))}  # of rank 1
     plain, own = jaxsgd.adam(1e-2), jaxsgd.adam(1e-2, storage={"nu": Factored()})
     states = [jaxsgd.TrainState.create(params, tx) for tx in (plain, own)]

@@ -112,6 +112,16 @@ def test_any_rule_of_gradients_can_be_inside(x64, optax_in_float64):
     assert low_rank(adamw).defaults["weight_decay"] == 1e-4
 
 
+def test_compressed_moments_keep_their_kinds():
+    params = {"w": jnp.ones((96, 64))}
+    for rule in (galore, low_rank(amsgrad), apollo):
+        kinds = {name: slot.kind for name, slot in rule.slots.items()}
+        assert (kinds["mu"], kinds["nu"], kinds.get("projector", "basis")) == ("mean", "square", "basis")
+        stored = rule(RATE, rank=64, storage=jaxsgd.int8()).init(params).slots
+        packed = {name for name, x in stored.items() if x["w"] is not None and len(jax.tree.leaves(x["w"])) == 2}
+        assert packed == {name for name, kind in kinds.items() if kind in ("mean", "square")}
+
+
 def test_an_optax_base_sees_each_leaf_by_itself():
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
     tx = galore(RATE, rank=1, base_optimizer=optax.scale_by_adam())

@@ -241,6 +241,44 @@ def test_pain_12_a_split_matrix_is_gathered_once(shape, split):
     np.testing.assert_allclose(gathered, without, rtol=1e-4, atol=1e-5)
 
 
+RANK = {"galore": {"rank": 4}, "apollo": {"rank": 4}}
+MATRIX_RULES = [
+    "muon", "optax_muon", "normuon", "adamuon", "dion", "soap", "shampoo", "kron", "galore", "apollo", "apollo_mini",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [("data",), (None, "data")], ids=str)
+@pytest.mark.parametrize("name", MATRIX_RULES)
+def test_explicit_axes_are_kept_and_change_nothing(name, split):
+    mesh, rng = jax.make_mesh((8,), ("data",)), np.random.RandomState(0)
+    tx = jaxsgd.RULES[name](0.05, **RANK.get(name, {}))
+    whole = {"w": (16, 8), "stack": (8, 16, 8), "b": (8,)}
+    whole = {k: jnp.asarray(rng.standard_normal(shape), jnp.float32) for k, shape in whole.items()}
+    with jax.set_mesh(mesh):
+        there = {"w": PartitionSpec(*split), "stack": PartitionSpec(*split), "b": PartitionSpec()}
+        params = {k: jax.device_put(x, NamedSharding(mesh, there[k])) for k, x in whole.items()}
+        first = tx.init(params)
+        _, state = tx.update(params, first, params)
+        updates, after = tx.update(params, state, params)
+        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, first)
+    _, state = tx.update(whole, tx.init(whole), whole)
+    expected, _ = tx.update(whole, state, whole)
+    for k in params:
+        np.testing.assert_allclose(updates[k], expected[k], atol=2e-6)  # sums over shards round differently
+
+
+@pytest.mark.parametrize("name", ["muon_jordan", *MATRIX_RULES])
+def test_a_rate_of_zero_moves_nothing(name):
+    given = {"adam_learning_rate": None} if name == "muon_jordan" else {}  # it has a rate of its own for Adam's leaves
+    params = {"w": jnp.ones((5, 3)), "b": jnp.ones(3)}
+    tx = jaxsgd.RULES[name](0.0, weight_decay=0.1, **given)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+        assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+
+
 def test_a_frozen_matrix_and_a_new_learning_rate():
     params = {"a": jnp.ones((3, 2)), "b": jnp.eye(2)}
     tx = muon(0.02, groups=[("^a$", {"frozen": True})])

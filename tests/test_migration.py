@@ -178,7 +178,7 @@ def test_a_rule_with_a_new_slot_starts_anew(old):
 def test_the_count_as_asked_for():
     params, state = walk(jaxsgd.lion(1e-2), jaxsgd.lion(1e-2).init(PARAMS), PARAMS, HALF)
     kept, report = migrate(state, adam(1e-2), params, count="keep")
-    assert kept.count == HALF and "goes on, but nu of 'dense/bias', 'dense/kernel' begin anew" in str(report)
+    assert kept.count == HALF and "goes on, but nu of 'dense/bias', 'dense/kernel' are reset" in str(report)
     assert_equal(kept.slots["mu"], state.slots["mu"])
     reset, report = migrate(state, jaxsgd.lion(SWITCH), params, count="reset")
     assert reset.count == 0 and "count: 5 -> 0, as asked for" in str(report)
@@ -495,7 +495,7 @@ def test_groups_changed():
     assert live.count == HALF
     assert_equal(live.slots["mu"]["dense"], {**state.slots["mu"]["dense"], "bias": jnp.zeros(3)})
     assert told(report.reset) == {(s, "dense/bias"): "new, the old state has none for it" for s in ("mu", "nu")}
-    assert "goes on, but mu, nu of 'dense/bias' begin anew" in str(report)
+    assert "goes on, but mu, nu of 'dense/bias' are reset" in str(report)
     again, report = migrate(live, frozen, params)
     assert_equal(again, state)
     assert not report.reset and {parameter for _, parameter in told(report.dropped)} == {"dense/bias"}

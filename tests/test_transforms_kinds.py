@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsgd
 from jaxsgd.transforms import (
     Accumulate,
-    ClipState,
+    GlobalNormState,
     accumulate,
     accumulate_gradients,
     clip_by_global_norm,
@@ -420,6 +420,12 @@ def test_calls_are_optax_calls(name):
     assert [(p.name, p.default) for p in shared] == [(p.name, p.default) for p in theirs.values()]
 
 
+def test_no_other_class_has_a_name_of_optax():
+    for name in jaxsgd.transforms.__all__:
+        theirs = getattr(optax, name, getattr(optax.contrib, name, None))
+        assert theirs is None or inspect.isfunction(theirs) or theirs is getattr(jaxsgd, name), name
+
+
 @pytest.mark.parametrize("arguments", [(0.9,), (0.5, False), (0.0,), (0.9, True, jnp.float64)])
 def test_ema_is_optax_ema(arguments, x64):
     params = {"w": jnp.asarray(X, jnp.float64), "z": jnp.ones(2, jnp.complex128), "none": None}
@@ -464,9 +470,9 @@ def test_clip_without_a_state():
         updates, same = jax.jit(tx.update)(grads, state)
         np.testing.assert_allclose(updates["w"], 0.5)
         assert same == state
-    with pytest.raises(TypeError, match="ClipState"):
+    with pytest.raises(TypeError, match="GlobalNormState"):
         clip_by_global_norm(lambda count: 1.0).update(grads, None)
-    with pytest.raises(TypeError, match="ClipState"):
+    with pytest.raises(TypeError, match="GlobalNormState"):
         tx.update(grads, optax.TraceState(grads))
 
 
@@ -475,7 +481,7 @@ def test_clip_takes_a_schedule_in_plain_python():
         return [1.0, 0.5][int(count)] if count < 2 else 0.25
 
     tx = clip_by_global_norm(schedule)
-    grads, state = {"w": jnp.full(4, 2.0)}, ClipState(jnp.zeros((), jnp.int32), jnp.zeros(()))
+    grads, state = {"w": jnp.full(4, 2.0)}, GlobalNormState(jnp.zeros((), jnp.int32), jnp.zeros(()))
     for want in (1.0, 0.5, 0.25, 0.25):
         updates, state = tx.update(grads, state)
         np.testing.assert_allclose(optax.tree.norm(updates), want, 1e-6)

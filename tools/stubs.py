@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import jaxsgd
+from jaxsgd.call import type_text
 from jaxsgd.rule import Rule
 
 FILE = pathlib.Path(jaxsgd.__file__).with_suffix(".pyi")
@@ -56,9 +57,9 @@ def _defines(module: str, name: str, value: Any) -> bool:
 
 def shown(p: inspect.Parameter) -> str:
     if p.default is p.empty:
-        return f"{p.name}: {p.annotation}"
+        return f"{p.name}: {type_text(p)}"
     simple = p.default is None or isinstance(p.default, bool | int | float | str)
-    annotation = p.annotation
+    annotation = type_text(p)
     if p.default is None and "None" not in annotation and annotation != "Any":
         annotation += " | None"
     return f"{p.name}: {annotation} = {repr(p.default) if simple or p.default == () else '...'}"

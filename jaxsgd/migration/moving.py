@@ -298,12 +298,12 @@ class Migration:
         return self.count == "auto" and container in self.rules and bool(self.anew.get(container))
 
     def _place(self, slot: _Slot) -> None:
-        """The value into the new state, unless its rule starts anew."""
+        """Put the value into the new state, unless its rule is reset."""
         container, old, item = slot.place.container, slot.old, slot.item
         section = "reset"
         self.used |= set(old.names) if old is not None else set()
         if slot.value is not None and self._restarts(container):
-            slot.reason = f'its rule starts anew with its {listed(self.anew[container])}; count="keep" keeps it'
+            slot.reason = f'its rule is reset with its {listed(self.anew[container])}; count="keep" keeps it'
         elif slot.value is not None:
             section = "kept"
             leaves = jax.tree.leaves(slot.value)
@@ -350,7 +350,7 @@ class Migration:
             if len(sources) > 1 and place.container not in self.new.kinds:
                 raise _Unfit(f"uncertain which of {listed(map(repr, sources))} in the old state")
             if not follows:
-                raise _Unfit("starts anew, as the slots beside it do")
+                raise _Unfit("reset, as the slots beside it are")
             self.out[name], how = _cast(self.old.leaves[found[0]], fresh)
             self._say("kept", name, how, place)
         except _Unfit as error:
@@ -398,7 +398,10 @@ class Migration:
             parameters = _some(dict.fromkeys(str(p.parameter) for p in late))
             whose = f"{listed(dict.fromkeys(p.slot for p in late))} of {parameters}"
             self._say(
-                "changed", name, f"goes on, but {whose} begin anew: too long first steps there (see migrate)", place
+                "changed",
+                name,
+                f"goes on, but {whose} are reset: the first steps there are too long (see migrate)",
+                place,
             )
 
     def _hyper(self, name: str, container: str, sources: Sequence[str], follows: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax import lookahead as optax_lookahead
 
 from jaxsgd.hyper import Count, Decay, in_state, is_constant, scheduled
 from jaxsgd.numerics import debias, ema, filled, sq, wide, wide_dtype, widest
@@ -296,7 +297,7 @@ def lookahead(
         raise _neither("lookahead", "fast_optimizer", fast_optimizer)
     if sync_period is None or slow_step_size is None:
         raise TypeError("lookahead: around a transformation sync_period and slow_step_size are needed, as in optax")
-    return optax.lookahead(fast_optimizer, *settings)
+    return optax_lookahead(fast_optimizer, *settings)
 
 
 def _lookahead(inner, leaf, slow: Iterate, *, t, sync_period: Count = 6, slow_step_size=0.5):

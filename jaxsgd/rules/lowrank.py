@@ -143,11 +143,8 @@ def _in_low_rank(
         u, leaf = inner.direction(leaf)
     else:
         x, back, turned = found
-        projector = jax.lax.cond(
-            (t - 1) % update_proj_gap == 0,
-            lambda: leading_basis(x, projector.shape[-1], turned),
-            lambda: projector,
-        )
+        due = (t - 1) % update_proj_gap == 0
+        projector = jax.lax.cond(due, lambda: leading_basis(x, projector.shape[-1], turned), lambda: projector)
         u, leaf = inner.direction(leaf.replace(g=rotated(x, projector, None)))
         u = scale * back(rotated_back(u, projector, None))
     u = u if is_off(leaf.weight_decay) else u + leaf.weight_decay * leaf.p

@@ -137,6 +137,11 @@ def _balanced(batch: int, left: Any, right: Any) -> tuple[Any, Any]:
     return left * ours, right / theirs
 
 
+def _noise(key: jax.Array, g: jax.Array, merge_dims: bool) -> jax.Array:
+    """Normal numbers like the gradient, as a matrix."""
+    return _matrix(jax.random.normal(key, g.shape, g.dtype), merge_dims)
+
+
 def _whitened(x: jax.Array, left: Any, right: Any, noise: jax.Array, rate: Any) -> tuple[Any, Any]:
     """The factors after one step towards white $Q_L G Q_R^T$, compared with ``noise``."""
     mean = jnp.mean(jnp.abs(x), (-2, -1), keepdims=True).astype(x.dtype)
@@ -192,8 +197,7 @@ def kron(
     seen = x if momentum_into_precond_update else _matrix(g, merge_dims)
 
     def fitted():
-        noise = jax.random.normal(leaf_key, g.shape, g.dtype)
-        return _whitened(seen, left, right, _matrix(noise, merge_dims), precond_lr)
+        return _whitened(seen, left, right, _noise(leaf_key, g, merge_dims), precond_lr)
 
     left, right = jax.lax.cond(due & jnp.any(seen != 0), fitted, lambda: (left, right))
     u = _both(_preconditioned, x, left, right)

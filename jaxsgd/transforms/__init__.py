@@ -5,7 +5,7 @@ never change, so that they can be scanned and vmapped, and compile once.
 """
 
 from jaxsgd.transforms.accumulate import Accumulate, AccumulateState, accumulate, accumulate_gradients
-from jaxsgd.transforms.clip import ClipState, clip_by_global_norm
+from jaxsgd.transforms.clip import GlobalNormState, clip_by_global_norm
 from jaxsgd.transforms.ema import EmaState, ParamsEmaState, ema, params_ema
 from jaxsgd.transforms.guard import GuardState, guard, guard_report, resume
 from jaxsgd.transforms.mechanize import MechanizeState, mechanize
@@ -16,8 +16,8 @@ from jaxsgd.transforms.sam import SamState, normalize, sam
 __all__ = [
     "Accumulate",
     "AccumulateState",
-    "ClipState",
     "EmaState",
+    "GlobalNormState",
     "GuardState",
     "LeafMonitorState",
     "MechanizeState",

@@ -14,12 +14,12 @@ from jaxsgd.hyper import is_constant, scheduled
 from jaxsgd.numerics import sq, wide, widest
 from jaxsgd.transforms.trees import REMEDY, as_array, is_inexact, map_inexact
 
-__all__ = ["AxisName", "ClipState", "clip_by_global_norm", "norm_across"]
+__all__ = ["AxisName", "GlobalNormState", "clip_by_global_norm", "norm_across"]
 
 AxisName = str | tuple[str, ...] | None
 
 
-class ClipState(NamedTuple):
+class GlobalNormState(NamedTuple):
     """The state of `clip_by_global_norm`.
 
     Attributes:
@@ -118,8 +118,8 @@ def clip_by_global_norm(
         gradients. See `norm_across` for trees of both kinds. Default: None.
 
     Returns:
-      A transformation with a `ClipState`. Updates have the shapes and dtypes of the gradients; they are bitwise the
-      same where the norm is below ``max_norm``. Leaves that are not floating pass unchanged. With None or
+      A transformation with a `GlobalNormState`. Updates have the shapes and dtypes of the gradients; they are bitwise
+      the same where the norm is below ``max_norm``. Leaves that are not floating pass unchanged. With None or
       `optax.EmptyState` as the state, the update returns it, without the norm.
 
     Raises:
@@ -132,23 +132,25 @@ def clip_by_global_norm(
     if not (callable(max_norm) or is_constant(max_norm) or getattr(max_norm, "shape", None) == ()):
         raise TypeError(f"max_norm={max_norm!r}: a number, a scalar array or a schedule is needed")
 
-    def init(params: Any) -> ClipState:
+    def init(params: Any) -> GlobalNormState:
         dtype = widest(jnp.result_type(p) for p in jax.tree.leaves(params))
-        return ClipState(jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+        return GlobalNormState(jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del params, extra_args
         limit: Any = max_norm
-        if isinstance(state, ClipState):
+        if isinstance(state, GlobalNormState):
             limit = scheduled(max_norm, state.count)
         elif callable(max_norm) or not isinstance(state, optax.EmptyState | None):
-            raise TypeError(f"state: clip_by_global_norm needs its ClipState, got {type(state).__name__}. {REMEDY}")
+            raise TypeError(
+                f"state: clip_by_global_norm needs its GlobalNormState, got {type(state).__name__}. {REMEDY}"
+            )
         norm = norm_across(updates, axis_name)
         factor = _factor(norm, jnp.asarray(limit))
         clipped = map_inexact(lambda g: _cut(g, *factor), updates)
-        if not isinstance(state, ClipState):
+        if not isinstance(state, GlobalNormState):
             return clipped, state
         count = jnp.asarray(optax.safe_increment(state.count))
-        return clipped, ClipState(count, norm.astype(state.gradient_norm.dtype))
+        return clipped, GlobalNormState(count, norm.astype(state.gradient_norm.dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
