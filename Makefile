@@ -38,6 +38,7 @@ lint: $(VENV)/.test
 	$(RUN) -m pyright
 	$(RUN) -m jaxsgd.catalog --check
 	$(RUN) -m jaxsgd.plan.ledger --check
+	$(RUN) tools/stubs.py --check
 
 test: lint
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
@@ -62,6 +63,7 @@ format: $(VENV)/.test
 tables: $(VENV)/.test
 	$(RUN) tests/agreement.py
 	$(RUN) -m jaxsgd.catalog --write
+	$(RUN) tools/stubs.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-compilers .cache .pytest_cache .ruff_cache .hypothesis runs

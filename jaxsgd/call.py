@@ -12,7 +12,7 @@ from typing import Any
 
 import optax
 
-from jaxsgd.hyper import Hyper, checked, is_array
+from jaxsgd.hyper import Hyper, checked, is_array, is_off
 from jaxsgd.leaf import Equation
 from jaxsgd.lift import Lift, Transformation
 from jaxsgd.paths import nearest
@@ -164,6 +164,7 @@ def bind(
         rounding=_rounding(rule, arguments["rounding"]),
         routes=arguments.get("routes"),
         shown=shown,
+        decay_is_off=is_off(defaults["weight_decay"]),
     ).transformation
 
 

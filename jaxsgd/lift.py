@@ -109,6 +109,7 @@ class Lift:
       rounding: how 16-bit parameters take steps: one of `jaxsgd.rounding.ROUNDINGS`.
       routes: overrides by name and shape: a function of the params, overrides of each leaf.
       shown: what the call said other than the defaults, for ``repr``.
+      decay_is_off: the call has no weight decay by default.
     """
 
     rule: Equation
@@ -121,17 +122,21 @@ class Lift:
     rounding: str | None = None
     routes: Callable[[Any], list[dict[str, Any]]] | None = None
     shown: Mapping[str, Any] = field(default_factory=dict)
+    decay_is_off: bool = True
 
     def __post_init__(self) -> None:
         in_state = {name for name, h in self.rule.hypers.items() if h.in_state}
         live = {"learning_rate", *self.dynamic, *in_state}
-        if not is_off(self.hyper["weight_decay"]):
+        decay = self.hyper["weight_decay"]
+        # An array is stored where a call without it stores a number: the state is then the same under
+        # optax.inject_hyperparams, which makes arrays of all numbers.
+        if not is_off(decay) and not (is_array(decay) and self.decay_is_off):
             live.add("weight_decay")
         live |= {name for name, value in self.hyper.items() if callable(value) and not self._static(name)}
         self.runtime = {name: value for name, value in self.hyper.items() if name in live}
         self.arrays = {name: v for name, v in self.hyper.items() if name not in live and is_array(v)}
         self.constants = {n: v for n, v in self.hyper.items() if n not in live and n not in self.arrays}
-        self.decays = "weight_decay" in live or any(not is_off(own.get("weight_decay")) for _, own in self.groups)
+        self.decays = not is_off(decay) or any(not is_off(own.get("weight_decay")) for _, own in self.groups)
         # A runtime value that happens to be 0 now is not off.
         known = {name: self.constants.get(name, True) for name in self.hyper}
         variants = [{**known, **own} for own in ({}, *(own for _, own in self.groups))]

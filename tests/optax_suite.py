@@ -70,6 +70,12 @@ FOUND_TWICE = "Found multiple values for '(learning_rate|b1)'"
 
 EXEMPT = (
     Exempt(
+        r"test_optimizers_can_be_wrapped_in_inject_hyperparams5\(opt_name='cocob'",
+        "Trees have different structures",
+        "decay that the rule has not by default is stored if it is a number, and used but not stored if it is an array",
+        part="Equality of new optimizer states.",
+    ),
+    Exempt(
         r"ScheduleFreeTest::test_explicit_dtype\d+\(params_dtype='bfloat16', state_dtype=None",
         r"dtype\(bfloat16\) != dtype\('float32'\)",
         "the z of bf16 parameters is float32",
