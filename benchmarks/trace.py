@@ -314,7 +314,8 @@ def main() -> None:
         CLOCK[0] = time.process_time
     runs = 2 if args.quick else 5
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].platform}, {os.cpu_count()} cores")
-    print(f'medians of {runs} interleaved runs ({4 * runs + 1} of a step); "int8() / plain": both columns are ours')
+    print(f"{'CPU' if args.cpu else 'wall-clock'} time, medians of {runs} interleaved runs ({4 * runs + 2} of a step)")
+    print("int8() / plain: both columns are ours")
     print(FORMAT.format(*HEAD))
     for section in [args.only] if args.only else SECTIONS:
         for row in SECTIONS[section](runs):
