@@ -53,6 +53,13 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def __repr__(self) -> str:
         return repr(self.lift)
 
+    # It never changes, so that a copy is itself, as of any tuple.
+    def __copy__(self) -> Transformation:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Transformation:
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class _Group:

@@ -1,5 +1,6 @@
 """The lift: runtime hyperparameters, groups, storage, dtypes, and every clear error."""
 
+import copy
 import inspect
 import pickle
 import warnings
@@ -389,6 +390,12 @@ def test_names_that_people_read(rule, name):
     """`optax.tree.get` finds them, once."""
     state = RULES[rule](0.1, **({"momentum": 0.9} if rule == "sgd" else {})).init(PARAMS)
     assert optax.tree.get(state, name) is not None
+
+
+def test_a_transformation_can_be_copied():
+    tx = jaxsgd.adamw(1e-3)
+    assert copy.copy(tx).rule is jaxsgd.adamw
+    assert copy.deepcopy({"tx": tx})["tx"].update(GRADS, tx.init(PARAMS), PARAMS)
 
 
 def test_a_transformation_knows_its_rule():
