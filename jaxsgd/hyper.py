@@ -18,6 +18,7 @@ __all__ = [
     "Choice",
     "Count",
     "Decay",
+    "Fraction",
     "Hyper",
     "IN_STATE",
     "Positive",
@@ -152,6 +153,7 @@ STATIC, IN_STATE = "static", "in state"
 Decay = Annotated[Any, Bounds(0, 1, "it is the decay of an average, in [0, 1)")]
 """The decay of an average."""
 Positive = Annotated[Any, Bounds(math.ulp(0.0), math.inf, "it must be above 0")]
+Fraction = Annotated[Any, Bounds(math.ulp(0.0), math.nextafter(1, 2), "it must lie in (0, 1]")]
 Real = Annotated[Any, Bounds(-math.inf, math.inf)]
 Count = Annotated[Any, Bounds(1, math.inf, "it must be 1 or more")]
 Seed = Annotated[Any, SeedOf()]

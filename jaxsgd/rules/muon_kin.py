@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.hyper import Decay, Seed, Static, within
+from jaxsgd.hyper import Decay, Fraction, Seed, Static
 from jaxsgd.matrices import (
     USUAL,
     adjoint,
@@ -201,7 +201,7 @@ def dion(
     *,
     t,
     axes: Static = LAST_TWO,
-    rank_fraction: Annotated[float, within(math.ulp(0.0), math.nextafter(1, 2))] = 1,
+    rank_fraction: Fraction = 1,
     beta: Decay = 0.95,
     eps=1e-8,
     key: Seed = 0,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.hyper import Decay, Seed, one_of, within
+from jaxsgd.hyper import Decay, Fraction, Seed, one_of
 from jaxsgd.matrices import adjoint, frobenius, known, partitioned
 from jaxsgd.numerics import debias, ema, sq
 from jaxsgd.rule import rule
@@ -162,7 +162,7 @@ def kron(
     due,
     leaf_key,
     b1: Decay = 0.9,
-    preconditioner_update_probability: Annotated[Any, within(math.ulp(0.0), math.nextafter(1, 2))] = None,
+    preconditioner_update_probability: Fraction = None,
     max_size_triangular=8192,
     min_ndim_triangular=2,
     memory_save_mode: Saving = None,

@@ -140,11 +140,12 @@ def _values(name: str, default: Any, domain: Any) -> SearchStrategy | None:
         decays = (domain.low, domain.high) == (0, 1)
     if decays:
         return st.floats(0.01, 0.999)
+    below, high = getattr(domain, "low", 0.0), getattr(domain, "high", math.inf)
     if isinstance(default, int):
-        return st.integers(max(1, default // 2), max(1, 2 * default))
+        most = min(2 * default, math.nextafter(high, 0))
+        return st.integers(max(1, default // 2, math.ceil(below)), max(1, math.floor(most)))
     if default <= 0:
         return st.just(default)
-    below, high = getattr(domain, "low", 0.0), getattr(domain, "high", math.inf)
     if domain is None and default < 1:
         high = (1 + default) / 2
     return st.floats(max(default / 2, below), min(2 * default, math.nextafter(high, 0)))
