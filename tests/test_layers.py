@@ -13,7 +13,7 @@ FLOORS = {
     "state": 1, "storage": 1, "hyper": 1, "slots": 1, "rounding": 1, "batches": 1,
     "leaf": 2, "lift": 2, "call": 2, "rule": 2,
     "rules": 3,
-    "torch": 4, "transforms": 4, "description": 4, "forms": 4,
+    "torch": 4, "transforms": 4, "description": 4, "forms": 4, "second_order": 4,
     "sharding": 5, "train_state": 5, "train": 5, "record": 5,
     "checkpoint": 6, "migration": 6, "plan": 6, "probe": 6,
     "plot": 7, "catalog": 7, "testing": 7,
