@@ -8,6 +8,7 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.description import describe
+from jaxsgd.eightbit import int8
 from jaxsgd.migration import migrate
 from jaxsgd.plan import plan
 from jaxsgd.probe import (
@@ -47,7 +48,7 @@ from jaxsgd.rules.torch import *
 from jaxsgd.rules.wrappers import *
 from jaxsgd.sharding import assert_sharded, init_sharded, shard_batch, state_sharding
 from jaxsgd.state import State, metrics, with_hyper
-from jaxsgd.storage import Storage, cast, int8, plain
+from jaxsgd.storage import Storage, cast, plain
 from jaxsgd.train import Step, check_donation, checked, make_step
 from jaxsgd.train_state import TrainState
 from jaxsgd.transforms import *

@@ -58,7 +58,7 @@ from jaxsgd.transforms.guard import guard as guard
 from jaxsgd.transforms.guard import guard_report as guard_report
 from jaxsgd.rules.curvature import hutchinson as hutchinson
 from jaxsgd.sharding import init_sharded as init_sharded
-from jaxsgd.storage import int8 as int8
+from jaxsgd.eightbit import int8 as int8
 from jaxsgd.rules.momentum import look_ahead as look_ahead
 from jaxsgd.rules.averaging import lookahead as lookahead
 from jaxsgd.rules.lowrank import low_rank as low_rank

@@ -19,12 +19,12 @@ from jax.core import Tracer
 
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
 from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, sum_leaf
-from jaxsgd.numerics import global_norm, real_dtype, wide, widest
+from jaxsgd.numerics import global_norm, real_dtype, step_key, wide, widest
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
 from jaxsgd.slots import by_name, parameter_names
 from jaxsgd.state import FOLLOW, PIN, State
-from jaxsgd.storage import Storage, first_packed, needs_key, plain
+from jaxsgd.storage import Storage, first_packed, first_zeros, needs_key, plain
 
 __all__ = ["Lift", "Transformation", "lifts_in", "shown", "watched"]
 
@@ -288,11 +288,14 @@ class Lift:
             {n: v.astype(dtype) if _real(v) else v for n, v in initial.items()} if dtype != jnp.float32 else initial
         )
         hyper = {**runtime, **own.settings.known, **given}
-        storage = own.settings.storages.get(slot, plain)
-        value = self.rule.first(slot, p, hyper)
-        if value is None or storage is plain:
-            return value
-        return first_packed(storage, value, self.rule.slots[slot].zero, key)
+        storage, begin = own.settings.storages.get(slot, plain), self.rule.slots[slot]
+        if storage is not plain and begin.zero and not begin.off(hyper):
+            like = jax.eval_shape(lambda p: begin.first(p, hyper), p)
+            packed = first_zeros(storage, like, p)
+            if packed is not None:
+                return packed
+        value = begin.first(p, hyper)
+        return value if value is None or storage is plain else first_packed(storage, value, key)
 
     def _keys(self, count: jax.Array) -> dict[Any, jax.Array]:
         """A key of this step for each slot whose storage draws, and for rounding; the same on every replica.
@@ -304,8 +307,7 @@ class Lift:
         names = [slot for slot in self.slots if slot in drawing] + [LOST] * (self.rounding == "stochastic")
         if not names:
             return {}
-        words = jax.random.key_data(jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(names)))
-        return {name: jax.random.wrap_key_data(words[j]) for j, name in enumerate(names)}
+        return {name: step_key(count, j) for j, name in enumerate(names)}
 
     # -- update ------------------------------------------------------------------------------
 

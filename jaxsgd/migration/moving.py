@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.eightbit import Packed, decode, encode_like
 from jaxsgd.forms import Form
 from jaxsgd.migration.names import CLOCKS, HYPER, SHARED, Item, Leaves, Place, kind, whole
 from jaxsgd.migration.report import SECTIONS, Entry, Report, listed
@@ -19,7 +20,7 @@ from jaxsgd.numerics import is_key
 from jaxsgd.paths import named_leaves
 from jaxsgd.rounding import LOST
 from jaxsgd.state import PIN, find_states
-from jaxsgd.storage import Blocks, Cast, Plain, Storage, decode, encode_like, needs_key
+from jaxsgd.storage import Cast, Plain, Storage, needs_key
 
 __all__ = ["Migration"]
 
@@ -53,7 +54,7 @@ def _carried(old: Item, new: Item, was: Form | None, now: Form | None) -> tuple[
     if _is_single(new.value, now):
         return _cast(wide, new.value, how)
     packed = _packed(wide, new.value, now)
-    name = "at 8 bits" if isinstance(new.value, Blocks) else f"by {type(now and now.storage).__name__}"
+    name = "at 8 bits" if isinstance(new.value, Packed) else f"by {type(now and now.storage).__name__}"
     return jax.tree.map(_placed, packed, new.value), f"repacked {name}" if how else f"packed {name}"
 
 
@@ -75,9 +76,9 @@ def _is_array(value: Any) -> bool:
 
 
 def _unpacked(old: Item, form: Form | None) -> tuple[Any, str]:
-    if isinstance(old.value, Blocks):
+    if isinstance(old.value, Packed):
         try:
-            return _decode(Blocks(*old.value)), "unpacked from 8 bits"
+            return _decode(type(old.value)(*old.value)), "unpacked from 8 bits"
         except ValueError as error:
             raise _Unfit(str(error)) from None
     if _is_single(old.value, form):
@@ -91,8 +92,8 @@ def _unpacked(old: Item, form: Form | None) -> tuple[Any, str]:
 
 def _packed(wide: Any, like: Any, form: Form | None) -> Any:
     """A wide array in the stored form of ``like``."""
-    if isinstance(like, Blocks):
-        shape, dtype = like.codes.shape, like.scale.dtype
+    if isinstance(like, Packed):
+        shape, dtype = like[0].shape, like.scale.dtype
     elif form is None:
         raise _Unfit("the storage of its new form is not known: give tx=, the new optimizer")
     else:
@@ -103,7 +104,7 @@ def _packed(wide: Any, like: Any, form: Form | None) -> Any:
     if jnp.iscomplexobj(wide) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise _Unfit(f"it was {kind(wide)}, now it is {dtype}")
     wide = jnp.asarray(wide, dtype)
-    if isinstance(like, Blocks):
+    if isinstance(like, Packed):
         return _encode_like(like, wide)
     assert form is not None
     packed = _pack(form.storage, wide)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsgd.eightbit import Packed, packed_as
 from jaxsgd.paths import leaf_paths
-from jaxsgd.storage import Blocks
 
 __all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "kind", "whole"]
 
@@ -38,7 +38,7 @@ class Item(NamedTuple):
     @property
     def size(self) -> int:
         """Its numbers, those of scales aside."""
-        leaves = self.value[:1] if isinstance(self.value, Blocks) else jax.tree.leaves(self.value)
+        leaves = self.value[:1] if isinstance(self.value, Packed) else jax.tree.leaves(self.value)
         return sum(int(getattr(leaf, "size", 1)) for leaf in leaves)
 
 
@@ -123,23 +123,22 @@ def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slo
 
 
 def whole(parts: Mapping[str, tuple[str, Any]], stored: Any = None) -> Item | None:
-    """The parts of one value as one item: a single array, `Blocks`, or a pytree like ``stored``; None for others.
+    """The parts of one value as one item: one array, eight-bit blocks, or a pytree like ``stored``; None for others.
 
     Args:
       parts: inside -> name and leaf.
       stored: the form that they may have.
     """
-    insides = [""] if len(parts) == 1 else ["codes", "scale"]
-    if stored is not None:
-        insides = ["/".join(_unboxed(path)) for path in leaf_paths(stored)]
+    if stored is None:
+        if set(parts) == {""}:
+            return Item((parts[""][0],), parts[""][1])
+        packed = packed_as({inside: leaf for inside, (_, leaf) in parts.items()})
+        return None if packed is None else Item(tuple(parts[inside][0] for inside in packed._fields), packed)
+    insides = ["/".join(_unboxed(path)) for path in leaf_paths(stored)]
     if set(insides) != set(parts):
         return None
     names, leaves = zip(*(parts[inside] for inside in insides), strict=True)
-    if stored is not None:
-        return Item(names, jax.tree.unflatten(jax.tree.structure(stored), leaves))
-    if len(leaves) == 1:
-        return Item(names, leaves[0])
-    return Item(names, Blocks(*leaves)) if kind(leaves[0]) in (jnp.int8, jnp.uint8) else None
+    return Item(names, jax.tree.unflatten(jax.tree.structure(stored), leaves))
 
 
 class Leaves:

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
+from jaxsgd.eightbit import int8
 from jaxsgd.forms import forms
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import leaf_names, leaf_paths, owners
 from jaxsgd.plan.reading import Buffer
 from jaxsgd.plan.result import GRADIENTS, REST, SCRATCH
 from jaxsgd.sharding import local_bytes, local_shape, moment_sharding
-from jaxsgd.storage import accepts, int8, of_kind
+from jaxsgd.storage import accepts, of_kind
 
 __all__ = ["arguments", "int8_bytes", "parts", "slot_of", "state_buffers"]
 

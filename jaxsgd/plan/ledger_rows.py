@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsgd.eightbit import int8
 from jaxsgd.plan.explanations import SLOW_TO_COMPILE
 from jaxsgd.plan.hlo import FREE, Instruction, Program, shapes
 from jaxsgd.plan.reading import read
 from jaxsgd.plan.targets import lookup
 from jaxsgd.rule import RULES, Rule
-from jaxsgd.storage import Storage, cast, int8, plain
+from jaxsgd.storage import Storage, cast, plain
 
 __all__ = ["DEVICES", "STORAGES", "TREES", "Row", "is_small", "kernels", "lower", "measure", "packs", "state_of"]
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
+from jaxsgd.eightbit import Packed, decode
 from jaxsgd.hyper import Decay, Seed, in_state, scheduled
 from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names
 from jaxsgd.rule import rule
 from jaxsgd.slots import Mean, kept_in, unless
 from jaxsgd.state import PIN, find_states
-from jaxsgd.storage import Blocks, decode
 
 __all__ = ["look_ahead", "momentum", "nesterov", "noisy_sgd", "optimistic_gradient_descent", "sgd", "velocity"]
 
@@ -99,7 +99,7 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
         v = velocities[name]
         if v is None:  # a frozen leaf
             return p
-        v = decode(v) if isinstance(v, Blocks) else wide(v)
+        v = decode(v) if isinstance(v, Packed) else wide(v)
         return (wide(p) + jnp.asarray(mu, v.real.dtype) * v).astype(p.dtype)
 
     leaves, treedef = jax.tree.flatten(params)
@@ -107,7 +107,7 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
 
 
 def _whole(node: Any) -> bool:
-    return node is None or isinstance(node, Blocks)
+    return node is None or isinstance(node, Packed)
 
 
 @rule(usual_rate=0.1, cost="gradient_kept")

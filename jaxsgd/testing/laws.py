@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsgd.eightbit import int8
 from jaxsgd.forms import forms
 from jaxsgd.paths import leaf_names
 from jaxsgd.rule import Rule
 from jaxsgd.state import find_states, metrics, with_hyper
-from jaxsgd.storage import Storage, accepts, cast, int8, of_kind
+from jaxsgd.storage import Storage, accepts, cast, of_kind
 from jaxsgd.testing.walks import SHAPES, draw_params, loss_of
 
 __all__ = ["LAWS", "Broken", "check_laws", "each_law", "laws_broken"]

@@ -1,0 +1,318 @@
+"""Moments at eight bits: codes of a byte, and a scale for each block of a row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsgd.numerics import hashed, wide
+from jaxsgd.storage import Storage
+
+__all__ = ["Blocks", "DynamicBlocks", "Int8", "Packed", "decode", "encode_like", "int8", "packed_as"]
+
+MAPS = ("power", "dynamic")
+STEPS = 2**14
+"""Stochastic rounding tells apart so many shares of the way between two neighbours."""
+
+
+class Blocks(NamedTuple):
+    """An array at eight bits by the map ``power``, as ordinary arrays that shard, checkpoint and donate like the rest.
+
+    Attributes:
+      codes: shape of the array; int8 from -127 to 127, or uint8 where no value is negative.
+      scale: the largest magnitude of each block, shape ``(*shape[:-1], blocks)``.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+
+
+class DynamicBlocks(NamedTuple):
+    """An array at eight bits by the map ``dynamic``.
+
+    Attributes:
+      indices: shape of the array; indices of `dynamic_map`: uint8 where no value is negative, else int8, less 1
+        (so that -127 to 128 fit).
+      scale: the largest magnitude of each block, shape ``(*shape[:-1], blocks)``.
+    """
+
+    indices: jax.Array
+    scale: jax.Array
+
+
+Packed = Blocks | DynamicBlocks
+
+# -- the map "power" -------------------------------------------------------------------------------
+
+
+def power_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> jax.Array:
+    """The codes of values in [-1, 1], or in [0, 1]: each value goes to one of its two neighbours.
+
+    Args:
+      unit: the values, float32.
+      dithered: see `dither`. A value goes to the larger neighbour if its share of the way there exceeds them, so that
+        the mean over keys is the value. None: to the nearest.
+    """
+    top = np.float32(127 if signed else 255)
+    size = jnp.abs(unit) if signed else unit
+    low = jnp.floor(jnp.sqrt(jnp.sqrt(size)) * top)
+    below, above = _fourth(low), _fourth(low + 1)
+    threshold = np.float32(STEPS / 2) if dithered is None else dithered
+    up = (size * _fourth(top) - below) * np.float32(STEPS) > threshold * (above - below)
+    code = jnp.minimum(low + up, top)
+    return (jnp.sign(unit) * code).astype(jnp.int8) if signed else code.astype(jnp.uint8)
+
+
+def power_values(codes: jax.Array, signed: bool) -> jax.Array:
+    """The values of codes: ``(code / 255)**4``, or with the code's sign ``(code / 127)**4``.
+
+    So the distance to the next value is ``4 / code`` of a value: 3% at the block's largest, 10% at 1% of it.
+    """
+    x = codes.astype(jnp.float32) * np.float32(1 / (127 if signed else 255))
+    return (x * x) * (x * jnp.abs(x) if signed else x * x)
+
+
+def _fourth(x: Any) -> Any:
+    return (x * x) * (x * x)
+
+
+# -- the map "dynamic" -----------------------------------------------------------------------------
+
+DECADES = np.arange(7)
+
+
+def _first(signed: bool) -> int:
+    """How many values the lowest decade has."""
+    return 1 if signed else 2
+
+
+@functools.cache
+def _value_lines(signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """c and k of ``value = k (9 index + c)``: the sum is exact in float32, so that the value is rounded once."""
+    counts = _first(signed) * 2.0**DECADES
+    shifts = 4.5 + 9 * (_first(signed) - 1) - 8 * counts
+    return shifts.astype(np.float32), (10.0 ** (DECADES - 7) / counts).astype(np.float32)
+
+
+@functools.cache
+def _index_lines(signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes and offsets of the index as a function of a magnitude in [0, 1]."""
+    counts = _first(signed) * 2**DECADES
+    edges = [np.linspace(0.1, 1, n + 1) * 10.0 ** (d - 6) for d, n in zip(DECADES, counts, strict=True)]
+    values = np.concatenate([[0.0], *((e[1:] + e[:-1]) / 2 for e in edges), [1.0]])
+    starts = np.cumsum(np.concatenate([[1], counts]))  # the first index of each decade, and that of 1
+    knots = np.unique([0, *starts, *(starts[1:] - 1)])
+    slopes = np.diff(knots) / np.diff(values[knots])
+    offsets = knots[:-1] - slopes * values[knots[:-1]]
+    slopes = slopes.astype(np.float32)
+    offsets[-1] = knots[-1] - slopes[-1]  # exact at 1, the largest of each block
+    return slopes, offsets.astype(np.float32)
+
+
+def _over_lines(x: jax.Array, a: np.ndarray, b: np.ndarray, line: Callable[..., jax.Array], largest: bool) -> jax.Array:
+    """The largest or smallest of ``line(x, a, b)`` over pairs of coefficients."""
+
+    def reduced(x: jax.Array) -> jax.Array:
+        shape = (len(a), *x.shape)
+        wide_a, wide_b = (jax.lax.broadcast_in_dim(jnp.asarray(c), shape, (0,)) for c in (a, b))
+        reduce = jax.lax.reduce_max if largest else jax.lax.reduce_min
+        return reduce(line(jax.lax.broadcast(x, shape[:1]), wide_a, wide_b), axes=(0,))
+
+    def one_by_one(x: jax.Array) -> jax.Array:
+        return functools.reduce(
+            jnp.maximum if largest else jnp.minimum, (line(x, *pair) for pair in zip(a, b, strict=True))
+        )
+
+    # XLA for CPU compiles one reduction much faster than many lines; GPU and TPU fuse elementwise work only.
+    return jax.lax.platform_dependent(x, cpu=reduced, default=one_by_one)
+
+
+def dynamic_map(index: jax.Array, signed: bool) -> jax.Array:
+    """256 values in [-1, 1], or in [0, 1], finer towards zero (Dettmers et al. 2022, arXiv:2110.02861).
+
+    Seven decades below 1, each with twice the values of the one before, the middles of equal parts of its
+    [0.1, 1]; and 0 and 1 themselves. Index 0 is 0; a signed map has -127 to 128, the other one 0 to 255.
+    The map is convex and piecewise linear, so that a value is the largest of seven lines of the index.
+    """
+    x = index.astype(jnp.float32)
+    value = _over_lines(9 * jnp.abs(x) if signed else 9 * x, *_value_lines(signed), lambda x, c, k: (x + c) * k, True)
+    value = jax.lax.clamp(np.float32(0), value, np.float32(1))
+    return jnp.sign(x) * value if signed else value
+
+
+def _index_of(size: jax.Array, signed: bool) -> jax.Array:
+    """Where a magnitude in [0, 1] stands in `dynamic_map`: whole at its values, linear between them."""
+    slopes, offsets = _index_lines(signed)
+    low = _over_lines(size, slopes[:-1], offsets[:-1], lambda x, a, b: x * a + b, False)
+    return jnp.maximum(low, size * slopes[-1] + offsets[-1])
+
+
+def dynamic_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> jax.Array:
+    """The codes of values in [-1, 1], or in [0, 1], as `power_codes` rounds them."""
+    up = np.float32(0.5) if dithered is None else 1 - dithered * np.float32(1 / STEPS)
+    if not signed:
+        return jnp.minimum(jnp.floor(_index_of(unit, False) + up), np.float32(255)).astype(jnp.uint8)
+    index = jnp.floor(jnp.sign(unit) * _index_of(jnp.abs(unit), True) + up)
+    return (jax.lax.clamp(np.float32(-127), index, np.float32(128)) - 1).astype(jnp.int8)
+
+
+def dynamic_values(codes: jax.Array, signed: bool) -> jax.Array:
+    """The values of codes, see `dynamic_map`."""
+    index = codes.astype(jnp.float32)
+    return dynamic_map(index + 1 if signed else index, signed)
+
+
+# -- the storage -----------------------------------------------------------------------------------
+
+
+def dither(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers in (0, `STEPS`), halves of odd numbers: the same however the array is sharded.
+
+    Weyl's sequence of the golden ratio over the positions, shifted by the key. Over keys each number is uniform; over
+    positions they are spread more evenly than random ones. A hash of each position takes XLA for CPU twice as long to
+    compile. None is near 0 or `STEPS`, so that the rounding error of a share never moves a value of the map.
+    """
+    position, stride = jnp.zeros((), jnp.uint32), 0x9E3779B1
+    for axis in reversed(range(len(shape))):
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    words = jax.random.key_data(key)
+    shifted = position + hashed(hashed(words[0]) + words[-1])  # scalars: the words of a seed may be 0 and 1
+    return (shifted >> 18).astype(jnp.float32) + np.float32(0.5)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Eight bits in blocks. See `int8`."""
+
+    block: int
+    min_size: int
+    stochastic: bool
+    map: str = "power"
+    signed: bool = True
+
+    @property
+    def needs_key(self) -> bool:
+        return self.stochastic
+
+    def accepts(self, kind: str) -> bool:
+        return kind in ("mean", "square")
+
+    def of_kind(self, kind: str) -> Int8:
+        return replace(self, signed=kind != "square")
+
+    def _packs(self, x: Any) -> bool:
+        # A last axis of 1 would have a scale for each number, which takes more than it saves.
+        small = x.size < max(self.min_size, 1) or x.ndim == 0 or x.shape[-1] == 1
+        return not small and jnp.issubdtype(x.dtype, jnp.floating)
+
+    def _packed(self, codes: jax.Array, scale: jax.Array) -> Packed:
+        return Blocks(codes, scale) if self.map == "power" else DynamicBlocks(codes, scale)
+
+    def zeros(self, like: jax.ShapeDtypeStruct) -> Any:
+        if not self._packs(like):
+            return jnp.zeros(like.shape, like.dtype)
+        blocks = -(-like.shape[-1] // min(self.block, like.shape[-1]))
+        zero = -1 if self.map == "dynamic" and self.signed else 0
+        codes = jnp.full(like.shape, zero, jnp.int8 if self.signed else jnp.uint8)
+        return self._packed(codes, jnp.zeros((*like.shape[:-1], blocks), like.dtype))
+
+    def _blocks(self, x: jax.Array) -> jax.Array:
+        """``x`` with its last axis cut into blocks of equal length, the last filled up with zeros."""
+        block = min(self.block, x.shape[-1])
+        missing = -x.shape[-1] % block
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+        return padded.reshape(*x.shape[:-1], -1, block)
+
+    def _spread(self, scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The scale of each element, in one operation: each one of a leaf counts in a program's compile time."""
+        return jax.lax.broadcast_in_dim(scale, shape, range(scale.ndim))
+
+    def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
+        if not self._packs(x):
+            return x
+        blocks = self._blocks(x)
+        scale = jnp.max(jnp.abs(blocks) if self.signed else blocks, axis=-1)
+        # Below 2**-120 the reciprocal, by which XLA multiplies, would overflow: such a block is 0.
+        unit = blocks / self._spread(jnp.maximum(scale, np.float32(2.0**-120).astype(x.dtype)), blocks.shape)
+        dithered = dither(key, unit.shape) if self.stochastic and key is not None else None
+        codes = (power_codes if self.map == "power" else dynamic_codes)(unit.astype(jnp.float32), dithered, self.signed)
+        # A barrier: XLA for TPU would move the reshape up and write the scales out in full.
+        codes = jax.lax.optimization_barrier(codes)
+        return self._packed(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale)
+
+    def unpack(self, packed: Any) -> jax.Array:
+        if not isinstance(packed, Packed):
+            return wide(packed)
+        codes, scale = packed
+        unit = (power_values if self.map == "power" else dynamic_values)(codes, self.signed).astype(scale.dtype)
+        blocks = self._blocks(unit)
+        scaled = blocks * self._spread(scale, blocks.shape)
+        return scaled.reshape(*unit.shape[:-1], -1)[..., : unit.shape[-1]]
+
+
+def _storage_of(packed: Packed) -> Int8:
+    """The storage that packed it: the length of a block is the power of two that gives so many scales."""
+    codes, scale = packed
+    size, count = codes.shape[-1], scale.shape[-1]
+    block = next(b for b in (2**i for i in range(size.bit_length() + 1)) if -(-size // b) == count)
+    return Int8(block, 0, False, "power" if isinstance(packed, Blocks) else "dynamic", codes.dtype == jnp.int8)
+
+
+def decode(packed: Packed) -> jax.Array:
+    """The wide array that was packed, from its blocks alone."""
+    return _storage_of(packed).unpack(packed)
+
+
+def encode_like(example: Packed, x: jax.Array) -> Packed:
+    """``x``, of the shape of the example's codes, packed the way it is, rounded to nearest."""
+    storage = _storage_of(example)
+    codes, scale = storage.pack(x if storage.signed else jnp.maximum(x, 0))
+    return type(example)(codes, scale.astype(example.scale.dtype))
+
+
+def packed_as(parts: Mapping[str, Any]) -> Packed | None:
+    """Eight-bit blocks by the names of their parts; None if these are others."""
+    for form in (Blocks, DynamicBlocks):
+        if set(parts) == set(form._fields) and parts[form._fields[0]].dtype in (jnp.int8, jnp.uint8):
+            return form(**parts)
+    return None
+
+
+def int8(*, block: int = 256, min_size: int = 4096, stochastic: bool = True, map: str = "power") -> Storage:
+    """Moments at eight bits between steps, in blocks that share a scale: ``storage=int8()``.
+
+    Block-wise as Dettmers et al. (2022, arXiv:2110.02861). A block is a part of the last axis, so that a slot shards
+    like its parameter. An array of fewer than ``min_size`` elements stays as it is. So does each slot that is no moment
+    (a copy of the parameters, a basis). ``groups=[("embed", {"storage": {}})]`` leaves embeddings out.
+
+    Args:
+      block: elements that share a scale, a power of two. Default: 256.
+      min_size: elements of the smallest array that is packed. Default: 4096.
+      stochastic: round to one of the two neighbours at random, with the right mean. To nearest, the second moment of
+        normal gradients is 5% too large after 5,000 steps of ``b2=0.999``. Default: True.
+      map: the 256 values of a block. ``"power"``: fourth powers of -127/127 to 127/127, or of 0/255 to 255/255, which
+        compile to a few vector instructions. ``"dynamic"``: the map of the paper, as in bitsandbytes, seven decades
+        of which each has twice the values of the one below. Default: ``"power"``.
+
+    Raises:
+      ValueError: ``block`` is no power of two, ``min_size`` is below 0, or ``map`` is unknown.
+
+    Example:
+      >>> tx = jaxsgd.adamw(1e-3, storage=jaxsgd.int8())
+      >>> tx.init({"kernel": jnp.zeros((64, 64))}).slots["mu"]["kernel"].codes.dtype
+      dtype('int8')
+    """
+    if block < 1 or block & (block - 1):
+        raise ValueError(f"block={block}: a power of two is needed, such as 128 or 256")
+    if min_size < 0:
+        raise ValueError(f"min_size={min_size}: it must be 0 or more")
+    if map not in MAPS:
+        raise ValueError(f"map={map!r}: known are {', '.join(MAPS)}")
+    return Int8(block, min_size, stochastic, map)
