@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxsgd.batches import batch_size, check_divides
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key
 from jaxsgd.paths import check_optimizer, leaf_names, owners
+from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, shard_batch
 from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
@@ -76,8 +77,11 @@ def make_step(
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, a mean over the batch. With an NNX model,
         ``params`` is the model itself, and the step carries its other variables (batch statistics, counters) along.
         With a ``model_state``: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
-      tx: any optax gradient transformation; it receives the loss as the extra argument ``value``. It sees the whole
-        batch's gradients, so that `jaxsgd.guard` and `jaxsgd.clip_by_global_norm` in it decide alike on all devices.
+      tx: any optax gradient transformation. It sees the whole batch's gradients, so that `jaxsgd.guard` and
+        `jaxsgd.clip_by_global_norm` in it decide alike on all devices. It receives the extra arguments ``value``, the
+        loss, ``grad``, the gradients, and ``value_fn(params) -> loss``, the loss of the whole batch with the same
+        random numbers and the model's state before the step. So `jaxsgd.lbfgs`, `jaxsgd.newton_cg` and
+        `optax.lbfgs` need nothing more. For `jaxsgd.gauss_newton` ``loss_fn`` has to be a `jaxsgd.split_loss`.
       gradient_at: ``(opt_state, params) -> params``, the point where the gradient is taken, such as
         `jaxsgd.look_ahead`. Default: at the parameters.
       donate: reuse the state's memory for the next state. The old state cannot be used again then. Default: True.
@@ -234,6 +238,7 @@ class Step:
             return self._loss(state.graphdef, whole(leaves), carried, batch, key)
 
         gradients = carrying_gradients(loss_fn, self.accumulate, weight=self.weight, axis_name=self.axis_name)
+        given = carried
         (loss, (carried, aux)), grads = gradients(leaves, carried, batch, key)
         # Zeros for integers: few transformations know float0.
         grads = whole(conjugated(grads), jnp.zeros_like)
@@ -244,7 +249,9 @@ class Step:
             pairs = zip(leaves, self._moments, strict=True)
             place = jax.lax.with_sharding_constraint
             grads = treedef.unflatten(g if where is None else place(g, where) for g, where in pairs)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params, value=loss)
+        value_fn = self._value_fn(state, batch, key, given)
+        extra = taken_by(self.tx.update, {"value": loss, "grad": grads, "value_fn": value_fn})
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra)
         new = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -259,6 +266,25 @@ class Step:
             "update_norm": global_norm(updates),
         }
         return new, report if aux is None else {**report, "aux": aux}
+
+    def _value_fn(self, state: TrainState, batch: Any, key: jax.Array, carried: Any) -> Callable[[Any], jax.Array]:
+        """The loss of this batch as a function of the parameters. Nothing is traced until it is called."""
+        shared: dict[str, Any] = {"weight": self.weight, "axis_name": self.axis_name}
+        rest = (self.accumulate, batch, key, carried)
+        if not isinstance(self.loss_fn, SplitLoss):
+            return mean_loss(functools.partial(self._loss, state.graphdef), *rest, **shared)
+        return split_mean_loss(functools.partial(self._outputs, state.graphdef), self.loss_fn.loss, *rest, **shared)
+
+    def _outputs(self, graphdef: Any, params: Any, model_state: Any, batch: Any, key: jax.Array) -> tuple[Any, Any]:
+        """The outputs of a split loss in one form: ``outputs, model_state``."""
+        outputs_fn = self.loss_fn.outputs_fn  # type: ignore[attr-defined]  # of a SplitLoss, as its caller checked
+        if graphdef is not None:
+            model = nnx.merge(graphdef, params, model_state, copy=True)
+            outputs = outputs_fn(model, batch, key)
+            return outputs, nnx.state(model, nnx.Not(nnx.Param))
+        if model_state is not None:
+            return outputs_fn(params, model_state, batch, key)
+        return outputs_fn(params, batch, key), None
 
     def _loss(
         self, graphdef: Any, params: Any, model_state: Any, batch: Any, key: jax.Array

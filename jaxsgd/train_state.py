@@ -131,7 +131,7 @@ class TrainState:
             else:
                 own, (params, carried) = graphdef, arrays
             params, carried, key = jax.tree.map(lambda x: jnp.array(strong(x), copy=True), (params, carried, key))
-            return cls(jnp.zeros((), jnp.int32), params, tx.init(params), key, carried, own)
+            return cls(jnp.zeros((), jnp.int32), params, _unshared(tx.init(params)), key, carried, own)
 
         return build, key, None if by_function else jax.tree.map(strong, (params, carried))
 
@@ -171,6 +171,19 @@ def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
     check_params(params)
     return graphdef, params, others
+
+
+def _unshared(tree: Any) -> Any:
+    """``tree`` with a copy of each array that is in it twice, as in the state of `optax.lbfgs`: donation refuses it."""
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if id(x) in seen and isinstance(x, jax.Array):
+            return jnp.array(x, copy=True)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(own, tree)
 
 
 def refuse_deleted(argument: str, tree: Any) -> None:

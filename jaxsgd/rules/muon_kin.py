@@ -21,7 +21,6 @@ from jaxsgd.matrices import (
     gathered,
     known,
     matrix_shape,
-    orthonormal,
     partitioned,
 )
 from jaxsgd.numerics import ema, real_zeros, sq
@@ -172,10 +171,12 @@ def _power_step(b: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     Where ``b`` has a lower rank than ``q``, the last columns of $P$ are any that complete it. $B$ has only rounding there,
     which normalised would be a full step of noise.
     """
-    some = jnp.any(b != 0, (-2, -1), keepdims=True)
-    p, _ = orthonormal(jnp.where(some, b @ q, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype)))
+    size = frobenius(b)
+    # The decomposition sees no zeros and nothing that is not finite; there r is 0 or NaN.
+    some = (size > 0) & jnp.isfinite(size)
+    p, _ = jnp.linalg.qr(jnp.where(some, b @ q, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype)))
     r = adjoint(b) @ p
-    least = 64 * float(jnp.finfo(b.dtype).eps) * frobenius(b)
+    least = 64 * float(jnp.finfo(b.dtype).eps) * size
     return p, r, jnp.sum(sq(r), -2, keepdims=True) > sq(least)
 
 

@@ -222,7 +222,6 @@ def split_mean_loss(
     Returns:
       A `SplitLoss` of the parameters alone. Outputs are each device's own; those of several microbatches are stacked.
     """
-    batches = batch if steps == 1 else split(batch, steps)
 
     def outputs_of(params: Any) -> Any:
         params, own = _to_devices(params, axis_name), _to_devices(carried, axis_name)
@@ -234,7 +233,7 @@ def split_mean_loss(
             outputs, carried = outputs_fn(params, carried, *now)
             return carried, outputs
 
-        return jax.lax.scan(body, own, (batches, jax.random.split(key, steps)))[1]
+        return jax.lax.scan(body, own, (split(batch, steps), jax.random.split(key, steps)))[1]
 
     def term(outputs: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         out = loss(outputs, batch)
@@ -245,7 +244,7 @@ def split_mean_loss(
         if steps == 1:
             value, size = term(outputs, batch)
             return value if weight is None and axis_name is None else _mean(value[None], size[None], axis_name)
-        values, sizes = jax.lax.map(lambda pair: term(*pair), (outputs, batches))
+        values, sizes = jax.lax.map(lambda pair: term(*pair), (outputs, split(batch, steps)))
         return _mean(values, sizes, axis_name)
 
     return SplitLoss(outputs_of, loss_of_outputs)

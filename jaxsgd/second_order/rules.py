@@ -86,6 +86,8 @@ def lbfgs(
                     f"params: {name!r} is {jnp.result_type(leaf).name}; parameters are floating or complex. "
                     "Use optax.partition to give it another rule"
                 )
+        if not jax.tree.leaves(params):  # optax's line search takes no empty tree
+            return optax.EmptyState()
         return jax.tree.map(strong, inner.init(jax.tree.map(wide, params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
