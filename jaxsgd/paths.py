@@ -138,20 +138,6 @@ def named_leaves(tree: Any, what: str) -> dict[str, Any]:
     return out
 
 
-def name_parts(path: Sequence[Any]) -> Path:
-    """The names along one tree path, for those who have no tree: a ``value`` at its end is taken for a box's.
-
-    Use `leaf_paths` or `find_nodes` where the tree is at hand.
-    """
-    keys = path[:-1] if path and _is_value(path[-1]) else path
-    return tuple(map(_key_name, keys))
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """One tree path as text, see `name_parts`."""
-    return "/".join(name_parts(path))
-
-
 def owners(state: Any, params: Any, values: Iterable[T]) -> list[T | None]:
     """For each leaf of an optimizer's state the entry of ``values`` that belongs to the leaf's parameter.
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.paths import leaf_names
+from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.plan.accounts import arguments, int8_bytes, parts, state_buffers, tree_bytes
 from jaxsgd.plan.comparison import Comparison
 from jaxsgd.plan.devices import known
@@ -183,7 +183,7 @@ def _step(given: Any, tx: Any, mesh: Any, batch_axes: Any, accumulate: int | Non
         axes = given.batch_axes if batch_axes is None else batch_axes
         count = given.accumulate if accumulate is None else accumulate
         return make_step(given.loss_fn, given.tx, mesh=mesh, batch_axes=axes, accumulate=count, **settings)
-    if not callable(given):
+    if not is_function(given):
         raise TypeError(f"step_or_loss={given!r}: a loss function or a jaxsgd.Step is needed")
     if tx is None:
         raise TypeError("tx: a gradient transformation is needed")

@@ -16,7 +16,7 @@ import numpy as np
 import scipy
 from flax import nnx
 
-from jaxsgd.paths import aligned
+from jaxsgd.paths import aligned, is_function
 from jaxsgd.probe.losses import apart, three_arguments
 from jaxsgd.probe.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
 from jaxsgd.probe.trainings import checked_rule, usual_rate
@@ -209,7 +209,7 @@ def pick(
       TypeError: ``init`` is no function; a candidate is no rule.
     """
     loss_fn = three_arguments(loss_fn)
-    if isinstance(init, nnx.Module) or not callable(init):
+    if isinstance(init, nnx.Module) or not is_function(init):
         raise TypeError("init: a function of a key is needed that makes the parameters: seeds begin differently")
     entrants = _candidates(candidates, jax.eval_shape(lambda key: apart(init(key))[1], jax.random.key(0)))
     for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 2)):

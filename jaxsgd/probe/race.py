@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsgd.batches import batch_size
+from jaxsgd.paths import is_function
 from jaxsgd.probe.feed import Feed
 from jaxsgd.probe.losses import pure_loss
 from jaxsgd.probe.population import Population
@@ -82,7 +83,7 @@ class Sources:
         if isinstance(data, Mapping | tuple | np.ndarray | jax.Array) or not isinstance(data, Iterable):
             Feed(data)  # says what is wrong with it
             self.rows, self._of = 1, lambda seed: data
-            if callable(data) and _takes_two(data):
+            if is_function(data) and _takes_two(data):
                 made: Callable[..., Any] = data
                 self.rows, self._of = seeds, lambda seed: lambda step: made(step, seed)
             return
