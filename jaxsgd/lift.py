@@ -23,7 +23,7 @@ from jaxsgd.numerics import global_norm, real_dtype, step_key, wide, widest
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
 from jaxsgd.slots import by_name, parameter_names
-from jaxsgd.state import FOLLOW, PIN, State
+from jaxsgd.state import State, unpinned
 from jaxsgd.storage import Storage, first_packed, first_zeros, needs_key, plain
 
 __all__ = ["Lift", "Transformation", "lifts_in", "shown", "watched"]
@@ -243,12 +243,10 @@ class Lift:
         count = jnp.zeros((), jnp.int32)
         initial = self._initial(dtype)
         hyper = {}
-        for name, value in self.runtime.items():
+        for name in self.runtime:
             hyper[name] = initial[name]
             if hyper[name].shape != ():
                 raise ValueError(f"{name}: a scalar is needed; got the shape {hyper[name].shape}")
-            if callable(value):
-                hyper[PIN + name] = jnp.full((), FOLLOW, dtype)
         shared = {name: jnp.asarray(by_name(begin, initial), dtype) for name, begin in self.rule.kept.items()}
         if self.norms:
             shared |= {"gradient_norm": jnp.zeros((), dtype), "update_norm": jnp.zeros((), dtype)}
@@ -266,7 +264,7 @@ class Lift:
                 jnp.zeros_like(p) if c else None for p, c in zip(leaves, careful, strict=True)
             )
         roles = {f"{s.role} {name}": None for name, s in self.rule.slots.items() if s.role and name in slots}
-        state = State(count, hyper, slots, shared, roles)
+        state = State(count, hyper, slots, shared, unpinned(self.runtime, dtype), roles)
         if (seen := _seen.get()) is not None:
             seen.append((self, jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)))
         return state
@@ -342,7 +340,7 @@ class Lift:
             raise TypeError(f"state: {self.rule.name} needs its own State; got {type(state).__name__}")
         slots = (*self.slots, LOST) if self.rounding == "compensated" else self.slots
         for part, wanted, found in (("slots", slots, state.slots), ("hyper", self.runtime, state.hyper)):
-            if set(wanted) != {name for name in found if not name.startswith(PIN)}:
+            if set(wanted) != set(found):
                 raise ValueError(
                     f"state: made by another optimizer: {self.rule.name} keeps {part} {sorted(wanted)}, "
                     f"the state has {sorted(found)}"
@@ -362,12 +360,7 @@ class Lift:
 
     def _hyper(self, state: State, given: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The runtime hyperparameters of this step: constants from the state, the others as given."""
-        now = {}
-        for name in self.runtime:
-            value = given.get(name, state.hyper[name])
-            pin = state.hyper.get(PIN + name)
-            now[name] = value if pin is None else jnp.where(pin >= 0, pin, value)
-        return now
+        return {name: state.applied(name, given.get(name, state.hyper[name])) for name in self.runtime}
 
     def _update(
         self, updates: Any, state: State, params: Any, extra: Mapping[str, Any], given: Any
@@ -390,9 +383,8 @@ class Lift:
         if self.norms:
             norms = {"gradient_norm": global_norm([part.g for part in parts]), "update_norm": global_norm(out)}
             kept |= {name: norm.astype(scalar) for name, norm in norms.items()}
-        pins = {name: pin for name, pin in state.hyper.items() if name.startswith(PIN)}
         trees = {name: treedef.unflatten(held) for name, held in slots.items()}
-        return treedef.unflatten(out), State(count, {**now, **pins}, trees, kept, state.roles)
+        return treedef.unflatten(out), State(count, now, trees, kept, state.pins, state.roles)
 
     def _parts(
         self, updates: Any, state: State, params: Any, outside: Mapping[str, Any], by_group: Any, count: jax.Array

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxsgd.paths import find_nodes, nearest
 
-__all__ = ["State", "find_states", "metrics", "plain", "with_hyper"]
+__all__ = ["State", "find_states", "metrics", "plain", "unpinned", "with_hyper"]
 
-PIN = "pinned_"
+PIN = "pin of "  # keys of their own, so that optax.tree.get(state, "learning_rate") finds one value
 FOLLOW = -1.0  # no hyperparameter is negative, and unlike NaN it leaves jax_debug_nans usable
 
 
@@ -27,10 +28,11 @@ class State(NamedTuple):
     Attributes:
       count: int32 scalar, completed steps.
       hyper: hyperparameters as applied in the last step (before the first: as they will be), scalars
-        in float32, or float64 where a parameter is. For one that follows a schedule, the entry
-        ``pinned_<name>`` is negative until `with_hyper` pins it.
+        in float32, or float64 where a parameter is.
       slots: ``{"mu": tree like params, ...}``; a slot of a frozen leaf is None.
       shared: scalars that belong to the tree as a whole.
+      pins: ``{"pin of <name>": scalar}`` for each hyperparameter that follows a schedule, negative until `with_hyper`
+        pins the value.
       roles: the slots that `jaxsgd.eval_params` reads, ``{"average <slot>": None}``; structure alone, without leaves.
     """
 
@@ -38,7 +40,22 @@ class State(NamedTuple):
     hyper: dict[str, jax.Array]
     slots: dict[str, Any]
     shared: dict[str, jax.Array]
+    pins: dict[str, jax.Array] = {}
     roles: dict[str, None] = {}
+
+    def follows(self, name: str) -> bool:
+        """Whether the hyperparameter follows a schedule, unless it is pinned."""
+        return PIN + name in self.pins
+
+    def applied(self, name: str, value: Any) -> Any:
+        """``value`` of a hyperparameter, or what `with_hyper` pinned it to."""
+        pin = self.pins.get(PIN + name)
+        return value if pin is None else jnp.where(pin >= 0, pin, value)
+
+
+def unpinned(hyper: Mapping[str, Any], dtype: Any) -> dict[str, jax.Array]:
+    """The pins before the first step of hyperparameters, of which some may be schedules."""
+    return {PIN + name: jnp.full((), FOLLOW, dtype) for name, value in hyper.items() if callable(value)}
 
 
 def _is_state(node: Any) -> bool:
@@ -75,9 +92,13 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     out = {}
     for path, node in found:
         prefix = f"{path}/" if len(found) > 1 else ""
-        values = {"step": node.count, **node.hyper, **node.shared}
-        out |= {prefix + k: v for k, v in values.items() if not k.startswith(PIN)}
+        out |= {prefix + k: v for k, v in {"step": node.count, **node.hyper, **node.shared}.items()}
     return out
+
+
+def _like(held: Any, value: Any) -> Any:
+    """``value`` in place of an array; the variable of an NNX optimizer stays one."""
+    return jax.tree.map(lambda old: jnp.asarray(value, old.dtype), held)
 
 
 def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
@@ -100,9 +121,9 @@ def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
     for name, value in values.items():
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{name}={value}: a hyperparameter must be 0 or more")
-        holders = [path for path, node in found if name in node.hyper and not name.startswith(PIN)]
+        holders = [path for path, node in found if name in node.hyper]
         if not holders:
-            known = {k for _, node in found for k in node.hyper if not k.startswith(PIN)}
+            known = {k for _, node in found for k in node.hyper}
             raise ValueError(
                 f"{name}: not a runtime value of this state{nearest(name, known)} "
                 f"(name it in dynamic=({name!r},) when calling the rule)"
@@ -114,18 +135,16 @@ def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
     def set_values(node: Any) -> Any:
         if not _is_state(node) or id(node) not in chosen:
             return node
-        hyper = dict(node.hyper)
+        hyper, pins = dict(node.hyper), dict(node.pins)
         for name, value in values.items():
             if name not in hyper:
                 continue
-            if value is None and PIN + name not in hyper:
+            if value is None and not node.follows(name):
                 raise ValueError(f"{name}=None: it follows no schedule; give it a value")
-            # Mapped, so that the variable of an NNX optimizer stays one.
             if value is not None:
-                hyper[name] = jax.tree.map(lambda old: jnp.asarray(value, old.dtype), hyper[name])  # noqa: B023
-            if PIN + name in hyper:
-                pin = FOLLOW if value is None else value
-                hyper[PIN + name] = jax.tree.map(lambda old: jnp.asarray(pin, old.dtype), hyper[PIN + name])  # noqa: B023
-        return node._replace(hyper=hyper)
+                hyper[name] = _like(hyper[name], value)
+            if node.follows(name):
+                pins[PIN + name] = _like(pins[PIN + name], FOLLOW if value is None else value)
+        return node._replace(hyper=hyper, pins=pins)
 
     return jax.tree.map(set_values, state, is_leaf=_is_state)

@@ -233,7 +233,7 @@ def test_hyperparameters_are_as_the_new_optimizer_says():
     assert [e.reason for e in report.changed] == ["0.2 -> 0.0003, as the new optimizer says"]
     pinned = jaxsgd.with_hyper(adam(SWITCH).init(PARAMS), learning_rate=0.2)
     carried, report = migrate(pinned, adam(SWITCH), PARAMS)
-    assert carried.hyper["pinned_learning_rate"] < 0 and "was 0.2; it follows its schedule again" in str(report)
+    assert carried.pins["pin of learning_rate"] < 0 and "was 0.2; it follows its schedule again" in str(report)
 
 
 # -- forms, shapes, dtypes -------------------------------------------------------------------------

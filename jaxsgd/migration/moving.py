@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsgd.eightbit import Packed, decode, encode_like
 from jaxsgd.forms import Form
-from jaxsgd.migration.names import CLOCKS, HYPER, SHARED, Item, Leaves, Place, kind, whole
+from jaxsgd.migration.names import CLOCKS, HYPER, PINS, SHARED, Item, Leaves, Place, kind, whole
 from jaxsgd.migration.report import SECTIONS, Entry, Report, listed
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import named_leaves
@@ -323,6 +323,8 @@ class Migration:
         for field, name in names.items():
             if field.startswith(HYPER):
                 self._hyper(name, container, sources, follows)
+            elif field.startswith(PINS):
+                self._pin(name, container, sources)
             elif not (rule and field == "count"):
                 self._scalar(name, sources, follows)
 
@@ -407,26 +409,34 @@ class Migration:
 
     def _hyper(self, name: str, container: str, sources: Sequence[str], follows: bool) -> None:
         place, fresh = self.new.places[name], self.new.leaves[name]
-        named = [n for n, p in self.old.places.items() if p.slot == place.slot and p.parameter is None]
-        found = self._nearest(named, [container] if container in self.rules and not sources else sources)
-        short = place.slot.removeprefix(HYPER)
-        scheduled = HYPER + PIN + short in self.new.scalars[container]
+        found = self._old_scalar(place, container, sources)
+        pin = PINS + PIN + place.slot.removeprefix(HYPER)
+        scheduled = pin in self.new.scalars[container]
         if found is None:
-            if not short.startswith(PIN) and any(p.slot.startswith(HYPER) for p in self.old.places.values()):
+            if any(p.slot.startswith(HYPER) for p in self.old.places.values()):
                 self._say("changed", name, f"{_show(fresh)}, new" + " at step 0" * scheduled, place)
             return
-        self.used |= set(named)
         was = self.old.leaves[found]
-        if short.startswith(PIN):
-            if np.any(np.asarray(was) >= 0):
-                self._say("changed", name, f"was {_show(was)}; it follows its schedule again", place)
-        elif scheduled:
-            if HYPER + PIN + short not in self.old.scalars[self.old.places[found].container]:
+        if scheduled:
+            if pin not in self.old.scalars[self.old.places[found].container]:
                 self._say("changed", name, f"{_show(was)} -> a schedule, as the new optimizer says", place)
             if follows and jnp.shape(was) == jnp.shape(fresh):  # what was applied last, until the next step
                 self.out[name], _ = _cast(was, fresh)
         elif not np.array_equal(np.asarray(was, kind(fresh)), np.asarray(fresh)):
             self._say("changed", name, f"{_show(was)} -> {_show(fresh)}, as the new optimizer says", place)
+
+    def _pin(self, name: str, container: str, sources: Sequence[str]) -> None:
+        place = self.new.places[name]
+        found = self._old_scalar(place, container, sources)
+        if found is not None and np.any(np.asarray(was := self.old.leaves[found]) >= 0):
+            self._say("changed", name, f"was {_show(was)}; it follows its schedule again", place)
+
+    def _old_scalar(self, place: Place, container: str, sources: Sequence[str]) -> str | None:
+        """The name of the old state's scalar for a place of the new one."""
+        named = [n for n, p in self.old.places.items() if p.slot == place.slot and p.parameter is None]
+        found = self._nearest(named, [container] if container in self.rules and not sources else sources)
+        self.used |= set(named) if found is not None else set()
+        return found
 
     # -- the rest
 
@@ -437,10 +447,8 @@ class Migration:
                 continue
             value = old.leaves[name]
             if place.slot.startswith(HYPER):
-                if not place.slot.startswith(HYPER + PIN):
-                    reason = "the new state holds none; what the new optimizer says counts"
-                    self._say("changed", name, reason, place)
-            else:
+                self._say("changed", name, "the new state holds none; what the new optimizer says counts", place)
+            elif not place.slot.startswith(PINS):
                 size = int(getattr(value, "size", 1))
                 self._say("dropped", name, f"{_show(value)}, the new state has no place for it", place, size)
         for (slot, parameter), held in old.slots.items():

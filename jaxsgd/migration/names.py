@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jaxsgd.eightbit import Packed, packed_as
 from jaxsgd.paths import leaf_paths
 
-__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "Place", "kind", "whole"]
+__all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "PINS", "Place", "kind", "whole"]
 
 CLOCKS = ("count", "gradient_step")
 """How transformations call the number of completed steps."""
-HYPER, SHARED = "hyper/", "shared/"
+HYPER, SHARED, PINS = "hyper/", "shared/", "pins/"
+SCALARS = {"hyper": HYPER, "hyperparams": HYPER, "shared": SHARED, "pins": PINS}
 """What precedes the name of a hyperparameter, and of a scalar that belongs to a rule as a whole."""
 
 
@@ -90,9 +91,8 @@ def _places(leaves: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, P
         above = [keys[:i] for i in range(len(keys) - 1, 0, -1) if keys[:i] in trees]
         if above and params.keys() != {""}:
             out[name] = _of(above[0], "/".join(keys[len(above[0]) :]), ())
-        elif keys[-2:-1] in (("hyper",), ("hyperparams",), ("shared",)):
-            kind = SHARED if keys[-2] == "shared" else HYPER
-            out[name] = Place("/".join(keys[:-2]), kind + keys[-1], None)
+        elif len(keys) > 1 and keys[-2] in SCALARS:
+            out[name] = Place("/".join(keys[:-2]), SCALARS[keys[-2]] + keys[-1], None)
         else:
             out[name] = Place("/".join(keys[:-1]), keys[-1], None)
     return out
@@ -102,7 +102,7 @@ def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slo
     """The ways to read one name: ``(prefix, parameter, inside)``, the prefix ending in the slot."""
     for start in range(1, len(keys) + 1):
         prefix = keys[:start]
-        if prefix[-1] in ("slots", "hyper", "hyperparams", "shared") or prefix[-1] in CLOCKS:
+        if prefix[-1] in ("slots", *SCALARS, *CLOCKS):
             continue
         for stop in range(start, len(keys) + 1):
             parameter = "/".join(keys[start:stop])
@@ -112,7 +112,7 @@ def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slo
             if prefix[:-1] not in slots:
                 number = jnp.issubdtype(kind(leaf), jnp.inexact) or not jnp.issubdtype(kind(p), jnp.inexact)
                 named = not prefix[-1].isdigit() and parameter != ""
-                if parameter == "" and prefix[-2:-1] in (("hyper",), ("hyperparams",), ("shared",)):
+                if parameter == "" and len(prefix) > 1 and prefix[-2] in SCALARS:
                     continue
                 whole = inside in ((), ("value",))
                 if not number or not whole and not jnp.ndim(leaf):  # a count or a norm beside, not inside
@@ -165,4 +165,4 @@ class Leaves:
 
     def own(self, container: str) -> set[str]:
         """The scalars of a container without hyperparameters and what a rule shares."""
-        return {name for name in self.scalars.get(container, ()) if not name.startswith((HYPER, SHARED))}
+        return {name for name in self.scalars.get(container, ()) if not name.startswith((HYPER, SHARED, PINS))}

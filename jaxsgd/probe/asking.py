@@ -200,12 +200,9 @@ class Asked:
         def scaled(node: Any) -> Any:
             if not isinstance(node, State):
                 return node
-            hyper = dict(node.hyper)
-            rate = jnp.asarray(rate_in_force(node) * factor, hyper["learning_rate"].dtype)
-            hyper["learning_rate"] = rate
-            if PIN + "learning_rate" in hyper:
-                hyper[PIN + "learning_rate"] = rate
-            return node._replace(hyper=hyper)
+            rate = jnp.asarray(rate_in_force(node) * factor, node.hyper["learning_rate"].dtype)
+            pins = {PIN + "learning_rate": rate} if node.follows("learning_rate") else {}
+            return node._replace(hyper={**node.hyper, "learning_rate": rate}, pins=node.pins | pins)
 
         return jax.tree.leaves(jax.tree.map(scaled, tree, is_leaf=_is_state))
 

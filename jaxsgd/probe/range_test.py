@@ -20,7 +20,7 @@ from jaxsgd.probe.population import Population
 from jaxsgd.probe.trainings import beginning, budget, checked_rule, usual_rate
 from jaxsgd.progress import Bar
 from jaxsgd.rules.adaptive import adamw
-from jaxsgd.state import PIN, State
+from jaxsgd.state import State
 from jaxsgd.train_state import TrainState
 
 __all__ = ["RangeTest", "range_test", "rising"]
@@ -138,7 +138,7 @@ def _rated(held: Any, fresh: Any) -> Any:
     """The held state with the learning rates of a fresh one, but for those that a schedule sets in any case."""
 
     def update(old: Any, new: Any) -> Any:
-        if not isinstance(old, State) or PIN + "learning_rate" in old.hyper:
+        if not isinstance(old, State) or old.follows("learning_rate"):
             return old
         return old._replace(hyper={**old.hyper, "learning_rate": new.hyper["learning_rate"]})
 

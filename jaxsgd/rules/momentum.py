@@ -19,7 +19,7 @@ from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names
 from jaxsgd.rule import rule
 from jaxsgd.slots import Mean, kept_in, unless
-from jaxsgd.state import PIN, find_states
+from jaxsgd.state import find_states
 
 __all__ = ["look_ahead", "momentum", "nesterov", "noisy_sgd", "optimistic_gradient_descent", "sgd", "velocity"]
 
@@ -87,7 +87,7 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
     if len(found) != 1:
         raise ValueError(f"state: one state of jaxsgd.velocity is needed, found {len(found)}")
     count, hyper, velocity = found[0].count, found[0].hyper, found[0].slots["v"]
-    if momentum is None and PIN + "momentum" in hyper:
+    if momentum is None and found[0].follows("momentum"):
         raise ValueError("momentum: it follows a schedule; pass look_ahead(state, params, momentum=schedule)")
     mu = scheduled(hyper["momentum"] if momentum is None else momentum, count)
     # By name: params may be boxed where the state is not.

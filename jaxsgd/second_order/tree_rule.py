@@ -16,7 +16,7 @@ from jaxsgd.numerics import wide, wide_dtype, widest
 from jaxsgd.paths import check_params, leaf_names, nearest, same_structure
 from jaxsgd.rule import RULES, UnknownRule
 from jaxsgd.second_order.batch_loss import SplitLoss
-from jaxsgd.state import FOLLOW, PIN, State
+from jaxsgd.state import State, unpinned
 
 __all__ = ["TREE_RULES", "TreeRule", "TreeTransformation", "tree_rule"]
 
@@ -202,8 +202,6 @@ class TreeLift:
             if value.shape != ():
                 raise ValueError(f"{name}: a scalar is needed; got the shape {value.shape}")
             hyper[name] = value
-            if callable(self.hyper[name]):
-                hyper[PIN + name] = jnp.full((), FOLLOW, dtype)
         shared = {name: jnp.asarray(start(hyper), dtype) for name, start in (self.shared or {}).items()}
         kinds = [wide_dtype(jnp.result_type(x)) for x in leaves]
         # Of a parameter, zeros have its sharding too.
@@ -212,7 +210,7 @@ class TreeLift:
             for x, kind in zip(leaves, kinds, strict=True)
         ]
         slots = {name: treedef.unflatten(zeros) for name in self.slots}
-        return State(jnp.zeros((), jnp.int32), hyper, slots, shared, {})
+        return State(jnp.zeros((), jnp.int32), hyper, slots, shared, unpinned(self.hyper, dtype))
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, State]:
         """One step: ``(updates, new state)``; updates are in the dtype of ``params``.
@@ -244,12 +242,10 @@ class TreeLift:
             value = state.hyper[name]
             if callable(own) or is_array(own):
                 value = jnp.asarray(scheduled(own, state.count), dtype)
-            pin = state.hyper.get(PIN + name)
-            now[name] = value if pin is None else jnp.where(pin >= 0, pin, value)
-        pins = {name: pin for name, pin in state.hyper.items() if name.startswith(PIN)}
+            now[name] = state.applied(name, value)
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
-            return updates, state._replace(count=count, hyper={**now, **pins})
+            return updates, state._replace(count=count, hyper=now)
         slots = {name: treedef.flatten_up_to(state.slots[name]) for name in self.slots}
         problem = _problem(leaves, params, extra_args, dtype)
         steps, kept, shared = self.solve(problem, now, slots, state.shared)
@@ -257,7 +253,7 @@ class TreeLift:
         out = treedef.unflatten(s.astype(jnp.result_type(p)) for s, p in zip(steps, like, strict=True))
         trees = {name: treedef.unflatten(kept[name]) for name in self.slots}
         scalars = {name: jnp.asarray(x, state.shared[name].dtype) for name, x in shared.items()}
-        return out, State(count, {**now, **pins}, trees, scalars, state.roles)
+        return out, State(count, now, trees, scalars, state.pins, state.roles)
 
     @property
     def transformation(self) -> TreeTransformation:
