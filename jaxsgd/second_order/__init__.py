@@ -1,0 +1,1 @@
+"""Second order: Newton, Gauss-Newton and L-BFGS, as rules, as `minimize` and as `least_squares`."""

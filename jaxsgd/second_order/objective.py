@@ -1,0 +1,131 @@
+"""A user's function as a solver wants it: pure, checked, and of a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsgd.numerics import widest
+from jaxsgd.paths import check_params, leaf_names
+
+__all__ = ["Space", "check_fun", "check_start", "hoist", "is_concrete", "is_split"]
+
+Vector = list[jax.Array]
+"""A point or direction: one flat array, or for sharded parameters one array a leaf."""
+
+
+def check_fun(fun: Any) -> None:
+    """Check that ``fun`` can be called and hashed, for programs are kept by function.
+
+    Raises:
+      TypeError: it is no function, or has no hash.
+    """
+    if not callable(fun):
+        raise TypeError(f"fun={fun!r}: it is no function. Use a function (params, *args) -> value")
+    try:
+        hash(fun)
+    except TypeError:
+        raise TypeError(
+            f"fun is a {type(fun).__name__} without a hash, so its compiled program cannot be found again. "
+            "Use a function, and pass its data in args"
+        ) from None
+
+
+def is_concrete(tree: Any) -> bool:
+    """Whether no leaf of ``tree`` is a tracer."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def is_split(params: Any) -> bool:
+    """Whether a leaf of ``params`` is sharded over devices, so that it should not be copied into one vector."""
+    return any(
+        isinstance(x, jax.Array)
+        and not isinstance(x, jax.core.Tracer)
+        and len(x.sharding.device_set) > 1
+        and not x.is_fully_replicated
+        for x in jax.tree.leaves(params)
+    )
+
+
+def check_start(params: Any) -> Any:
+    """``params`` with numbers as arrays.
+
+    Raises:
+      TypeError: a leaf is no array of real floating-point numbers.
+      ValueError: there is no leaf, or a concrete leaf is not finite.
+    """
+    check_params(params)
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        raise ValueError("params has no array: there is nothing to minimize over. Use a pytree of float arrays")
+    names = leaf_names(params)
+    out = []
+    for name, leaf in zip(names, leaves, strict=True):
+        where = f"params: {name!r}" if name else "params"
+        array = jnp.asarray(leaf, float) if isinstance(leaf, float) else jnp.asarray(leaf)
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{where} is {array.dtype}. Use two real arrays, the real and the imaginary part")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{where} is {array.dtype}. Use floating-point numbers, such as jnp.float32")
+        if is_concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
+            raise ValueError(f"{where} is not finite at the start. Use a finite start")
+        out.append(array)
+    return treedef.unflatten(out)
+
+
+def hoist(fun: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """``fun`` without closed-over arrays: a pure function, and those arrays.
+
+    Args:
+      fun: a function that JAX can trace. It is traced once.
+      *args: its arguments, or shapes of them.
+
+    Returns:
+      ``(pure, consts)`` with ``pure(consts, *args) == fun(*args)``. Closed-over tracers are among the consts.
+    """
+    closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    treedef = jax.tree.structure(shape)
+
+    def pure(consts: list[Any], *args: Any) -> Any:
+        return treedef.unflatten(jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
+
+    return pure, list(closed.consts)
+
+
+class Space:
+    """The vectors that stand for parameters: one flat array in the widest dtype, or one array a leaf.
+
+    Args:
+      params: a pytree of floating-point arrays, or tracers.
+      split: keep the leaves apart, with their shardings. Default: one flat array.
+
+    Attributes:
+      size: the number of parameters.
+      dtype: the dtype of vectors and values: float64 if a leaf has it, else float32.
+    """
+
+    def __init__(self, params: Any, split: bool = False) -> None:
+        leaves, self.treedef = jax.tree.flatten(params)
+        self.shapes = [np.shape(x) for x in leaves]
+        self.dtypes = [jnp.result_type(x) for x in leaves]
+        self.sizes = [int(np.prod(shape)) for shape in self.shapes]
+        self.size, self.split = sum(self.sizes), split
+        self.dtype = widest(self.dtypes)
+
+    def vector(self, tree: Any) -> Vector:
+        """The vector of a tree with the structure of the parameters."""
+        leaves = [jnp.asarray(x).astype(self.dtype) for x in jax.tree.leaves(tree)]
+        return leaves if self.split else [jnp.concatenate([x.ravel() for x in leaves])]
+
+    def tree(self, vector: Vector) -> Any:
+        """The tree of a vector, in the dtypes of the parameters."""
+        if self.split:
+            return self.treedef.unflatten([x.astype(d) for x, d in zip(vector, self.dtypes, strict=True)])
+        ends = np.cumsum(self.sizes)
+        parts = [vector[0][end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
+        rows = zip(parts, self.shapes, self.dtypes, strict=True)
+        return self.treedef.unflatten([x.reshape(shape).astype(dtype) for x, shape, dtype in rows])
