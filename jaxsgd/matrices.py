@@ -1,7 +1,7 @@
 r"""Matrices in, matrices out: the parts of rules on whole matrices.
 
 Every function works on the last two axes and is batched over all before them. No decomposition sees a matrix that is
-not finite, for `jnp.linalg.svd` on CPU may never return from one; its results are NaN instead.
+not finite, for `jnp.linalg.svd` on CPU may never return from one; its values are NaN then.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ __all__ = [
     "inverse_root",
     "known",
     "matrix_shape",
-    "newton_schulz",
-    "on_finite",
     "orthonormal",
+    "newton_schulz",
     "partitioned",
     "reordered_basis",
     "rotated",
@@ -124,35 +123,44 @@ def frobenius(x: jax.Array) -> jax.Array:
 # -- decompositions ------------------------------------------------------------------------------
 
 
-def on_finite(decompose: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """``decompose(x)``, where ``decompose`` sees zeros in place of each matrix that is not finite; the result there is
-    NaN."""
-    whole = jnp.all(jnp.isfinite(x + x), axis=(-2, -1))  # eigh adds a matrix to its transpose
+def finite(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> tuple[jax.Array, jax.Array]:
+    """Which matrices are finite, with shape ``(..., 1)``, and ``x`` with ``instead`` in place of the others.
 
-    def honest(y: jax.Array) -> jax.Array:
-        return jnp.where(whole.reshape(whole.shape + (1,) * (y.ndim - whole.ndim)), y, jnp.nan)
+    Args:
+      x: matrices, ``(..., m, n)``.
+      witness: numbers ``(..., k)`` that are not finite if the matrix is not; they spare a pass over it.
+    """
+    seen = x.reshape(*x.shape[:-2], -1) if witness is None else witness
+    whole = jnp.all(jnp.isfinite(seen + seen), axis=-1, keepdims=True)  # eigh adds a matrix to its transpose
+    return whole, jnp.where(whole[..., None], x, instead)
 
-    return jax.tree.map(honest, decompose(jnp.where(whole[..., None, None], x, 0)))
 
+def eigenvectors(x: jax.Array, witness: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of a Hermitian matrix, the smallest first, and eigenvectors in columns.
 
-def eigenvectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues of a Hermitian matrix, the smallest first, and eigenvectors in columns."""
-    return on_finite(jnp.linalg.eigh, x)
+    Of a matrix that is not finite the values are NaN, and the vectors those of zeros. ``witness`` as in `finite`.
+    """
+    whole, known = finite(x, witness)
+    values, vectors = jnp.linalg.eigh(known)
+    return jnp.where(whole, values, jnp.nan), vectors
 
 
 def singular_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The reduced singular value decomposition $U, s, V^*$."""
-    return on_finite(functools.partial(jnp.linalg.svd, full_matrices=False), x)
+    """The reduced singular value decomposition $U, s, V^*$; where ``x`` is not finite, of zeros with NaN for $s$."""
+    whole, known = finite(x)
+    left, values, right = jnp.linalg.svd(known, full_matrices=False)
+    return left, jnp.where(whole, values, jnp.nan), right
 
 
-def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The reduced QR decomposition."""
-    return on_finite(jnp.linalg.qr, x)
+def orthonormal(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> tuple[jax.Array, jax.Array]:
+    """The reduced QR decomposition; where ``x`` is not finite, that of ``instead``. ``witness`` as in `finite`."""
+    return jnp.linalg.qr(finite(x, witness, instead)[1])
 
 
 def spectral(x: jax.Array) -> jax.Array:
     """The largest singular value, with shape ``(..., 1, 1)``."""
-    return on_finite(functools.partial(jnp.linalg.norm, ord=2, axis=(-2, -1), keepdims=True), x)
+    whole, known = finite(x)
+    return jnp.where(whole[..., None], jnp.linalg.norm(known, ord=2, axis=(-2, -1), keepdims=True), jnp.nan)
 
 
 # -- Newton-Schulz -------------------------------------------------------------------------------
@@ -334,12 +342,17 @@ def eigenbasis(x: jax.Array) -> jax.Array:
     cosines, made orthogonal to the others and to each other. The basis of a zero matrix is the identity.
     """
     n, real = x.shape[-1], jnp.finfo(x.dtype).dtype
-    values, vectors = eigenvectors(x)
+    values, vectors = eigenvectors(x, _diagonal(x))
     values, vectors = jnp.flip(values, -1), jnp.flip(vectors, -1)
     largest = values[..., :1]
     null = jnp.expand_dims(values <= 8 * n * float(jnp.finfo(real).eps) * largest, -2)
-    basis = orthonormal(completed(vectors, null))[0]
+    basis, _ = orthonormal(completed(vectors, null), largest)
     return jnp.where(jnp.expand_dims(largest, -1) <= 0, jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), x.shape), basis)
+
+
+def _diagonal(x: jax.Array) -> jax.Array:
+    """Of a sum of products with their adjoints it is finite only if the whole matrix is."""
+    return jnp.diagonal(x, axis1=-2, axis2=-1)
 
 
 def reordered_basis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -349,9 +362,10 @@ def reordered_basis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Arra
       The order in which the old columns were taken (largest Rayleigh quotient first), and the new basis.
     """
     image = x @ basis
-    order = jnp.argsort(-jnp.real(jnp.sum(basis.conj() * image, axis=-2)), axis=-1)
+    quotients = jnp.sum(basis.conj() * image, axis=-2)
+    order = jnp.argsort(-jnp.real(quotients), axis=-1)
     index = jnp.broadcast_to(jnp.expand_dims(order, -2), image.shape)
-    return order, orthonormal(jnp.take_along_axis(image, index, axis=-1))[0]
+    return order, orthonormal(jnp.take_along_axis(image, index, axis=-1), quotients)[0]
 
 
 def rotated(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
@@ -376,6 +390,6 @@ def rotated_back(x: jax.Array, left: jax.Array | None, right: jax.Array | None) 
 
 def inverse_root(x: jax.Array, order: int, floor: Any) -> jax.Array:
     """``x**(-1 / order)`` of a positive definite matrix whose eigenvalues are ``floor`` or more."""
-    values, vectors = eigenvectors(x)
+    values, vectors = eigenvectors(x, _diagonal(x))
     powers = jnp.maximum(values, floor) ** (-1 / order)
     return (vectors * jnp.expand_dims(powers, -2).astype(x.dtype)) @ adjoint(vectors)

@@ -116,7 +116,7 @@ def leading_basis(x: jax.Array, rank: int, turned: bool) -> jax.Array:
     vectors = (jnp.swapaxes(right, -1, -2) if turned else left)[..., :rank]
     values = jnp.expand_dims(values, -2)
     null = values[..., :rank] <= max(x.shape[-2:]) * float(jnp.finfo(values.dtype).eps) * values[..., :1]
-    basis, triangle = orthonormal(completed(vectors, null))
+    basis, triangle = orthonormal(completed(vectors, null), values[..., 0, :1])
     signs = jnp.sign(jnp.expand_dims(jnp.diagonal(triangle, axis1=-2, axis2=-1), -2))
     return jnp.where(null, basis * signs, vectors)
 

@@ -21,6 +21,7 @@ from jaxsgd.matrices import (
     gathered,
     known,
     matrix_shape,
+    orthonormal,
     partitioned,
 )
 from jaxsgd.numerics import ema, real_zeros, sq
@@ -172,9 +173,8 @@ def _power_step(b: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     which normalised would be a full step of noise.
     """
     size = frobenius(b)
-    # The decomposition sees no zeros and nothing that is not finite; there r is 0 or NaN.
-    some = (size > 0) & jnp.isfinite(size)
-    p, _ = jnp.linalg.qr(jnp.where(some, b @ q, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype)))
+    witness = jnp.where(size > 0, size, jnp.inf)[..., 0]  # of zeros too the basis is the identity
+    p, _ = orthonormal(b @ q, witness, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype))
     r = adjoint(b) @ p
     least = 64 * float(jnp.finfo(b.dtype).eps) * size
     return p, r, jnp.sum(sq(r), -2, keepdims=True) > sq(least)
