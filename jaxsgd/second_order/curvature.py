@@ -171,17 +171,20 @@ def conjugate_gradients(
 def dense_direction(hessian: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The descent direction ``-(H + damping)^-1 g``, and whether all numbers were finite.
 
-    Where ``H + damping`` is not positive definite, the magnitudes of its eigenvalues stand for them, at least the
-    square root of the rounding unit times the largest (saddle-free Newton, Dauphin et al. 2014, arXiv:1406.2572).
+    Where ``H + damping`` is not positive definite beyond rounding, the magnitudes of H's eigenvalues stand for them, at
+    least the square root of the rounding unit times the largest (saddle-free Newton, Dauphin et al. 2014,
+    arXiv:1406.2572).
     """
     n, dtype = g.shape[0], g.dtype
-    identity = jnp.eye(n, dtype=dtype)
-    matrix = (hessian + hessian.T) / 2 + damping.astype(dtype) * identity
+    eps = jnp.finfo(dtype).eps
+    identity, damping = jnp.eye(n, dtype=dtype), damping.astype(dtype)
+    matrix = (hessian + hessian.T) / 2
     good = jnp.all(jnp.isfinite(matrix)) & jnp.all(jnp.isfinite(g))
     # A decomposition of a matrix with an inf may never return.
     matrix, g = jnp.where(good, matrix, identity), jnp.where(good, g, 0)
-    factor = jnp.linalg.cholesky(matrix)
-    diagonal = jnp.diagonal(factor)
+    shifted = matrix + damping * identity
+    factor = jnp.linalg.cholesky(shifted)
+    pivots = jnp.diagonal(factor) ** 2
 
     def newton() -> jax.Array:
         return -jax.scipy.linalg.cho_solve((factor, True), g)
@@ -190,10 +193,10 @@ def dense_direction(hessian: jax.Array, g: jax.Array, damping: jax.Array) -> tup
         values, vectors = jnp.linalg.eigh(matrix)
         size = jnp.abs(values)
         largest = jnp.max(size)
-        floor = jnp.sqrt(jnp.finfo(dtype).eps) * largest
         # No curvature at all: a gradient step.
-        size = jnp.where(largest > 0, jnp.maximum(size, floor), 1)
+        size = jnp.where(largest > 0, jnp.maximum(size, jnp.sqrt(eps) * largest) + damping, 1)
         return -(vectors @ ((vectors.T @ g) / size))
 
-    positive = jnp.all(jnp.isfinite(diagonal)) & jnp.all(diagonal > 0)
+    # A pivot below rounding says nothing about its sign.
+    positive = jnp.all(pivots > n * eps * jnp.max(jnp.abs(jnp.diagonal(shifted))))
     return jax.lax.cond(positive, newton, saddle_free), good

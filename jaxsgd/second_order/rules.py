@@ -142,7 +142,7 @@ def newton(
     r"""Newton's method, damped (Levenberg 1944, doi:10.1090/qam/10666): $p \leftarrow p - \eta (H + \lambda I)^{-1} g$.
 
     ``H`` is the dense Hessian of the loss over all parameters. Where ``H + damping`` is not positive definite, the
-    magnitudes of its eigenvalues stand for them, so that the step goes down (saddle-free Newton, Dauphin et al. 2014,
+    magnitudes of H's eigenvalues stand for them, so that the step goes down (saddle-free Newton, Dauphin et al. 2014,
     arXiv:1406.2572). One step on a convex quadratic ends at its minimum.
 
     A full step may overshoot. A line search after it prevents this:
