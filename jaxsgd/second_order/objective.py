@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from jaxsgd.numerics import widest
 from jaxsgd.paths import check_params, leaf_names
@@ -37,14 +39,14 @@ def check_fun(fun: Any) -> None:
 
 def is_concrete(tree: Any) -> bool:
     """Whether no leaf of ``tree`` is a tracer."""
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def is_split(params: Any) -> bool:
     """Whether a leaf of ``params`` is sharded over devices, so that it should not be copied into one vector."""
     return any(
         isinstance(x, jax.Array)
-        and not isinstance(x, jax.core.Tracer)
+        and not isinstance(x, Tracer)
         and len(x.sharding.device_set) > 1
         and not x.is_fully_replicated
         for x in jax.tree.leaves(params)
@@ -91,7 +93,7 @@ def hoist(fun: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list
     treedef = jax.tree.structure(shape)
 
     def pure(consts: list[Any], *args: Any) -> Any:
-        return treedef.unflatten(jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
+        return treedef.unflatten(jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves(args)))
 
     return pure, list(closed.consts)
 

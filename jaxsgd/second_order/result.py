@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 __all__ = ["Result", "Status"]
 
@@ -96,7 +97,7 @@ class Result:
     @property
     def status(self) -> Any:
         """A `Status`; an integer array inside `jax.jit` and for a batch of results."""
-        if isinstance(self.code, jax.core.Tracer) or np.ndim(self.code):
+        if isinstance(self.code, Tracer) or np.ndim(self.code):
             return self.code
         return Status(int(self.code))
 
@@ -104,10 +105,10 @@ class Result:
     def success(self) -> Any:
         """Whether the solver converged: a bool; a boolean array inside `jax.jit` and for a batch of results."""
         out = (self.code >= min(SUCCESSES)) & (self.code <= max(SUCCESSES))
-        return out if isinstance(self.code, jax.core.Tracer) or np.ndim(self.code) else bool(out)
+        return out if isinstance(self.code, Tracer) or np.ndim(self.code) else bool(out)
 
     def __str__(self) -> str:
-        if isinstance(self.code, jax.core.Tracer) or not isinstance(self.code, jax.Array | np.ndarray | np.generic):
+        if isinstance(self.code, Tracer) or not isinstance(self.code, jax.Array | np.ndarray | np.generic):
             return f"Result(value={self.value}, status={self.code})"
         if np.ndim(self.code):
             return self._counted()

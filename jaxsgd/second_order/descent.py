@@ -1,0 +1,246 @@
+"""Descent with a line search: one loop whose every turn evaluates the function and its gradient once.
+
+A model of the function gives the direction: L-BFGS, BFGS, conjugate gradients, Newton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.second_order import line_search
+from jaxsgd.second_order.objective import Vector
+from jaxsgd.second_order.result import Status
+from jaxsgd.second_order.vectors import axpy, dot, finite, largest, norm, select
+
+__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_length"]
+
+
+class Setting(NamedTuple):
+    """Tolerance and limits, as scalars that a compiled program takes as arguments."""
+
+    tol: Any
+    max_iterations: Any
+    max_evaluations: Any
+
+
+class Limits(NamedTuple):
+    """Lower and upper bounds as vectors."""
+
+    lower: Vector
+    upper: Vector
+
+
+class End(NamedTuple):
+    """The end of a search: the best point and what `Result` says about it."""
+
+    x: Vector
+    f: Any
+    grad_norm: Any
+    iterations: Any
+    evaluations: Any
+    code: Any
+
+
+class Move(NamedTuple):
+    """What a model learns from one trial.
+
+    Attributes:
+      x, f, g: the current point, its value and gradient.
+      s, y: the last change of the point and of the gradient.
+      took: whether the trial was accepted as a step, so that s and y are a pair.
+      reset: whether the model has to forget all, for its direction failed.
+      first: whether this is the first evaluation.
+      a: the step that was taken along the last direction.
+      p: the last direction.
+    """
+
+    x: Vector
+    f: Any
+    g: Vector
+    s: Vector
+    y: Vector
+    took: Any
+    reset: Any
+    first: Any
+    a: Any
+    p: Vector
+
+
+class Model(Protocol):
+    """A model of the function: it gives directions, and the first step to try along each."""
+
+    curvature: float
+
+    def init(self, x: Vector) -> Any:
+        """The memory before the first evaluation."""
+        ...
+
+    def advance(self, memory: Any, move: Move) -> tuple[Any, Vector, Any, Any, Any]:
+        """``(memory, direction, first step, known, bent)``.
+
+        ``known``: whether the model has learnt about the curvature, so that the predicted decrease counts.
+        ``bent``: whether the curvature is negative somewhere.
+        """
+        ...
+
+
+class _Carry(NamedTuple):
+    x: Vector
+    f: Any
+    g: Vector
+    p: Vector
+    line: line_search.Line
+    memory: Any
+    fresh: Any
+    still: Any
+    f_first: Any
+    g_first: Any
+    grad_norm: Any
+    iterations: Any
+    evaluations: Any
+    code: Any
+
+
+def first_length(x: Vector, f: jax.Array, g: Vector) -> jax.Array:
+    """The length of the first step, where nothing is known of the curvature: 1, or less where that is far off."""
+    length, slope = norm(x), norm(g)
+    # A step that would take the linear model far below zero is long, if values are about zero or above.
+    down = jnp.abs(f) / jnp.where(slope > 0, slope, 1)
+    out = jnp.minimum(1, jnp.maximum(2 * down, 1e-2 * length))
+    return jnp.where(out > 0, out, 1)
+
+
+def projected(x: Vector, g: Vector, limits: Limits | None) -> jax.Array:
+    """The largest entry of the gradient; with bounds, of the step that a gradient step makes inside them."""
+    if limits is None:
+        return largest(g)
+    rows = zip(x, g, limits.lower, limits.upper, strict=True)
+    return largest([x - jnp.clip(x - g, low, high) for x, g, low, high in rows])
+
+
+def _clipped(x: Vector, limits: Limits | None) -> Vector:
+    if limits is None:
+        return x
+    return [jnp.clip(x, low, high) for x, low, high in zip(x, limits.lower, limits.upper, strict=True)]
+
+
+def _room(x: Vector, p: Vector, limits: Limits | None, dtype: Any) -> jax.Array:
+    """The largest step along ``p`` inside the bounds."""
+    out = jnp.full((), jnp.inf, dtype)
+    if limits is None:
+        return out
+    for at, way, low, high in zip(x, p, limits.lower, limits.upper, strict=True):
+        gap = jnp.where(way < 0, low - at, high - at) / jnp.where(way == 0, 1, way)
+        out = jnp.minimum(out, jnp.min(jnp.where(way == 0, jnp.inf, gap), initial=jnp.inf))
+    return jnp.maximum(out, 0)
+
+
+def descend(
+    value_and_grad: Callable[[Vector], tuple[jax.Array, Vector]],
+    x: Vector,
+    model: Model,
+    setting: Setting,
+    limits: Limits | None = None,
+    callback: Callable[..., None] | None = None,
+) -> End:
+    """Minimize by steps along a model's directions.
+
+    Args:
+      value_and_grad: the function with its gradient.
+      x: the start; with bounds, inside them.
+      model: gives the directions.
+      setting: tolerance and limits.
+      limits: bounds, or None.
+      callback: called with ``(iteration, x, f, gradient norm)`` after every step.
+    """
+    dtype = x[0].dtype
+    eps = float(jnp.finfo(dtype).eps)
+    zero, far = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
+    nothing, none = [jnp.zeros_like(leaf) for leaf in x], jnp.zeros((), jnp.int32)
+
+    def judge(c: _Carry, now: _Carry, took: Any, predicted: Any, known: Any, bent: Any) -> tuple[Any, Any]:
+        """The status after an accepted step, and for how many steps the value has not moved."""
+        size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(1, jnp.abs(now.f_first)))
+        size_g = jnp.minimum(1, jnp.maximum(jnp.abs(now.f), now.g_first))
+        by_gradient = (now.grad_norm <= setting.tol * size_g) & known
+        by_gradient &= predicted <= jnp.maximum(setting.tol**2, eps) * size_f
+        by_gradient |= now.grad_norm == 0
+        unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
+        still = jnp.where(unmoved, c.still + 1, 0)
+        by_value = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
+        code = jnp.where(by_value, Status.CONVERGED_VALUE, Status.RUNNING)
+        code = jnp.where(by_gradient, jnp.where(bent, Status.SADDLE_POINT, Status.CONVERGED_GRADIENT), code)
+        return jnp.where(took, code, Status.RUNNING), jnp.where(took, still, c.still)
+
+    def body(c: _Carry) -> _Carry:
+        first = c.evaluations == 0
+        xt = _clipped(axpy(c.line.a, c.p, c.x), limits)
+        ft, gt = value_and_grad(xt)
+        fine = jnp.isfinite(ft) & finite(gt)
+        line, accepted, failed = line_search.step(c.line, ft, dot(gt, c.p), fine, model.curvature)
+        took = jnp.where(first, fine, accepted)
+        failed = failed & ~first
+        s = select(took & ~first, axpy(-1, c.x, xt), nothing)
+        y = select(took & ~first, axpy(-1, c.g, gt), nothing)
+        x, f, g = select(took, (xt, ft, gt), (c.x, c.f, c.g))
+        restart = failed & ~c.fresh
+        move = Move(x, f, g, s, y, took & ~first, restart, first, c.line.a, c.p)
+        memory, p, a, known, bent = model.advance(c.memory, move)
+        slope = dot(g, p)
+        # A direction that does not descend gives way to the gradient, at the length of the last step.
+        usable = (slope < 0) & finite(p)
+        plain = (norm(s) + eps * norm(x)) / jnp.where(norm(g) > 0, norm(g), 1)
+        down = axpy(-1, x, _clipped(axpy(-plain, g, x), limits))
+        p, slope = select(usable, p, down), jnp.where(usable, slope, dot(g, down))
+        now = c._replace(
+            x=x,
+            f=f,
+            g=g,
+            f_first=jnp.where(first, f, c.f_first),
+            g_first=jnp.where(first, projected(x, g, limits), c.g_first),
+            grad_norm=jnp.where(took, projected(x, g, limits), c.grad_norm),
+            iterations=c.iterations + (took & ~first),
+            evaluations=c.evaluations + 1,
+        )
+        code, still = judge(c, now, took, -slope * a / 2, known, bent)
+        turn = took | restart
+        fresh = jnp.where(turn, ~known | restart | ~usable, c.fresh)
+        line = select(turn, line_search.start(a, f, slope, _room(x, p, limits, dtype)), line)
+        end = jnp.where(fine | (c.evaluations > 0), Status.LINE_SEARCH_FAILED, Status.NOT_FINITE_START)
+        stuck = (failed & c.fresh) | (turn & ~(slope < 0)) | (first & ~fine)
+        # At a point where the value cannot be told from its neighbours, the search ends as a success if the
+        # model saw that little is left to gain.
+        gain = -c.line.d0 * jnp.minimum(1, c.line.a) / 2
+        exhausted = failed & (gain <= 4 * eps * jnp.abs(f)) & (c.grad_norm <= jnp.sqrt(setting.tol) * c.g_first)
+        end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
+        code = jnp.where((code == 0) & (stuck | exhausted), end, code)
+        lowest = -jnp.maximum(1, jnp.abs(now.f_first)) / eps**2
+        code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
+        over = now.evaluations >= setting.max_evaluations
+        code = jnp.where((code == 0) & over, Status.EVALUATION_LIMIT, code)
+        code = jnp.where((code == 0) & took & (now.iterations >= setting.max_iterations), Status.ITERATION_LIMIT, code)
+        if callback is not None:
+            told = callback
+
+            def call() -> None:
+                jax.debug.callback(told, now.iterations, x, f, now.grad_norm, ordered=False)
+
+            jax.lax.cond(took & ~first, call, lambda: None)
+        return now._replace(
+            p=select(turn, p, c.p),
+            line=line,
+            memory=memory,
+            fresh=fresh,
+            still=still,
+            code=code.astype(jnp.int32),
+        )
+
+    line = line_search.start(zero, far, zero, far)
+    yes = jnp.ones((), bool)
+    carry = _Carry(x, far, nothing, nothing, line, model.init(x), yes, none, far, far, far, none, none, none)
+    out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
+    return End(out.x, out.f, out.grad_norm, out.iterations, out.evaluations, out.code)

@@ -1,0 +1,266 @@
+"""`minimize`: from a function and a start to a minimum, and a true sentence about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsgd.paths import leaf_names, nearest
+from jaxsgd.second_order.bfgs import BFGS, ConjugateGradient
+from jaxsgd.second_order.descent import End, Limits, Setting, descend
+from jaxsgd.second_order.implicit import differentiable
+from jaxsgd.second_order.lbfgs import LBFGS
+from jaxsgd.second_order.lbfgsb import LBFGSB
+from jaxsgd.second_order.newton import Newton, trust_region
+from jaxsgd.second_order.objective import Space, Vector, check_fun, check_start, hoist, is_concrete, is_split
+from jaxsgd.second_order.result import Result
+
+__all__ = ["METHODS", "minimize"]
+
+METHODS = ("lbfgs", "lbfgsb", "bfgs", "cg", "newton", "newton_cg", "trust_region")
+DENSE = ("bfgs", "newton", "trust_region")
+"""Methods that hold a matrix with a row and a column for each parameter."""
+LARGEST = 5000
+"""The largest number of parameters for a dense matrix, as for the rule `jaxsgd.newton`."""
+
+
+class _Plan(NamedTuple):
+    """What a compiled program depends on, beside the function and the shapes."""
+
+    method: str
+    has_aux: bool
+    split: bool
+    memory: int
+    callback: Hashable
+
+
+def minimize(
+    fun: Callable[..., Any],
+    params: Any,
+    *,
+    method: str = "lbfgs",
+    args: tuple[Any, ...] = (),
+    has_aux: bool = False,
+    tol: float | None = None,
+    max_iterations: int = 2000,
+    max_evaluations: int | None = None,
+    bounds: tuple[Any, Any] | None = None,
+    memory: int = 10,
+    callback: Callable[[int, Any, float, float], None] | None = None,
+) -> Result:
+    """Find a local minimum of a smooth function of any pytree.
+
+    It works inside `jax.jit`, `jax.vmap` (each member stops on its own) and `jax.lax.scan`. A program is compiled once
+    for a function, a method and shapes: pass the same function object again, and data in ``args``. The result has
+    derivatives, forward and reverse, with respect to ``args`` and closed-over arrays, by the implicit function theorem.
+
+    ============  ================================================  ============================
+    method        direction                                         cost of a step beside ``fun``
+    ============  ================================================  ============================
+    lbfgs         inverse Hessian from the last ``memory`` steps     ``4 * memory * n``
+    lbfgsb        the same inside bounds                             ``n * memory ** 2 + n log n``
+    bfgs          inverse Hessian from all steps                     ``n ** 2``
+    cg            nonlinear conjugate gradients (Hager & Zhang)      ``n``
+    newton        Hessian, negative curvature turned positive        Hessian and ``n ** 3``
+    trust_region  Hessian, exact step in a region of trust           Hessian and ``n ** 3``
+    newton_cg     conjugate gradients in a region of trust           some products with the Hessian
+    ============  ================================================  ============================
+
+    Args:
+      fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.
+      params: the start, a pytree of real floating-point arrays. With bounds it is moved inside them. Narrow floats are
+        optimized in float32. Sharded arrays stay sharded with ``lbfgs`` and ``cg``.
+      method: one of the above. Default: ``"lbfgs"``; with bounds ``"lbfgs"`` means ``"lbfgsb"``.
+      args: further arguments of ``fun``: pytrees of arrays.
+      has_aux: whether ``fun`` returns ``(value, aux)``. Default: False.
+      tol: the gradient counts as zero if its largest entry is at most ``tol * min(1, max(abs(value), its first size))``
+        and the model predicts a decrease of at most ``tol ** 2 * max(abs(value), min(1, abs(first value)))``.
+        Default: 1e-6 in float64, 1e-4 in float32.
+      max_iterations: the largest number of steps. Default: 2000.
+      max_evaluations: the largest number of evaluations of the value and gradient. Default: 2 * max_iterations.
+      bounds: ``(lower, upper)``, each a number, None or a tree like ``params``. Methods with bounds: ``"lbfgsb"``.
+      memory: the number of steps that ``lbfgs`` and ``lbfgsb`` remember. Default: 10.
+      callback: called on the host as ``callback(iteration, params, value, grad_norm)`` after each step. It may be
+        called late, and each call copies the parameters to the host. Default: None.
+
+    Returns:
+      A `Result`: ``params, value, grad_norm, iterations, evaluations, status, aux``. Its ``str`` says why the solver
+      ended. It is the best point that was accepted, and never NaN if the start is finite.
+
+    Raises:
+      TypeError: ``fun`` is no function or returns no scalar; a parameter is no real floating-point array.
+      ValueError: unknown method; a start that is not finite; bounds crossed or of another structure; a dense matrix
+        for too many parameters.
+
+    Source: Nocedal & Wright 2006, Numerical Optimization, chapters 3 to 7; Byrd, Lu, Nocedal & Zhu 1995,
+    doi:10.1137/0916069.
+
+    >>> import jax.numpy as jnp
+    >>> def rosenbrock(x):
+    ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    >>> result = minimize(rosenbrock, jnp.array([-1.2, 1.0]))
+    >>> result.success, bool(jnp.allclose(result.params, 1, atol=1e-2))
+    (True, True)
+    """
+    check_fun(fun)
+    method = _method(method, bounds)
+    params = check_start(params)
+    limits = None if bounds is None else _bounds(bounds, params)
+    if limits is not None:
+        params = jax.tree.map(jnp.clip, params, *limits)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    if method in DENSE and size > LARGEST:
+        _refuse_size(method, size, Space(params).dtype)
+    for name, number in (("max_iterations", max_iterations), ("max_evaluations", max_evaluations), ("memory", memory)):
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{name}={number}: a positive whole number is needed. Use {name}=100")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(data,)")
+    if callback is not None:
+        check_fun(callback)
+    dtype = Space(params).dtype
+    if tol is None:
+        tol = 1e-6 if dtype == jnp.float64 else 1e-4
+    limit = 2 * max_iterations if max_evaluations is None else max_evaluations
+    setting = Setting(jnp.asarray(tol, dtype), jnp.asarray(max_iterations, jnp.int32), jnp.asarray(limit, jnp.int32))
+    split = method in ("lbfgs", "cg") and is_split(params)
+    return _run(fun, _Plan(method, has_aux, split, memory, callback), params, limits, args, setting)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Setting) -> Result:
+    pure, consts = hoist(fun, params, *args)
+    _check_output(jax.eval_shape(pure, consts, params, *args), plan.has_aux)
+
+    def valued(params: Any, data: Any) -> Any:
+        consts, args, _ = data
+        return pure(consts, params, *args)
+
+    def solve(start: Any, bounds: Any, data: Any) -> Result:
+        space = Space(start, plan.split)
+
+        def value(x: Vector) -> jax.Array:
+            out = valued(space.tree(x), data)
+            return (out[0] if plan.has_aux else out).astype(space.dtype)
+
+        limits = None if bounds is None else Limits(*map(space.vector, bounds))
+        end = _engine(plan, space, value, space.vector(start), data[2], limits)
+        out = space.tree(end.x)
+        aux = valued(out, data)[1] if plan.has_aux else None
+        return Result(out, end.f, end.grad_norm, end.iterations, end.evaluations, end.code, aux)
+
+    return differentiable(solve, valued, plan.has_aux)(params, bounds, (consts, args, setting))
+
+
+def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, limits: Limits | None) -> End:
+    callback: Any = plan.callback
+
+    def tell(iteration: Any, x: Vector, f: Any, grad_norm: Any) -> None:
+        callback(int(iteration), space.tree(x), float(f), float(grad_norm))
+
+    told = None if callback is None else tell
+
+    value_and_grad = jax.value_and_grad(value)
+    match plan.method:
+        case "trust_region" | "newton_cg":
+            return trust_region(value, x, setting, exact=plan.method == "trust_region", callback=told)
+        case "lbfgs":
+            model: Any = LBFGS(plan.memory)
+        case "lbfgsb":
+            full = [jnp.full_like(x, -jnp.inf) for x in x], [jnp.full_like(x, jnp.inf) for x in x]
+            limits = Limits(*full) if limits is None else limits
+            model = LBFGSB(plan.memory, limits)
+        case "bfgs":
+            model = BFGS()
+        case "cg":
+            model = ConjugateGradient()
+        case _:
+            model = Newton(value)
+    return descend(value_and_grad, x, model, setting, limits, told)
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def _method(method: Any, bounds: Any) -> str:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}{nearest(str(method), METHODS)}")
+    if bounds is None:
+        return method
+    if method not in ("lbfgs", "lbfgsb"):
+        raise ValueError(f"bounds: method={method!r} has no bounds. Use method='lbfgsb'")
+    return "lbfgsb"
+
+
+def _bounds(bounds: Any, params: Any) -> tuple[Any, Any]:
+    """Lower and upper bounds with the structure, shapes and dtypes of the parameters."""
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise ValueError(f"bounds={bounds!r}: two parts are needed. Use bounds=(lower, upper)")
+    lower = _side(bounds[0], params, "lower", -np.inf)
+    upper = _side(bounds[1], params, "upper", np.inf)
+    if is_concrete((lower, upper)):
+        rows = zip(leaf_names(params), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
+        for name, low, high in rows:
+            where = f" of {name!r}" if name else ""
+            if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
+                raise ValueError(f"bounds{where}: a bound is NaN. Use -inf and inf for no bound")
+            if bool(jnp.any(low > high)):
+                at = np.unravel_index(int(jnp.argmax(low - high)), low.shape)
+                raise ValueError(
+                    f"bounds{where}: lower {float(low[at]):.6g} is above upper {float(high[at]):.6g}. "
+                    "Use bounds=(lower, upper) with lower <= upper"
+                )
+    return lower, upper
+
+
+def _side(side: Any, params: Any, name: str, missing: float) -> Any:
+    side = missing if side is None else side
+    if np.ndim(side) == 0 and len(jax.tree.leaves(side)) == 1 and jax.tree.structure(side) == jax.tree.structure(0):
+        return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(side, x.dtype), x.shape), params)
+    if jax.tree.structure(side) != jax.tree.structure(params):
+        raise ValueError(
+            f"bounds: the {name} bound is {jax.tree.structure(side)}, params is {jax.tree.structure(params)}. "
+            "Use a number, None or a tree like params"
+        )
+
+    def shaped(bound: Any, x: Any) -> jax.Array:
+        try:
+            return jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape)
+        except ValueError:
+            raise ValueError(
+                f"bounds: the {name} bound has the shape {np.shape(bound)}, its parameter {x.shape}. "
+                "Use a tree of arrays like params"
+            ) from None
+
+    return jax.tree.map(shaped, side, params)
+
+
+def _check_output(out: Any, has_aux: bool) -> None:
+    if has_aux:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError("fun: with has_aux=True it returns (value, aux). Use has_aux=False for a value alone")
+        out = out[0]
+    elif isinstance(out, tuple):
+        raise TypeError("fun returns a tuple, not a scalar. Use has_aux=True if it returns (value, aux)")
+    if not hasattr(out, "shape") or len(jax.tree.leaves(out)) != 1:
+        raise TypeError(f"fun returns a {type(out).__name__}, not a scalar. Use a function that returns one number")
+    if out.shape:
+        raise TypeError(
+            f"fun returns an array of shape {out.shape}, not a scalar. "
+            "Use jaxsgd.least_squares for residuals, or return a sum or a mean"
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"fun returns {out.dtype}, not a real floating-point number. Use a real loss")
+
+
+def _refuse_size(method: str, size: int, dtype: Any) -> None:
+    gib = size * size * jnp.dtype(dtype).itemsize / 2**30
+    raise ValueError(
+        f"method={method!r}: the Hessian of {size:,} parameters takes {gib:,.{0 if gib >= 10 else 1}f} GiB "
+        f"in {jnp.dtype(dtype).name}; the limit is {LARGEST:,} parameters. Use method='newton_cg' or method='lbfgs'"
+    )

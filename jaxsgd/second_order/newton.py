@@ -1,0 +1,253 @@
+"""Newton's method: with a line search, in a region of trust, and by products with the Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.second_order.descent import End, Move, Setting
+from jaxsgd.second_order.objective import Vector
+from jaxsgd.second_order.result import Status
+
+__all__ = ["Newton", "trust_region"]
+
+
+class Spectrum(NamedTuple):
+    """The Hessian by its eigenvalues, ascending, and its eigenvectors."""
+
+    values: jax.Array
+    vectors: jax.Array
+
+
+def spectrum(value: Callable[[Vector], jax.Array], x: jax.Array) -> Spectrum:
+    """The eigenvalues and eigenvectors of the Hessian; of the identity if it is not finite."""
+    hessian = jax.jacfwd(jax.grad(lambda x: value([x])))(x)
+    hessian = (hessian + hessian.T) / 2
+    # LAPACK may not return for a matrix with a number that is not finite.
+    hessian = jnp.where(jnp.all(jnp.isfinite(hessian)), hessian, jnp.eye(x.size, dtype=x.dtype))
+    return Spectrum(*jnp.linalg.eigh(hessian))
+
+
+def _least(values: jax.Array) -> jax.Array:
+    """The smallest curvature that is told from zero."""
+    return len(values) * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+
+
+class Newton:
+    """Newton's direction with the absolute values of the Hessian's eigenvalues, so that it always descends.
+
+    Nocedal & Wright 2006, section 3.4.
+    """
+
+    curvature = 0.9
+
+    def __init__(self, value: Callable[[Vector], jax.Array]) -> None:
+        self.value = value
+
+    def init(self, x: Vector) -> Spectrum:
+        size, dtype = x[0].size, x[0].dtype
+        return Spectrum(jnp.ones(size, dtype), jnp.zeros((size, size), dtype))
+
+    def advance(self, memory: Spectrum, move: Move) -> tuple[Spectrum, Vector, Any, Any, Any]:
+        (x,), (g,) = move.x, move.g
+        memory = jax.lax.cond(move.took | move.first, lambda: spectrum(self.value, x), lambda: memory)
+        values, vectors = memory
+        least = _least(values)
+        size = jnp.maximum(jnp.abs(values), jnp.where(least > 0, least, 1))
+        inner = jnp.matmul(g, vectors, precision="highest")
+        newton = -jnp.matmul(vectors, inner / size, precision="highest")
+        # After a failed search: down the gradient, at the scale of the largest curvature.
+        p = jnp.where(move.reset, -g / jnp.max(size), newton)
+        bent = values[0] < -jnp.sqrt(jnp.finfo(x.dtype).eps) * jnp.max(jnp.abs(values))
+        return memory, [p], jnp.ones_like(least), ~move.reset, bent
+
+
+class Step(NamedTuple):
+    """A step in a region of trust: the decrease of the model, and whether the region's border was not met."""
+
+    p: jax.Array
+    predicted: jax.Array
+    inside: jax.Array
+
+
+def exact_step(model: Spectrum, g: jax.Array, radius: jax.Array) -> Step:
+    """The minimizer of the quadratic model within the radius (More & Sorensen 1983, doi:10.1137/0904038)."""
+    values, vectors = model
+    inner = jnp.matmul(g, vectors, precision="highest")
+    length = jnp.linalg.norm(g)
+    tiny = jnp.finfo(g.dtype).tiny
+    least = jnp.maximum(_least(values), tiny)
+
+    def along(shift: jax.Array) -> jax.Array:
+        return -inner / jnp.maximum(values + shift, least)
+
+    floor = jnp.maximum(0, -values[0])
+
+    def narrow(state: Any) -> Any:
+        low, high, shift, _, i = state
+        step = along(shift)
+        size = jnp.linalg.norm(step)
+        low, high = jnp.where(size > radius, shift, low), jnp.where(size > radius, high, shift)
+        change = jnp.sum(step**2 / jnp.maximum(values + shift, least))
+        newton = shift + size**2 / jnp.where(change > 0, change, 1) * (size - radius) / radius
+        inside = (newton > low) & (newton < high)
+        middle = jnp.where(low > 0, jnp.sqrt(low) * jnp.sqrt(high), jnp.maximum(high / 100, 0))
+        return low, high, jnp.where(inside, newton, middle), jnp.abs(size - radius) <= 0.01 * radius, i + 1
+
+    free = along(jnp.zeros_like(radius))
+    whole = (values[0] > least) & (jnp.linalg.norm(free) <= radius)
+    high = floor + length / radius
+    begin = (floor, high, jnp.where(floor > 0, floor + 1e-3 * length / radius, high / 100), whole, 0)
+    low, high, shift, _, _ = jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 60), narrow, begin)
+    border = along(shift)
+    size = jnp.linalg.norm(border)
+    # The hard case: the rest of the way along the lowest curvature.
+    rest = jnp.sqrt(jnp.maximum(radius**2 - (size**2 - border[0] ** 2), 0))
+    lowest = jnp.where(border[0] >= 0, rest, -rest)
+    hard = (values[0] <= least) & (size < 0.9 * radius)
+    border = jnp.where(hard & (values[0] < -least), border.at[0].set(lowest), border)
+    border = border * jnp.minimum(1, radius / jnp.maximum(jnp.linalg.norm(border), tiny))
+    step = jnp.where(whole, free, border)
+    predicted = -jnp.vdot(inner, step) - jnp.vdot(step, values * step) / 2
+    flat = (values[0] > -least) & (jnp.linalg.norm(step) < 0.9 * radius)
+    return Step(jnp.matmul(vectors, step, precision="highest"), predicted, whole | flat)
+
+
+def truncated_step(product: Callable[[jax.Array], jax.Array], g: jax.Array, radius: jax.Array, tol: jax.Array) -> Step:
+    """Conjugate gradients up to the border of the region (Steihaug 1983, doi:10.1137/0720042)."""
+    zero = jnp.zeros_like(g)
+    no = jnp.zeros((), bool)
+
+    def body(state: Any) -> Any:
+        p, hp, r, d, rr, _, _, i = state
+        hd = product(d)
+        curved = jnp.vdot(d, hd)
+        dd, pd, pp = jnp.vdot(d, d), jnp.vdot(p, d), jnp.vdot(p, p)
+        a = rr / jnp.where(curved > 0, curved, 1)
+        to_border = jnp.maximum(radius**2 - pp, 0)
+        out = to_border / (pd + jnp.sqrt(jnp.maximum(pd**2 + dd * to_border, 0)))
+        leaves = ~(curved > 0) | (pp + 2 * a * pd + a**2 * dd >= radius**2)
+        a = jnp.where(leaves, out, a)
+        p, hp, r = p + a * d, hp + a * hd, r + a * hd
+        fresh = jnp.vdot(r, r)
+        done = leaves | (jnp.sqrt(fresh) <= tol)
+        return p, hp, r, -r + fresh / jnp.where(rr > 0, rr, 1) * d, fresh, done, leaves, i + 1
+
+    begin = (zero, zero, g, -g, jnp.vdot(g, g), jnp.linalg.norm(g) == 0, no, 0)
+    most = 2 * g.size + 10
+    p, hp, _, _, _, _, leaves, _ = jax.lax.while_loop(lambda s: ~s[5] & (s[7] < most), body, begin)
+    return Step(p, -jnp.vdot(g, p) - jnp.vdot(p, hp) / 2, ~leaves)
+
+
+class _Carry(NamedTuple):
+    x: Any
+    f: Any
+    g: Any
+    model: Any
+    step: Step
+    radius: Any
+    f_first: Any
+    g_first: Any
+    iterations: Any
+    evaluations: Any
+    code: Any
+
+
+def trust_region(
+    value: Callable[[Vector], jax.Array],
+    x: Vector,
+    setting: Setting,
+    *,
+    exact: bool,
+    callback: Callable[..., None] | None = None,
+) -> End:
+    """Minimize by Newton steps in a region of trust (Conn, Gould & Toint 2000; Nocedal & Wright 2006, chapter 4).
+
+    Args:
+      value: the function.
+      x: the start, one flat array.
+      setting: tolerance and limits.
+      exact: solve for each step exactly, by eigenvalues. Otherwise by conjugate gradients.
+      callback: called with ``(iteration, x, f, gradient norm)`` after every step.
+    """
+    dtype, size = x[0].dtype, x[0].size
+    eps = float(jnp.finfo(dtype).eps)
+
+    def gradient(x: jax.Array) -> jax.Array:
+        return jax.grad(value)([x])[0]
+
+    def next_step(x: Any, g: Any, model: Any, radius: Any, g_first: Any) -> Step:
+        if exact:
+            return exact_step(model, g, radius)
+        length = jnp.linalg.norm(g)
+        share = jnp.minimum(0.1, jnp.sqrt(jnp.max(jnp.abs(g)) / jnp.where(g_first > 0, g_first, 1)))
+        return truncated_step(lambda v: jax.jvp(gradient, (x,), (v,))[1], g, radius, share * length)
+
+    def body(c: _Carry) -> _Carry:
+        first = c.evaluations == 0
+        xt = c.x + c.step.p
+        ft, (gt,) = jax.value_and_grad(value)([xt])
+        fine = jnp.isfinite(ft) & jnp.all(jnp.isfinite(gt))
+        predicted, length = c.step.predicted, jnp.linalg.norm(c.step.p)
+        noise = 8 * eps * jnp.abs(c.f)
+        gained = c.f - ft
+        unclear = (jnp.abs(gained) <= noise) & (predicted <= noise)
+        better = jnp.max(jnp.abs(gt)) < jnp.max(jnp.abs(c.g))
+        ratio = jnp.where(unclear, jnp.where(better, 1.0, 0.0), gained / jnp.where(predicted > 0, predicted, 1))
+        ratio = jnp.where(fine, ratio, -1)
+        took = jnp.where(first, fine, fine & (ratio > 1e-4) & (predicted > 0))
+        x, f, g = (jnp.where(took, a, b) for a, b in zip((xt, ft, gt), (c.x, c.f, c.g), strict=True))
+        grown = jnp.where((ratio > 0.75) & ~c.step.inside, jnp.maximum(c.radius, 3 * length), c.radius)
+        # Where a step fails, the parabola through both values and the first slope tells how far to go.
+        slope = jnp.vdot(c.g, c.step.p)
+        parabola = jnp.clip(-slope / (2 * (-gained - slope)), 0.1, 0.5)
+        shrunk = jnp.where(fine & jnp.isfinite(parabola), parabola, 0.1) * length
+        radius = jnp.where(first, jnp.maximum(1, jnp.linalg.norm(x)), jnp.where(ratio < 0.25, shrunk, grown))
+        model = c.model
+        if exact:
+            model = jax.lax.cond(took, lambda: spectrum(value, x), lambda: c.model)
+        top = jnp.max(jnp.abs(g))
+        f_first, g_first = jnp.where(first, f, c.f_first), jnp.where(first, top, c.g_first)
+        step = next_step(x, g, model, radius, g_first)
+        size_f = jnp.maximum(jnp.abs(f), jnp.minimum(1, jnp.abs(f_first)))
+        size_g = jnp.minimum(1, jnp.maximum(jnp.abs(f), g_first))
+        small = top <= setting.tol * size_g
+        done = took & small & step.inside & (step.predicted <= jnp.maximum(setting.tol**2, eps) * size_f)
+        bent = (top == 0) & ~step.inside
+        code = jnp.where(done, Status.CONVERGED_GRADIENT, Status.RUNNING)
+        # A step that was refused although it was to gain no more than rounding: there is nothing left to gain.
+        spent = ~took & ~first & (predicted <= 4 * eps * jnp.abs(f)) & c.step.inside & fine
+        spent &= top <= jnp.sqrt(setting.tol) * g_first
+        code = jnp.where((code == 0) & spent, Status.CONVERGED_VALUE, code)
+        small_radius = radius <= eps * eps * jnp.maximum(jnp.linalg.norm(x), eps)
+        tight = ~took & (length <= eps * jnp.linalg.norm(x) / 4) | small_radius
+        code = jnp.where((code == 0) & tight & ~first, Status.STEP_TOO_SMALL, code)
+        code = jnp.where((code == 0) & ~bent & (step.predicted <= 0), Status.STEP_TOO_SMALL, code)
+        code = jnp.where((code == 0) & bent & (step.predicted <= 0), Status.SADDLE_POINT, code)
+        code = jnp.where(first & ~fine, Status.NOT_FINITE_START, code)
+        lowest = -jnp.maximum(1, jnp.abs(f_first)) / eps**2
+        code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
+        iterations, evaluations = c.iterations + (took & ~first), c.evaluations + 1
+        code = jnp.where((code == 0) & (evaluations >= setting.max_evaluations), Status.EVALUATION_LIMIT, code)
+        over = took & (iterations >= setting.max_iterations)
+        code = jnp.where((code == 0) & over, Status.ITERATION_LIMIT, code)
+        if callback is not None:
+            told = callback
+
+            def call() -> None:
+                jax.debug.callback(told, iterations, [x], f, top, ordered=False)
+
+            jax.lax.cond(took & ~first, call, lambda: None)
+        return _Carry(x, f, g, model, step, radius, f_first, g_first, iterations, evaluations, code.astype(jnp.int32))
+
+    far, none = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
+    zero = jnp.zeros_like(x[0])
+    square = size if exact else 0
+    model = Spectrum(jnp.ones(square, dtype), jnp.zeros((square, square), dtype))
+    step = Step(zero, jnp.zeros((), dtype), jnp.ones((), bool))
+    carry = _Carry(x[0], far, zero, model, step, jnp.ones((), dtype), far, far, none, none, none)
+    out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
+    return End([out.x], out.f, jnp.max(jnp.abs(out.g)), out.iterations, out.evaluations, out.code)
