@@ -22,7 +22,7 @@ from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
 from jaxsgd.transforms.accumulate import carrying_gradients
 from jaxsgd.transforms.clip import AxisName
-from jaxsgd.transforms.guard import skipped_steps
+from jaxsgd.transforms.skipping import kept_where_skipped, skipped_now, skipped_steps
 
 __all__ = ["Step", "check_donation", "checked", "make_step"]
 
@@ -96,9 +96,10 @@ def make_step(
 
     Returns:
       A `Step`. Its metrics are device scalars: ``loss``, ``gradient_norm``, ``update_norm``, the entries of
-      `jaxsgd.metrics` (``step``, ``learning_rate``, ...), ``skipped`` (the number of steps that a `jaxsgd.guard`
-      skipped), and ``aux``. Random numbers come from ``fold_in(state.key, state.step)``; inside pmap and shard_map
-      each device folds in its index too.
+      `jaxsgd.metrics` (``step``, ``learning_rate``, ...), ``skipped`` (the number of steps that `jaxsgd.guard`,
+      `optax.apply_if_finite` or a state with a field ``skipped`` has counted), and ``aux``. A skipped step leaves
+      the model's state (batch statistics, counters) as it was. Random numbers come from ``fold_in(state.key,
+      state.step)``; inside pmap and shard_map each device folds in its index too.
 
     Raises:
       ValueError: ``accumulate`` below 1; an axis that the mesh lacks; both ``mesh`` and ``axis_name``.
@@ -252,6 +253,9 @@ class Step:
         value_fn = self._value_fn(state, batch, key, given)
         extra = taken_by(self.tx.update, {"value": loss, "grad": grads, "value_fn": value_fn})
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra)
+        skipped = skipped_now(state.opt_state, opt_state)
+        if skipped is not None:
+            carried = kept_where_skipped(skipped, state.model_state, carried)
         new = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),

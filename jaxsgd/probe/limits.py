@@ -1,10 +1,10 @@
-"""When a finite loss has risen so far that its training has diverged."""
+"""When a training has diverged: a finite loss has risen too far. Steps that an optimizer skipped do not count."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["EARLY", "IN_A_ROW", "least_losses", "risen"]
+__all__ = ["EARLY", "IN_A_ROW", "least_losses", "risen", "without_skipped"]
 
 EARLY, IN_A_ROW = 8, 3
 """Steps that say how large a loss is usual; losses in a row that have to exceed it by far."""
@@ -33,3 +33,20 @@ def risen(losses: np.ndarray, least: list[float], limit: float, before: np.ndarr
     runs = np.lib.stride_tricks.sliding_window_view(over, IN_A_ROW, axis=1).min(axis=2)  # where one begins
     at = np.where(runs.max(axis=1), np.maximum(0, runs.argmax(axis=1) - (IN_A_ROW - 1)), -1)
     return at, over[:, -(IN_A_ROW - 1) :]
+
+
+def without_skipped(rows: np.ndarray, skipped: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
+    """The metrics of a run with those of the step before where the optimizer skipped one.
+
+    Args:
+      rows: ``(steps, ...)``.
+      skipped: ``(steps,)`` bool.
+      last: the metrics of the step before the first, NaN if there is none. The first ones skipped then have those of
+        the first step that was taken. Default: none.
+    """
+    if not skipped.any() or skipped.all() and last is None:
+        return rows
+    at = np.maximum.accumulate(np.where(skipped, -1, np.arange(len(rows))))
+    none = last is None or np.isnan(last).all()
+    first = last if not none or skipped.all() else rows[skipped.argmin()]
+    return np.where((at >= 0).reshape(-1, *[1] * (rows.ndim - 1)), rows[at], first)

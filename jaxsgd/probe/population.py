@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import is_key, strong
 from jaxsgd.paths import is_function, leaf_names, named_leaves
-from jaxsgd.probe.limits import EARLY, IN_A_ROW, least_losses, risen
+from jaxsgd.probe.limits import EARLY, IN_A_ROW, least_losses, risen, without_skipped
 from jaxsgd.train import Step
+from jaxsgd.transforms.skipping import skipped_now
 
 __all__ = ["STRATEGIES", "Population"]
 
@@ -114,6 +115,7 @@ class Population:
         self._gone_at = -np.ones(self.members, int)  # of members above the limit, the steps they had taken
         self._over = np.zeros((self.members, IN_A_ROW - 1), bool)
         self._least: list[float] = []
+        self._last = np.zeros((0, 0), np.float32)  # the metrics of each member's last step
         self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
         self._row = jax.jit(self._dealt_out(_row, 1))
         self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
@@ -147,6 +149,7 @@ class Population:
         mask = np.asarray(mask, bool)
         self.values = {name: np.where(mask, np.asarray(values[name]), old) for name, old in self.values.items()}
         self._gone_at, self._over = np.where(mask, -1, self._gone_at), self._over & ~mask[:, None]
+        self._last[mask[: len(self._last)]] = np.nan
         self._carry = self._restart(self._given, self._deal(self.values), self._deal(mask), self._carry)
 
     def _deal(self, tree: Any) -> Any:
@@ -189,12 +192,14 @@ class Population:
         sound = jnp.ones((), bool)
         for name in ("loss", "gradient_norm", "update_norm"):
             sound &= jnp.isfinite(scalars.get(name, scalars["loss"]))
+        skipped = skipped_now(state, new)
+        skipped = jnp.zeros((), bool) if skipped is None else skipped
         trains = active & fate.alive
-        ok = trains & sound
-        left = jnp.where(trains & ~sound, fate.steps, fate.diverged_at)
-        fate = Fate(fate.alive & (sound | ~active), fate.steps + ok, left)
+        ok = trains & (sound | skipped)
+        left = jnp.where(trains & ~ok, fate.steps, fate.diverged_at)
+        fate = Fate(fate.alive & (ok | ~active), fate.steps + ok, left)
         row = jnp.stack([x.astype(jnp.float32) for x in scalars.values()])
-        return (_where(ok, new, state), fate), jnp.where(ok, row, jnp.nan)
+        return (_where(ok, new, state), fate), jnp.where(ok & ~skipped, row, jnp.nan)
 
     def _chunk(self, forms: tuple[str, ...]) -> Callable[..., Any]:
         """``(form, given, batches, on, values, active, carry) -> (carry, metrics)``; ``form`` indexes ``forms``."""
@@ -274,7 +279,8 @@ class Population:
           active: ``(members,)`` bool: the members to train. Members that diverged never train. Default: all.
 
         Returns:
-          name -> ``(members, steps)`` float32, the scalar metrics of each step; NaN where a member did not train.
+          name -> ``(members, steps)`` float32, the scalar metrics of each step; NaN where a member did not train. A
+          step that the optimizer skipped, see `jaxsgd.guard`, has those of the step before.
         """
         active = (np.ones(self.members, bool) if active is None else np.asarray(active, bool)) & (self._gone_at < 0)
         before = self.steps
@@ -292,8 +298,18 @@ class Population:
                     done += count
             table = np.concatenate([np.asarray(row)[:, :count] for count, row in tables], axis=1)
         table = table[: self.members].copy()
+        self._fill(table, self.steps - before)
         self._judge(table, before)
         return {name: table[:, :, i] for i, name in enumerate(self._names)}
+
+    def _fill(self, table: np.ndarray, taken: np.ndarray) -> None:
+        """Give the steps that an optimizer skipped the metrics of the step before, or of the first that it took."""
+        if len(self._last) != self.members:
+            self._last = np.full((self.members, table.shape[-1]), np.nan, np.float32)
+        for rows, last, count in zip(table, self._last, taken, strict=True):
+            rows[:count] = without_skipped(rows[:count], np.isnan(rows[:count]).all(axis=1), last)
+            if count:
+                last[:] = rows[count - 1]
 
     def _judge(self, table: np.ndarray, before: np.ndarray) -> None:
         """Freeze members whose losses are above the limit, and set their metrics to NaN from there on."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.paths import is_function
 from jaxsgd.probe.feed import Feed, is_one_batch
-from jaxsgd.probe.limits import IN_A_ROW, least_losses, risen
+from jaxsgd.probe.limits import IN_A_ROW, least_losses, risen, without_skipped
 from jaxsgd.probe.population import STRATEGIES, Population
 from jaxsgd.probe.swept import Sweep
 from jaxsgd.progress import Bar
@@ -283,6 +283,10 @@ def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: l
     seconds = time.perf_counter() - compiled
     states, metrics = jax.tree.map(lambda x: x[:count], (states, metrics))
     metrics = {name: np.asarray(x, np.float32) for name, x in metrics.items()}
+    if "skipped" in metrics:  # of a guard, as `make_step` reports it
+        skipped = np.diff(metrics["skipped"], prepend=0) > 0
+        pairs = {name: zip(x, skipped, strict=True) for name, x in metrics.items() if x.shape == skipped.shape}
+        metrics |= {name: np.stack([without_skipped(*pair) for pair in rows]) for name, rows in pairs.items()}
     losses = metrics["loss"]
     rose, _ = risen(losses, least_losses(losses), limit, np.zeros((count, IN_A_ROW - 1), bool))
     gone = ~np.isfinite(losses) | (rose[:, None] >= 0) & (np.arange(losses.shape[1]) >= rose[:, None])

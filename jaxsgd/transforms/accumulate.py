@@ -119,6 +119,12 @@ def carrying_gradients(
     def total_over_devices(x: jax.Array) -> jax.Array:
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
+    def counted(w: jax.Array, new: Any, old: Any) -> Any:
+        """What a microbatch carries on: nothing if it has no weight."""
+        if weight is None:
+            return new
+        return jax.tree.map(lambda n, o: n if is_key(n) else jnp.where(w > 0, n, jnp.asarray(o, n.dtype)), new, old)
+
     def same_on_all(x: jax.Array) -> jax.Array:
         if axis_name is None or is_key(x):
             return x
@@ -127,9 +133,11 @@ def carrying_gradients(
     def whole(params: Any, carried: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, tuple[Any, Any]], Any]:
         params, carried = _local((params, carried), batch, key)
         if steps == 1:
+            before = carried
             (loss, (w, carried, aux)), grads = differentiate(params, carried, batch, key)
             if weight is None and axis_name is None:
                 return (loss, (carried, aux)), grads
+            carried = counted(w, carried, before)
             total = jax.tree.map(partial(weighted, w), grads)
             losses, weights = loss[None], w[None]
             scalar = jax.tree.map(lambda x: jnp.ndim(x) == 0, aux)
@@ -138,9 +146,10 @@ def carrying_gradients(
             keys = None if key is None else jax.random.split(key, steps)
 
             def body(so_far: Any, now: Any) -> tuple[Any, Any]:
-                total, carried = so_far
-                (loss, (w, carried, aux)), grads = differentiate(params, carried, *now)
-                return (jax.tree.map(lambda t, g: t + weighted(w, g), total, grads), carried), (loss, w, aux)
+                total, before = so_far
+                (loss, (w, carried, aux)), grads = differentiate(params, before, *now)
+                total = jax.tree.map(lambda t, g: t + weighted(w, g), total, grads)
+                return (total, counted(w, carried, before)), (loss, w, aux)
 
             start = (jax.tree.map(zeros, params), carried)
             (total, carried), (losses, weights, aux) = jax.lax.scan(body, start, (_split(batch, steps), keys))

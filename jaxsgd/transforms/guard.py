@@ -13,7 +13,6 @@ import optax
 
 from jaxsgd.numerics import widest
 from jaxsgd.paths import check_optimizer
-from jaxsgd.state import plain
 from jaxsgd.transforms.clip import AxisName, norm_across
 from jaxsgd.transforms.trees import find, is_float0, keep_types, or_zeros, scalar, select
 
@@ -182,13 +181,6 @@ def guard_report(state: Any) -> dict[str, Any]:
         values = {"skipped": skipped, "skipped_in_a_row": row, "halted": halted}
         out |= {prefix + name: value.tolist() for name, value in values.items()} | {prefix + "verdict": verdict}
     return out
-
-
-def skipped_steps(state: Any) -> dict[str, jax.Array]:
-    """``{"skipped": steps that the guard of ``state`` skipped so far}`` on the device; nothing without one guard."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, GuardState))
-    guards = [node for node in nodes if isinstance(node, GuardState)]
-    return {"skipped": plain(guards[0].skipped)} if len(guards) == 1 else {}
 
 
 def resume(state: Any) -> Any:

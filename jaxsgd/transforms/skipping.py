@@ -1,0 +1,66 @@
+"""Steps that a transformation skips, as its state tells them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.numerics import is_key
+from jaxsgd.state import plain
+
+__all__ = ["kept_where_skipped", "skipped_now", "skipped_steps"]
+
+COUNTERS = ("skipped", "total_notfinite")
+"""Fields of a state that count skipped steps: of `jaxsgd.guard` or a transformation of one's own, of
+`optax.apply_if_finite`."""
+FLAG = "should_skip"
+"""The entry of `optax.MultiSteps` that says whether the last step was skipped."""
+
+
+def _by_path(state: Any) -> list[tuple[str, jax.Array]]:
+    """What the state says of skipped steps: the name of each entry, and its value."""
+    out = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(plain(state))[0]:
+        last = path[-1] if path else None
+        counts = isinstance(last, jax.tree_util.GetAttrKey) and last.name in COUNTERS
+        flags = isinstance(last, jax.tree_util.DictKey) and last.key == FLAG
+        scalar = jnp.shape(leaf) == ()
+        if scalar and counts and jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+            out.append((last.name, leaf))
+        elif scalar and flags and jnp.result_type(leaf) == jnp.bool_:
+            out.append((FLAG, leaf))
+    return out
+
+
+def skipped_now(old: Any, new: Any) -> jax.Array | None:
+    """Whether the update from one optimizer state to the next was skipped, a bool scalar; None if neither can say.
+
+    A count of skipped steps has risen, in any part of the state: an int32 scalar in a field ``skipped`` of a named
+    tuple or dataclass, or ``total_notfinite`` of `optax.apply_if_finite`. Or `optax.MultiSteps` says so.
+    """
+    said = []
+    for (name, before), (_, after) in zip(_by_path(old), _by_path(new), strict=True):
+        said.append(after if name == FLAG else after > before)
+    return jnp.stack(said).any() if said else None
+
+
+def kept_where_skipped(skipped: jax.Array, old: Any, new: Any) -> Any:
+    """``new``, or ``old`` where the step was skipped or made a finite number of ``old`` not finite."""
+
+    def is_bad(new: Any, old: Any) -> jax.Array | None:
+        if is_key(new) or not jnp.issubdtype(jnp.result_type(new), jnp.inexact):
+            return None
+        return jnp.any(jnp.isfinite(old) & ~jnp.isfinite(new))
+
+    bad = jax.tree.leaves(jax.tree.map(is_bad, new, old))
+    skipped = jnp.stack([skipped, *bad]).any()
+    keep = lambda new, old: new if is_key(new) else jnp.where(skipped, jnp.asarray(old).astype(new.dtype), new)  # noqa: E731
+    return jax.tree.map(keep, new, old)
+
+
+def skipped_steps(state: Any) -> dict[str, jax.Array]:
+    """``{"skipped": steps skipped so far}`` on the device, if one transformation of ``state`` counts them."""
+    counts = [count for name, count in _by_path(state) if name != FLAG]
+    return {"skipped": counts[0]} if len(counts) == 1 else {}
