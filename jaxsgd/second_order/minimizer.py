@@ -80,7 +80,7 @@ def minimize(
       has_aux: whether ``fun`` returns ``(value, aux)``. Default: False.
       tol: the gradient counts as zero if its largest entry is at most ``tol * min(1, max(abs(value), its first size))``
         and the model predicts a decrease of at most ``tol ** 2 * max(abs(value), min(1, abs(first value)))``.
-        Default: 1e-6 in float64, 1e-4 in float32.
+        Default: 1e-6 in float64, 1e-5 in float32.
       max_iterations: the largest number of steps. Default: 2000.
       max_evaluations: the largest number of evaluations of the value and gradient. Default: 2 * max_iterations.
       bounds: ``(lower, upper)``, each a number, None or a tree like ``params``. Methods with bounds: ``"lbfgsb"``.
@@ -125,7 +125,7 @@ def minimize(
         check_fun(callback)
     dtype = Space(params).dtype
     if tol is None:
-        tol = 1e-6 if dtype == jnp.float64 else 1e-4
+        tol = 1e-6 if dtype == jnp.float64 else 1e-5
     limit = 2 * max_iterations if max_evaluations is None else max_evaluations
     setting = Setting(jnp.asarray(tol, dtype), jnp.asarray(max_iterations, jnp.int32), jnp.asarray(limit, jnp.int32))
     split = method in ("lbfgs", "cg") and is_split(params)
