@@ -1,0 +1,437 @@
+"""Nonlinear least squares: fits of a model to data, compiled, batched by `jax.vmap`, and differentiable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsgd.numerics import widest
+from jaxsgd.paths import nearest
+from jaxsgd.second_order.implicit import differentiable
+from jaxsgd.second_order.objective import Space, check_start, hoist, is_concrete
+from jaxsgd.second_order.result import Result, Status
+
+__all__ = ["least_squares"]
+
+METHODS = ("lm", "dogleg", "gauss_newton")
+Method = Literal["lm", "dogleg", "gauss_newton"]
+
+
+def least_squares(
+    residual: Callable[..., Any],
+    params: Any,
+    *,
+    method: Method = "lm",
+    args: tuple[Any, ...] = (),
+    has_aux: bool = False,
+    tol: float | None = None,
+    max_iterations: int | None = None,
+    callback: Callable[[Result], Any] | None = None,
+) -> Result:
+    r"""Minimize half the sum of squared residuals: $\min_p \frac12 \lVert r(p) \rVert^2$.
+
+    Every method factors the Jacobian by QR and never forms its square, which would lose half the digits. Parameters
+    are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region that ends
+    without convergence is tried once more from the start without scales; the better end counts.
+
+    - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
+    - ``"dogleg"``: a trust region with a path of two pieces (Powell 1970). A step costs less.
+    - ``"gauss_newton"``: full steps, shortened until the residuals shrink. For good starts and small residuals.
+
+    Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
+    from the implicit function theorem; they hold at a minimum.
+
+    Args:
+      residual: ``residual(params, *args) -> residuals``, any tree of real floating arrays, or ``(residuals, aux)``.
+      params: the start, a tree of real floating arrays.
+      method: see above. Default: ``"lm"``.
+      args: further arguments of ``residual``. Default: none.
+      has_aux: whether ``residual`` returns ``(residuals, aux)``. Default: False.
+      tol: converged is where the part of the residuals that the Jacobian can explain is below ``tol`` times the
+        residuals. Default: the square root of the rounding unit, 1.5e-8 in float64: the linear model then predicts a
+        relative decrease of the sum of squares below rounding.
+      max_iterations: the largest number of trial steps. Default: ``100 * (parameters + 1)``, at least 200.
+      callback: called with the `Result` so far after every trial step. Default: None.
+
+    Returns:
+      A `Result` for the best point: ``value`` is half the sum of squares, ``grad_norm`` the largest absolute entry of
+      ``J' r``, ``evaluations`` the number of residuals computed.
+
+    Raises:
+      TypeError: the residual or the start are not real and floating; an argument is of the wrong kind.
+      ValueError: the residual is a scalar; the start is not finite; an unknown method; a limit out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> t = jnp.linspace(0.0, 1.0, 20)
+    >>> def residual(p, y): return p["size"] * jnp.exp(-p["rate"] * t) - y
+    >>> fit = least_squares(residual, {"size": 1.0, "rate": 1.0}, args=(2 * jnp.exp(-3 * t),))
+    >>> round(float(fit.params["size"]), 3), round(float(fit.params["rate"]), 3)
+    (2.0, 3.0)
+    """
+    if not callable(residual):
+        raise TypeError(f"residual={residual!r}: it is no function. Use a function (params, *args) -> residuals")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: known are {', '.join(METHODS)}{nearest(str(method), METHODS)}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(x, y)")
+    start = check_start(params)
+    space = Space(start)
+    if max_iterations is None:
+        max_iterations = max(200, 100 * (space.size + 1))
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int | np.integer) or max_iterations < 0:
+        raise ValueError(f"max_iterations={max_iterations!r}: a whole number from 0 is needed")
+    if tol is not None and is_concrete(tol) and not 0 <= float(tol) < 1:
+        raise ValueError(f"tol={tol!r}: it must lie in [0, 1)")
+    eps = float(jnp.finfo(space.dtype).eps)
+    tolerance = jnp.asarray(eps**0.5 if tol is None else tol, space.dtype)
+    arrays = jax.tree.map(jnp.asarray, args)
+    options = _Options(method, int(max_iterations), bool(has_aux), callback)
+
+    pure = functools.partial(_residual, residual, has_aux)
+    traced = not is_concrete((start, arrays, tolerance))
+    if traced or not _is_closed(residual, pure, start, arrays):
+        fun, consts = hoist(pure, start, arrays)
+        return _solve(fun, options, tolerance, start, arrays, consts)
+    return _compiled(residual, options, tolerance, start, arrays)
+
+
+class _Options(NamedTuple):
+    """All that is static of a call."""
+
+    method: str
+    max_iterations: int
+    has_aux: bool
+    callback: Any
+
+
+def _residual(residual: Any, has_aux: bool, params: Any, args: Any) -> tuple[jax.Array, Any]:
+    """The residuals as one vector, checked, and the aux."""
+    out, aux = residual(params, *args), None
+    if has_aux:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"residual returns a {type(out).__name__}. With has_aux=True use (residuals, aux)")
+        out, aux = out
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(out)]
+    for x in leaves:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"residual: an array of {x.dtype.name}. Use real floating-point residuals")
+    if len(leaves) == 1 and leaves[0].shape == ():
+        raise ValueError("residual returns a scalar. Use jaxsgd.minimize for it, or return the residuals unsquared")
+    if not sum(x.size for x in leaves):
+        raise ValueError("residual returns no number. Use a function (params, *args) -> residuals")
+    dtype = widest([*(x.dtype for x in leaves), *(x.dtype for x in jax.tree.leaves(params))])
+    return jnp.concatenate([x.ravel().astype(dtype) for x in leaves]), aux
+
+
+_closed: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Functions that close over no tracer."""
+
+
+def _is_closed(residual: Any, pure: Callable[..., Any], start: Any, arrays: Any) -> bool:
+    """Whether ``residual`` can be the key of a compiled program: it closes over no tracer, and has a hash."""
+    try:
+        if residual in _closed:
+            return True
+        _, consts = hoist(pure, start, arrays)
+        if not is_concrete(consts):
+            return False
+        _closed.add(residual)
+    except TypeError as error:
+        if "hash" not in str(error) and "weak reference" not in str(error):
+            raise
+        return False
+    return True
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(residual: Any, options: _Options, tol: jax.Array, start: Any, arrays: Any) -> Result:
+    fun, consts = hoist(functools.partial(_residual, residual, options.has_aux), start, arrays)
+    return _solve(fun, options, tol, start, arrays, consts)
+
+
+def _solve(fun: Callable[..., Any], options: _Options, tol: jax.Array, start: Any, arrays: Any, consts: Any) -> Result:
+    """The result, with its derivative in ``(arrays, consts)``."""
+
+    def solver(start: Any, bounds: None, data: Any) -> Result:
+        arrays, consts, tol = data
+        return _search(lambda p: fun(consts, p, arrays), options, tol, start)
+
+    def value(params: Any, data: Any) -> tuple[jax.Array, Any]:
+        arrays, consts, _ = data
+        r, aux = fun(consts, params, arrays)
+        return jnp.sum(r * r) / 2, aux
+
+    result = differentiable(solver, value, has_aux=True)(start, None, (arrays, consts, tol))
+    return result
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """A search in progress.
+
+    Attributes:
+      x, r, norm: the best point, its residuals and their norm.
+      factor: R of ``[J | r] = QR``, at the best point.
+      scale: the largest norm so far of each column of the Jacobian.
+      radius: of the trust region in scaled parameters; for Gauss-Newton the share of a full step.
+      iterations, trials: accepted steps and trial steps.
+      code: the status.
+      failed: whether the last trial was not finite.
+    """
+
+    x: jax.Array
+    r: jax.Array
+    norm: jax.Array
+    factor: jax.Array
+    scale: jax.Array
+    radius: jax.Array
+    iterations: jax.Array
+    trials: jax.Array
+    code: jax.Array
+    failed: jax.Array
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """The Euclidean norm, without overflow of the squares."""
+    largest = jnp.max(jnp.abs(x), initial=0)
+    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return jnp.where(jnp.isfinite(largest), safe * jnp.sqrt(jnp.sum((x / safe) ** 2)), largest)
+
+
+class _Model(NamedTuple):
+    """The linear model at a point: ``J / scale = Q U diag(s) V'``, and r in its range.
+
+    Attributes:
+      s: singular values, 0 where they are below rounding.
+      vt: V'.
+      c: ``U' Q' r``.
+    """
+
+    s: jax.Array
+    vt: jax.Array
+    c: jax.Array
+
+    def step(self, shift: Any) -> jax.Array:
+        """The scaled step that minimizes the model with ``shift`` times its squared length."""
+        size = self.s * self.s + shift
+        # Divided twice, so that no square of a condition number arises where shift is 0.
+        inner = jnp.where(self.s > 0, self.c / jnp.where(self.s > 0, self.s, 1) * _share(self.s, shift, size), 0)
+        return -(inner @ self.vt)
+
+
+def _share(s: jax.Array, shift: Any, size: jax.Array) -> jax.Array:
+    return jnp.where(shift > 0, s * s / jnp.where(size > 0, size, 1), 1)
+
+
+def _model(factor: jax.Array, scale: jax.Array) -> _Model:
+    n = scale.shape[0]
+    r = factor[:, :n] / scale
+    u, s, vt = jnp.linalg.svd(r, full_matrices=False)
+    c = factor[:, n] @ u
+    floor = max(factor.shape) * jnp.finfo(s.dtype).eps * jnp.max(s, initial=0)
+    return _Model(jnp.where(s > floor, s, 0), vt, c)
+
+
+def _lm(model: _Model, radius: jax.Array) -> jax.Array:
+    """The minimizer of the model in the trust region, to a tenth of the radius (Moré 1978)."""
+    s, c = model.s, model.c
+    s2 = s * s
+
+    def length(shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = jnp.where(s2 + shift > 0, s2 + shift, 1)
+        z = jnp.where(s > 0, s * c / size, 0)
+        norm = _norm(z)
+        return norm, -jnp.sum(z * (z / size)) / jnp.where(norm > 0, norm, 1)
+
+    full = _norm(jnp.where(s > 0, c / jnp.where(s > 0, s, 1), 0))
+    upper = _norm(s * c) / radius
+    tiny = jnp.finfo(s.dtype).tiny
+
+    def body(carry: Any) -> Any:
+        i, low, high, shift, _ = carry
+        shift = jnp.where((shift <= low) | (shift >= high), jnp.maximum(1e-3 * high, jnp.sqrt(low * high)), shift)
+        norm, slope = length(shift)
+        miss = norm - radius
+        low, high = jnp.where(miss > 0, shift, low), jnp.where(miss > 0, high, shift)
+        # Newton's method on 1 / norm, which is nearly linear.
+        after = shift - (miss / radius) * (norm / jnp.where(slope != 0, slope, -tiny))
+        return i + 1, low, high, after, (shift, jnp.abs(miss) <= 0.1 * radius)
+
+    def goes_on(carry: Any) -> jax.Array:
+        return (carry[0] < 30) & ~carry[4][1]
+
+    zero = jnp.zeros_like(radius)
+    inside = full <= 1.1 * radius
+    start = (jnp.zeros((), jnp.int32), zero, upper, zero, (zero, inside))
+    shift = jax.lax.while_loop(goes_on, body, start)[4][0]
+    return model.step(shift)
+
+
+def _dogleg(model: _Model, radius: jax.Array) -> jax.Array:
+    """The point of Powell's path on the boundary, or the full step."""
+    full = model.step(jnp.zeros_like(radius))
+    g = model.s * model.c
+    down, bend = jnp.sum(g * g), jnp.sum((model.s * g) ** 2)
+    cauchy = -(down / jnp.where(bend > 0, bend, 1)) * (g @ model.vt)
+    long, short = _norm(full), _norm(cauchy)
+    # The point between both at which the length is the radius.
+    d = full - cauchy
+    a, b, c = jnp.sum(d * d), jnp.sum(d * cauchy), jnp.sum(cauchy * cauchy) - radius * radius
+    root = jnp.sqrt(jnp.maximum(b * b - a * c, 0))
+    t = jnp.where(b > 0, -c / jnp.where(b + root > 0, b + root, 1), (root - b) / jnp.where(a > 0, a, 1))
+    bent = cauchy + jnp.clip(t, 0, 1) * d
+    edge = jnp.where(short >= radius, cauchy * (radius / jnp.where(short > 0, short, 1)), bent)
+    return jnp.where(long <= radius, full, edge)
+
+
+def _gauss_newton(model: _Model, radius: jax.Array) -> jax.Array:
+    return radius * model.step(jnp.zeros_like(radius))
+
+
+STEPS = {"lm": _lm, "dogleg": _dogleg, "gauss_newton": _gauss_newton}
+
+
+def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol: jax.Array, start: Any) -> Result:
+    space = Space(start)
+    (x,) = space.vector(start)
+    n, dtype = space.size, x.dtype
+    eps = jnp.finfo(dtype).eps
+    free = options.method != "gauss_newton"
+
+    def residuals(x: jax.Array) -> jax.Array:
+        return fun(space.tree([x]))[0].astype(dtype)
+
+    jacobian = jax.jacfwd(residuals) if n <= jax.eval_shape(residuals, x).shape[0] else jax.jacrev(residuals)
+
+    def factored(x: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """R of ``[J | r]``, the norms of J's columns, and whether both are finite."""
+        j = jacobian(x)
+        good = jnp.all(jnp.isfinite(j)) & jnp.all(jnp.isfinite(r))
+        # A decomposition of a matrix with an inf may never return.
+        both = jnp.where(good, jnp.concatenate([j, r[:, None]], axis=1), 0)
+        return jnp.linalg.qr(both, mode="r"), jax.vmap(_norm, in_axes=1)(both[:, :n]), good
+
+    def angles(s: _State) -> tuple[_Model, jax.Array, jax.Array]:
+        """The model in units of J's columns, the share of r that J explains, and the largest cosine of r and a column.
+
+        Along directions that J hardly sees, rounding is all that it explains: the cosines do not see those.
+        """
+        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        columns = jnp.where(columns > 0, columns, 1)
+        model = _model(s.factor, columns)
+        norm = jnp.where(s.norm > 0, s.norm, 1)
+        cosine = jnp.max(jnp.abs((s.factor[:, n] / norm) @ (s.factor[:, :n] / columns)))
+        return model, _norm(jnp.where(model.s > 0, model.c, 0)) / norm, cosine
+
+    def code_of(s: _State) -> jax.Array:
+        """The status at a new point, from the unconstrained step."""
+        model, explained, cosine = angles(s)
+        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        small = _norm(model.step(jnp.zeros((), dtype))) <= eps ** (2 / 3) * _norm(columns * s.x)
+        code = jnp.where(small, Status.CONVERGED_STEP, Status.RUNNING)
+        code = jnp.where(s.norm <= eps * jnp.minimum(first, 1), Status.CONVERGED_VALUE, code)
+        flat = ((explained <= tol) & (cosine <= jnp.sqrt(tol))) | (cosine <= 10 * eps)
+        return jnp.where(flat, Status.CONVERGED_GRADIENT, code).astype(jnp.int32)
+
+    r = residuals(x)
+    factor, columns, good = factored(x, r)
+    first = _norm(r)
+    good &= jnp.isfinite(first)
+    zero = jnp.zeros((), jnp.int32)
+
+    def begin(scaled: bool) -> _State:
+        scale = jnp.where(columns > 0, columns, 1) if scaled else jnp.ones_like(columns)
+        far = _norm(scale * x)
+        radius = 100 * jnp.where(far > 0, far, 1) if free else jnp.ones((), dtype)
+        s = _State(x, r, first, factor, scale, radius, zero, zero, zero, jnp.zeros((), bool))
+        return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
+
+    def body(scaled: bool, s: _State) -> _State:
+        model = _model(s.factor, s.scale)
+        step = STEPS[options.method](model, s.radius)
+        length = _norm(step)
+        x = s.x + step / s.scale
+        r = residuals(x)
+        norm = _norm(r)
+        moved = model.s * (model.vt @ step)
+        # Relative to the sum of squares: by the linear model, and in truth.
+        predicted = -jnp.sum(moved * (moved + 2 * model.c) / s.norm / s.norm)
+        actual = jnp.where(norm < 10 * s.norm, (1 - norm / s.norm) * (1 + norm / s.norm), -1)
+        actual = jnp.where(jnp.isfinite(norm), actual, -1)
+        ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0)
+        wanted = (ratio >= 1e-4) & (norm < s.norm)
+        factor, columns, good = jax.lax.cond(
+            wanted, factored, lambda x, r: (s.factor, s.scale, jnp.zeros((), bool)), x, r
+        )
+        taken = wanted & good
+        ratio = jnp.where(wanted & ~good, -1, ratio)
+        if free:
+            # A parabola through both values and the slope says where the minimum along the step is.
+            slope = -jnp.sum(moved * model.c / s.norm / s.norm)
+            shorter = jnp.where(actual >= 0, 0.5, 0.5 * slope / jnp.maximum(slope - actual / 2, eps))
+            shorter = jnp.clip(jnp.where(jnp.isfinite(norm), shorter, 0.1), 0.1, 0.5)
+            radius = jnp.where(s.trials == 0, jnp.minimum(s.radius, length), s.radius)
+            grown = jnp.where(ratio >= 0.75, jnp.maximum(radius, 2 * length), radius)
+            radius = jnp.where(ratio <= 0.25, shorter * jnp.minimum(radius, 10 * length), grown)
+        else:
+            radius = jnp.where(taken, jnp.ones((), dtype), s.radius / 4)
+        new = _State(
+            jnp.where(taken, x, s.x),
+            jnp.where(taken, r, s.r),
+            jnp.where(taken, norm, s.norm),
+            jnp.where(taken, factor, s.factor),
+            jnp.where(taken, jnp.maximum(s.scale, columns) if scaled else s.scale, s.scale),
+            radius,
+            s.iterations + taken,
+            s.trials + 1,
+            s.code,
+            ~jnp.isfinite(norm) | (wanted & ~good),
+        )
+        after = jnp.where(taken, code_of(new), Status.RUNNING)
+        _, explained, cosine = angles(s)
+        # The linear model predicts next to nothing: rounding hides what is left to gain.
+        level = (explained <= eps**0.375) & (cosine <= eps**0.25) | (cosine <= eps**0.375)
+        level &= ~new.failed
+        least = eps * _norm(s.scale * s.x) if free else eps
+        stuck = jnp.where(new.failed, Status.NOT_FINITE, Status.STEP_TOO_SMALL)
+        stuck = jnp.where(level, Status.CONVERGED_VALUE, stuck)
+        ends = ~taken & ((new.radius <= least) | (level & (jnp.abs(actual) <= 10 * eps)))
+        new = new._replace(code=jnp.where(ends, stuck, after).astype(jnp.int32))
+        if options.callback is not None:
+            jax.debug.callback(options.callback, _result(new))
+        return new
+
+    def _result(s: _State) -> Result:
+        gradient = s.factor[:, :n].T @ s.factor[:, n]
+        value = s.norm * s.norm / 2
+        params = space.tree([s.x])
+        return Result(params, value, jnp.max(jnp.abs(gradient)), s.iterations, s.trials + 1, s.code, None)
+
+    def search(s: _State, scaled: bool) -> _State:
+        def goes_on(s: _State) -> jax.Array:
+            return (s.code == Status.RUNNING) & (s.trials < options.max_iterations)
+
+        s = jax.lax.while_loop(goes_on, functools.partial(body, scaled), s)
+        return s._replace(code=jnp.where(s.code == Status.RUNNING, Status.ITERATION_LIMIT, s.code).astype(jnp.int32))
+
+    s = search(begin(True), True)
+    if free:
+        # Scales from a far start may hold the search back: once more without, from the start.
+        done = (s.code <= Status.CONVERGED_STEP) | (s.code == Status.NOT_FINITE_START)
+        other = begin(False)
+        other = search(other._replace(code=jnp.where(done, s.code, other.code)), False)
+        better = ~done & (other.norm <= s.norm)
+        trials, iterations = s.trials + other.trials, s.iterations + other.iterations
+        s = jax.tree.map(lambda a, b: jnp.where(better, a, b), other, s)
+        s = s._replace(trials=trials, iterations=iterations)
+    result = _result(s)
+    return dataclasses.replace(result, aux=fun(result.params)[1])
