@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ class Recorder:
         losses = [record["loss"] for record in recorder.records]
 
     Attributes:
-      records: what was fetched so far, a dict of numbers for each step; those in ``aux`` stand beside the others.
+      records: what was fetched so far, a dict of numbers for each step; those in ``aux`` under their own names, or
+        under ``aux/<name>`` where the step has a metric of that name.
     """
 
     def __init__(self, every: int = 20) -> None:
@@ -45,9 +47,7 @@ class Recorder:
         Raises:
           ValueError: a metric is no scalar, or has other names than those of the steps before.
         """
-        aux = metrics.get("aux")
-        tree = {k: v for k, v in metrics.items() if k != "aux"} | (aux if isinstance(aux, dict) else {"aux": aux})
-        flat = {name: jnp.asarray(x) for name, x in named_leaves(tree, "metrics").items()}
+        flat = flat_metrics(metrics)
         for name, x in flat.items():
             if x.ndim:
                 raise ValueError(f"metrics: {name!r} has the shape {x.shape}; scalars are recorded")
@@ -69,6 +69,15 @@ class Recorder:
             fetched = [{n: _number(x, kinds[n]) for n, x in zip(kinds, row, strict=True)} for row in rows]
         self.records += fetched
         return fetched
+
+
+def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The metrics of a step by name. Entries of ``aux`` keep their names, or are ``aux/<name>`` if a metric has it."""
+    aux = metrics.get("aux")
+    own = {name: x for name, x in metrics.items() if name != "aux"}
+    inside = aux if isinstance(aux, dict) else {"aux": aux}
+    inside = {f"aux/{name}" if name in own else name: x for name, x in inside.items()}
+    return {name: jnp.asarray(x) for name, x in named_leaves(own | inside, "metrics").items()}
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxsgd.paths import find_nodes, nearest
 
@@ -97,8 +98,16 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
 
 def _like(held: Any, value: Any) -> Any:
-    """``value`` in place of an array; the variable of an NNX optimizer stays one."""
-    return jax.tree.map(lambda old: jnp.asarray(value, old.dtype), held)
+    """``value`` in place of an array, with its dtype and on its devices; the variable of an NNX optimizer stays one."""
+
+    def put(old: Any) -> Any:
+        new = jnp.asarray(value, old.dtype)
+        if isinstance(old, Tracer) or isinstance(new, Tracer) or not isinstance(old, jax.Array):
+            return new
+        # An array that is not bound to its device stays so: jit compiles for the two apart.
+        return jax.device_put(new, old.sharding) if old.committed and new.shape == old.shape else new
+
+    return jax.tree.map(put, held)
 
 
 def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import batch_size, check_divides
-from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key
+from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
 from jaxsgd.paths import check_optimizer, leaf_names, owners
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, shard_batch
@@ -190,34 +192,62 @@ class Step:
                     stacklevel=2,
                 )
             self._sizes.add(size)
-        batch = self._settle(state, batch)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):  # in the caller's own jit
+            return self.fn(state, batch)
+        state, batch = self._settle(state, batch)  # it may compile anew
         return self.jitted(state, batch)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """The step lowered for this state and batch: a `jax.stages.Lowered` to compile or to print."""
         _check_kind(state)
-        batch = self._settle(state, batch)
+        state, batch = self._settle(state, batch)
         return self.jitted.lower(state, batch)
 
-    def _settle(self, state: TrainState, batch: Any) -> Any:
-        """The batch on the mesh. The step is compiled for the state's sharding."""
+    def _settle(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """The state and the batch on the mesh. The step is compiled for the state's sharding."""
         if self.mesh is None:
-            return batch
+            return state, batch
         home = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
         if home != self._home:
-            names = leaf_names(state)
-            for name, sharding in zip(names, home, strict=True):
-                if getattr(sharding, "mesh", None) != self.mesh:
-                    raise ValueError(
-                        f"state: {name!r} is on {sharding}, not on the step's mesh {dict(self.mesh.shape)}. "
-                        "Use TrainState.create(..., mesh=mesh)"
-                    )
+            state, home = self._brought_home(state, home)
+        if home != self._home:
             self._home, self._moments = home, moment_sharding(state.opt_state, state.params)
             where = jax.tree.unflatten(jax.tree.structure(state), home)
             self.jitted = jax.jit(
                 self._counted, donate_argnums=self._donated, in_shardings=(where, None), out_shardings=(where, None)
             )
-        return shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
+        return state, shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
+
+    def _brought_home(self, state: TrainState, home: list[Any]) -> tuple[TrainState, list[Any]]:
+        """The state with arrays that were put into it placed like those before them.
+
+        Where the parameters have moved themselves, the state was made again: then only scalars are placed.
+
+        Raises:
+          ValueError: the state was not made on the mesh.
+        """
+        leaves, treedef = jax.tree.flatten(state)
+        on_mesh = [getattr(sharding, "mesh", None) == self.mesh for sharding in home]
+        known: list[Any] = [None] * len(home)
+        if self._home is not None and len(self._home) == len(home):
+            ours = jax.tree.leaves(state.replace(params=jax.tree.map(lambda _: True, state.params)))  # type: ignore[attr-defined]
+            params = [i for i, x in enumerate(ours) if x is True]
+            if all(home[i] == self._home[i] or not on_mesh[i] for i in params):
+                known = self._home
+        for i, sharding in enumerate(home):
+            where = known[i]
+            if where is None and not on_mesh[i]:
+                scalar = any(on_mesh) and (is_key(leaves[i]) or jnp.shape(leaves[i]) == ())
+                where = NamedSharding(self.mesh, PartitionSpec()) if scalar else None
+                if where is None:
+                    raise ValueError(
+                        f"state: {leaf_names(state)[i]!r} is on {sharding}, not on the step's mesh "
+                        f"{dict(self.mesh.shape)}. Use TrainState.create(..., mesh=mesh)"
+                    )
+            if where is not None and where != sharding:
+                leaf = strong(leaves[i]) if isinstance(leaves[i], jax.Array) else np.asarray(leaves[i])
+                leaves[i] = jax.device_put(leaf, where)
+        return treedef.unflatten(leaves), [x.sharding for x in leaves]
 
     def _counted(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         self.compiles += 1

@@ -48,3 +48,21 @@ def test_errors_name_the_metric():
         recorder.add({"los": jnp.float32(0)})
     with pytest.raises(ValueError, match="every=0"):
         jaxsgd.Recorder(every=0)
+
+
+def test_aux_does_not_take_the_place_of_a_metric():
+    """A VAE or a GAN returns such a dict."""
+    loss_fn = lambda p, b, key: (jnp.sum(p * b), {"loss": -11.0, "step": 7, "accuracy": 0.5})
+    tx = jaxsgd.sgd(0.1)
+    state, recorder = jaxsgd.TrainState.create(jnp.ones(3), tx), jaxsgd.Recorder(every=1)
+    for _ in range(2):
+        state, report = jaxsgd.make_step(loss_fn, tx, donate=False)(state, jnp.full(3, 7.0))
+        (record,) = recorder.add(report)
+    assert record["loss"] != -11 and record["aux/loss"] == -11 and record["step"] == 2 and record["aux/step"] == 7
+    assert record["accuracy"] == 0.5
+    rates = [1e-3, 1e-2]
+    found = jaxsgd.sweep(
+        jaxsgd.make_step(loss_fn, tx), jaxsgd.TrainState.create(jnp.ones(3), tx), [jnp.full(3, 1.0)] * 20,
+        learning_rate=rates,
+    )  # fmt: skip
+    assert found.best["learning_rate"] == np.float32(1e-2) and (found.metrics["aux/loss"] == -11).all()

@@ -361,3 +361,60 @@ def test_errors_name_what_is_wrong(mesh):
     with pytest.raises(RuntimeError, match="axis_name='batch': call this step inside jax.pmap"):
         make_step(loss_fn, tx, axis_name="batch")(TrainState.create(params, tx), batch)
     assert not state.step.is_deleted(), "nothing was lost on the way"
+
+
+# -- what is put into a state ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero1", [None, "data"])
+def test_what_is_put_into_a_state_goes_where_the_state_is(mesh, zero1):
+    """A rate, a key, NumPy arrays, numbers, a fresh optimizer state: no error and no compile."""
+    tx = jaxsgd.adamw(1e-3)
+    step = make_step(loss_fn, tx, mesh=mesh)
+    state = TrainState.create(PARAMS, tx, mesh=mesh, zero1=zero1)
+    places = jax.tree.map(lambda x: x.sharding, state)
+
+    def edited(state, i):
+        if i == 1:
+            return jaxsgd.with_hyper(state, learning_rate=0.5)
+        if i == 2:
+            return state.replace(key=jax.random.key(3), step=5)
+        if i == 3:
+            return state.replace(params=jax.tree.map(np.asarray, state.params))
+        if i == 4:
+            return state.replace(opt_state=jax.tree.map(np.asarray, state.opt_state))
+        return state.replace(opt_state=tx.init(state.params)) if i == 5 else state
+
+    for i in range(7):
+        state, report = step(edited(state, i), BATCHES[0])
+        assert step.compiles == 1 and np.isfinite(report["loss"])
+        same = jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places)
+        assert all(jax.tree.leaves(same)), i
+        if i == 1:
+            assert float(report["learning_rate"]) == 0.5
+    assert int(state.step) == 10 and int(state.opt_state.count) == 2
+
+
+def test_a_rate_set_in_mid_run_equals_one_from_a_schedule_bit_for_bit(mesh):
+    def run(tx, edit):
+        step = make_step(loss_fn, tx, mesh=mesh)
+        state = TrainState.create(PARAMS, tx, mesh=mesh, zero1="data")
+        for i, batch in enumerate(BATCHES):
+            state, _ = step(edit(state) if i == 10 else state, batch)
+        assert step.compiles == 1
+        return state.params
+
+    schedule = lambda count: jnp.where(count < 10, 1e-2, 1e-3)
+    wanted = run(jaxsgd.adamw(schedule), lambda state: state)
+    got = run(jaxsgd.adamw(1e-2), lambda state: jaxsgd.with_hyper(state, learning_rate=1e-3))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_a_step_on_a_mesh_inside_the_callers_jit(mesh):
+    tx = jaxsgd.adamw(1e-2)
+    step = make_step(loss_fn, tx, mesh=mesh)
+    begin = lambda: TrainState.create(PARAMS, tx, mesh=mesh)
+    batch = jaxsgd.shard_batch(BATCHES[0], mesh)
+    inside, _ = jax.jit(step)(begin(), batch)
+    outside, _ = step(begin(), BATCHES[0])
+    assert apart(inside.params, outside.params) < 1e-6

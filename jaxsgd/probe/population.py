@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import is_key, strong
-from jaxsgd.paths import is_function, leaf_names, named_leaves
+from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.probe.limits import EARLY, IN_A_ROW, least_losses, risen, without_skipped
+from jaxsgd.record import flat_metrics
 from jaxsgd.train import Step
 from jaxsgd.transforms.skipping import skipped_now
 
@@ -394,9 +395,7 @@ def _refuse_narrow(states: Any) -> None:
 
 def _scalars(report: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The scalar metrics of a step by name, including those of ``aux``."""
-    aux = report.get("aux")
-    tree = {k: v for k, v in report.items() if k != "aux"} | (aux if isinstance(aux, dict) else {"aux": aux})
-    scalars = {name: jnp.asarray(x) for name, x in named_leaves(tree, "metrics").items()}
+    scalars = flat_metrics(report)
     if "loss" not in scalars or scalars["loss"].shape:
         raise ValueError(f"step: its metrics need a scalar 'loss'; it has {sorted(scalars)}")
     real = lambda x: x.shape == () and not jnp.issubdtype(x.dtype, jnp.complexfloating)  # noqa: E731

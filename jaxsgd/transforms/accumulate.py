@@ -112,6 +112,8 @@ def carrying_gradients(
         size: Any = 1
         if weight is not None:
             size = weight(batch) if callable(weight) else _entry(aux, weight)
+            if jnp.shape(size) != ():
+                raise ValueError(f"weight: it has the shape {jnp.shape(size)}; a scalar is needed. Use its sum")
         return loss, (jnp.asarray(size).astype(jnp.float32), carried, aux)
 
     differentiate = jax.value_and_grad(terms, has_aux=True)
