@@ -9,7 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ def check_optimizer(tx: Any) -> None:
     raise TypeError(f"tx={tx!r}: a gradient transformation such as jaxsgd.adamw(1e-3) is needed{call}")
 
 
-def is_function(x: Any) -> bool:
+def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether ``x`` is to be called: it is callable and no pytree of arrays that happens to have ``__call__``.
 
     A model of Equinox, or another registered class with ``__call__``, is a tree of its leaves.

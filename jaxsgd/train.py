@@ -209,7 +209,7 @@ class Step:
             return state, batch
         home = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
         if home != self._home:
-            state, home = self._brought_home(state, home)
+            state, home = self._brought_home(self.mesh, state, home)
         if home != self._home:
             self._home, self._moments = home, moment_sharding(state.opt_state, state.params)
             where = jax.tree.unflatten(jax.tree.structure(state), home)
@@ -218,7 +218,7 @@ class Step:
             )
         return state, shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
 
-    def _brought_home(self, state: TrainState, home: list[Any]) -> tuple[TrainState, list[Any]]:
+    def _brought_home(self, mesh: Mesh, state: TrainState, home: list[Any]) -> tuple[TrainState, list[Any]]:
         """The state with arrays that were put into it placed like those before them.
 
         Where the parameters have moved themselves, the state was made again: then only scalars are placed.
@@ -227,7 +227,7 @@ class Step:
           ValueError: the state was not made on the mesh.
         """
         leaves, treedef = jax.tree.flatten(state)
-        on_mesh = [getattr(sharding, "mesh", None) == self.mesh for sharding in home]
+        on_mesh = [getattr(sharding, "mesh", None) == mesh for sharding in home]
         known: list[Any] = [None] * len(home)
         if self._home is not None and len(self._home) == len(home):
             ours = jax.tree.leaves(state.replace(params=jax.tree.map(lambda _: True, state.params)))  # type: ignore[attr-defined]
@@ -238,11 +238,11 @@ class Step:
             where = known[i]
             if where is None and not on_mesh[i]:
                 scalar = any(on_mesh) and (is_key(leaves[i]) or jnp.shape(leaves[i]) == ())
-                where = NamedSharding(self.mesh, PartitionSpec()) if scalar else None
+                where = NamedSharding(mesh, PartitionSpec()) if scalar else None
                 if where is None:
                     raise ValueError(
                         f"state: {leaf_names(state)[i]!r} is on {sharding}, not on the step's mesh "
-                        f"{dict(self.mesh.shape)}. Use TrainState.create(..., mesh=mesh)"
+                        f"{dict(mesh.shape)}. Use TrainState.create(..., mesh=mesh)"
                     )
             if where is not None and where != sharding:
                 leaf = strong(leaves[i]) if isinstance(leaves[i], jax.Array) else np.asarray(leaves[i])

@@ -91,8 +91,8 @@ def _places(leaves: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, P
         above = [keys[:i] for i in range(len(keys) - 1, 0, -1) if keys[:i] in trees]
         if above and params.keys() != {""}:
             out[name] = _of(above[0], "/".join(keys[len(above[0]) :]), ())
-        elif len(keys) > 1 and keys[-2] in SCALARS:
-            out[name] = Place("/".join(keys[:-2]), SCALARS[keys[-2]] + keys[-1], None)
+        elif field := SCALARS.get("".join(keys[-2:-1])):
+            out[name] = Place("/".join(keys[:-2]), field + keys[-1], None)
         else:
             out[name] = Place("/".join(keys[:-1]), keys[-1], None)
     return out
@@ -112,7 +112,7 @@ def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slo
             if prefix[:-1] not in slots:
                 number = jnp.issubdtype(kind(leaf), jnp.inexact) or not jnp.issubdtype(kind(p), jnp.inexact)
                 named = not prefix[-1].isdigit() and parameter != ""
-                if parameter == "" and len(prefix) > 1 and prefix[-2] in SCALARS:
+                if parameter == "" and "".join(prefix[-2:-1]) in SCALARS:
                     continue
                 whole = inside in ((), ("value",))
                 if not number or not whole and not jnp.ndim(leaf):  # a count or a norm beside, not inside

@@ -47,6 +47,7 @@ def without_skipped(rows: np.ndarray, skipped: np.ndarray, last: np.ndarray | No
     if not skipped.any() or skipped.all() and last is None:
         return rows
     at = np.maximum.accumulate(np.where(skipped, -1, np.arange(len(rows))))
-    none = last is None or np.isnan(last).all()
-    first = last if not none or skipped.all() else rows[skipped.argmin()]
+    first = np.asarray(np.nan) if last is None else last
+    if not skipped.all() and np.isnan(first).all():
+        first = rows[skipped.argmin()]
     return np.where((at >= 0).reshape(-1, *[1] * (rows.ndim - 1)), rows[at], first)

@@ -23,13 +23,12 @@ def _by_path(state: Any) -> list[tuple[str, jax.Array]]:
     """What the state says of skipped steps: the name of each entry, and its value."""
     out = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(plain(state))[0]:
-        last = path[-1] if path else None
-        counts = isinstance(last, jax.tree_util.GetAttrKey) and last.name in COUNTERS
-        flags = isinstance(last, jax.tree_util.DictKey) and last.key == FLAG
-        scalar = jnp.shape(leaf) == ()
-        if scalar and counts and jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+        if not path or jnp.shape(leaf) != ():
+            continue
+        last, dtype = path[-1], jnp.result_type(leaf)
+        if isinstance(last, jax.tree_util.GetAttrKey) and last.name in COUNTERS and jnp.issubdtype(dtype, jnp.integer):
             out.append((last.name, leaf))
-        elif scalar and flags and jnp.result_type(leaf) == jnp.bool_:
+        elif isinstance(last, jax.tree_util.DictKey) and last.key == FLAG and dtype == jnp.bool_:
             out.append((FLAG, leaf))
     return out
 
