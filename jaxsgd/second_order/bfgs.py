@@ -39,6 +39,9 @@ class BFGS:
         updated = h + jnp.outer(s, s) * ((1 + jnp.vdot(y, hy) / sy) / sy) - (jnp.outer(hy, s) + jnp.outer(s, hy)) / sy
         begin = first_length(move.x, move.f, move.g) / jnp.where(norm(move.g) > 0, norm(move.g), 1)
         h = jnp.where(good, updated, h)
+        # Along a straight slope there is no pair: the next step is as long as the last.
+        straight = move.took & ~good & (memory.count == 0)
+        h = jnp.where(straight, norm(move.s) / norm(move.g) * eye, h)
         h = jnp.where(move.first, begin * eye, jnp.where(move.reset, jnp.trace(h) / g.size * eye, h))
         count = jnp.where(move.reset, 0, memory.count + good)
         p = -jnp.matmul(h, g, precision="highest")
@@ -69,6 +72,7 @@ class ConjugateGradient:
         beta = jnp.where(good, jnp.maximum(beta, jnp.where(jnp.isfinite(least), least, 0)), 0)
         start = first_length(move.x, move.f, g) / jnp.where(norm(g) > 0, norm(g), 1)
         gamma = jnp.where(good, sy / jnp.where(good, yy, 1), memory.gamma)
+        gamma = jnp.where(move.took & ~good & (memory.count == 0), norm(move.s) / norm(g), gamma)
         gamma = jnp.where(move.first, start, gamma)
         downhill = axpy(-1, g, [jnp.zeros_like(leaf) for leaf in g])
         conjugate = [b - leaf for b, leaf in zip([beta * leaf for leaf in p], g, strict=True)]

@@ -167,11 +167,12 @@ def descend(
         size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(1, jnp.abs(now.f_first)))
         size_g = jnp.minimum(1, jnp.maximum(jnp.abs(now.f), now.g_first))
         by_gradient = (now.grad_norm <= setting.tol * size_g) & known
-        by_gradient &= predicted <= jnp.maximum(setting.tol**2, eps) * size_f
+        by_gradient &= predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f
         by_gradient |= now.grad_norm == 0
         unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
         still = jnp.where(unmoved, c.still + 1, 0)
         by_value = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
+        by_value |= (still >= 10) & (now.grad_norm <= jnp.sqrt(setting.tol) * now.g_first)
         code = jnp.where(by_value, Status.CONVERGED_VALUE, Status.RUNNING)
         code = jnp.where(by_gradient, jnp.where(bent, Status.SADDLE_POINT, Status.CONVERGED_GRADIENT), code)
         return jnp.where(took, code, Status.RUNNING), jnp.where(took, still, c.still)

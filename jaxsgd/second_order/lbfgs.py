@@ -71,7 +71,11 @@ def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, jax.Array]:
 
     # A first length for the first direction; later the size of the latest pair (Nocedal & Wright 2006, 7.20).
     start = first_length(move.x, move.f, move.g) / jnp.where(norm(move.g) > 0, norm(move.g), 1)
-    gamma = jnp.where(move.first, start, jnp.where(good, sy / jnp.where(good, yy, 1), pairs.gamma))
+    gamma = jnp.where(good, sy / jnp.where(good, yy, 1), pairs.gamma)
+    # Along a straight slope there is no pair: the next step is at least as long as the last.
+    straight = move.took & ~good & (pairs.count == 0)
+    gamma = jnp.where(straight, jnp.maximum(gamma, norm(move.s) / norm(move.g)), gamma)
+    gamma = jnp.where(move.first, start, gamma)
     new = Pairs(
         rows,
         cross(pairs.sy, with_s[memory:], with_y[:memory]),

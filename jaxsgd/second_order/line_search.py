@@ -119,6 +119,7 @@ def step(line: Line, f: jax.Array, d: jax.Array, finite: jax.Array, curvature: f
     narrow = width <= 4 * eps * jnp.maximum(jnp.abs(new.lo), jnp.where(new.bracketed, jnp.abs(new.hi), 0))
     over = (new.trials >= TRIALS) | narrow | ~jnp.isfinite(following) | (line.forced & ~finite)
     # The best step lowered the value, if not by enough: it is evaluated once more, and taken.
-    forced = over & (new.lo > 0) & ~line.forced
+    lower = line.f0 - new.f_lo > 2 * eps * jnp.abs(line.f0)
+    forced = over & lower & ~line.forced
     new = new._replace(a=jnp.where(forced, new.lo, following), forced=forced, width=width, older_width=line.width)
     return new, accepted, over & ~forced & ~accepted

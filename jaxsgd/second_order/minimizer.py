@@ -50,7 +50,7 @@ def minimize(
     max_iterations: int = 2000,
     max_evaluations: int | None = None,
     bounds: tuple[Any, Any] | None = None,
-    memory: int = 10,
+    memory: int | None = None,
     callback: Callable[[int, Any, float, float], None] | None = None,
 ) -> Result:
     """Find a local minimum of a smooth function of any pytree.
@@ -79,12 +79,14 @@ def minimize(
       args: further arguments of ``fun``: pytrees of arrays.
       has_aux: whether ``fun`` returns ``(value, aux)``. Default: False.
       tol: the gradient counts as zero if its largest entry is at most ``tol * min(1, max(abs(value), its first size))``
-        and the model predicts a decrease of at most ``tol ** 2 * max(abs(value), min(1, abs(first value)))``.
+        and the model predicts a decrease of at most ``(tol / 10) ** 2 * max(abs(value), min(1, abs(first value)))``.
         Default: 1e-6 in float64, 1e-5 in float32.
       max_iterations: the largest number of steps. Default: 2000.
-      max_evaluations: the largest number of evaluations of the value and gradient. Default: 2 * max_iterations.
+      max_evaluations: the largest number of evaluations of the value and gradient. Default:
+        ``3 * max_iterations + 100``.
       bounds: ``(lower, upper)``, each a number, None or a tree like ``params``. Methods with bounds: ``"lbfgsb"``.
-      memory: the number of steps that ``lbfgs`` and ``lbfgsb`` remember. Default: 10.
+      memory: the number of steps that ``lbfgs`` and ``lbfgsb`` remember. Default: 20; above 10,000
+        parameters 10.
       callback: called on the host as ``callback(iteration, params, value, grad_norm)`` after each step. It may be
         called late, and each call copies the parameters to the host. Default: None.
 
@@ -119,6 +121,8 @@ def minimize(
     for name, number in (("max_iterations", max_iterations), ("max_evaluations", max_evaluations), ("memory", memory)):
         if isinstance(number, int) and number < 1:
             raise ValueError(f"{name}={number}: a positive whole number is needed. Use {name}=100")
+    if isinstance(tol, int | float) and not tol >= 0:
+        raise ValueError(f"tol={tol}: a tolerance of 0 or more is needed. Use tol=1e-6, or None for the default")
     if not isinstance(args, tuple):
         raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(data,)")
     if callback is not None:
@@ -126,8 +130,10 @@ def minimize(
     dtype = Space(params).dtype
     if tol is None:
         tol = 1e-6 if dtype == jnp.float64 else 1e-5
-    limit = 2 * max_iterations if max_evaluations is None else max_evaluations
+    limit = 3 * max_iterations + 100 if max_evaluations is None else max_evaluations
     setting = Setting(jnp.asarray(tol, dtype), jnp.asarray(max_iterations, jnp.int32), jnp.asarray(limit, jnp.int32))
+    if memory is None:
+        memory = 20 if size <= 10_000 else 10
     split = method in ("lbfgs", "cg") and is_split(params)
     return _run(fun, _Plan(method, has_aux, split, memory, callback), params, limits, args, setting)
 
@@ -161,7 +167,7 @@ def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, 
     callback: Any = plan.callback
 
     def tell(iteration: Any, x: Vector, f: Any, grad_norm: Any) -> None:
-        callback(int(iteration), space.tree(x), float(f), float(grad_norm))
+        callback(int(iteration), space.tree([np.asarray(leaf) for leaf in x]), float(f), float(grad_norm))
 
     told = None if callback is None else tell
 

@@ -215,7 +215,7 @@ def trust_region(
         size_f = jnp.maximum(jnp.abs(f), jnp.minimum(1, jnp.abs(f_first)))
         size_g = jnp.minimum(1, jnp.maximum(jnp.abs(f), g_first))
         small = top <= setting.tol * size_g
-        done = took & small & step.inside & (step.predicted <= jnp.maximum(setting.tol**2, eps) * size_f)
+        done = took & small & step.inside & (step.predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f)
         bent = (top == 0) & ~step.inside
         code = jnp.where(done, Status.CONVERGED_GRADIENT, Status.RUNNING)
         # A step that was refused although it was to gain no more than rounding: there is nothing left to gain.

@@ -1,0 +1,374 @@
+"""`minimize`: every method finds minima of any pytree, says truly how it ended, and has derivatives."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from jaxsgd.second_order import Result, Status, minimize
+from jaxsgd.second_order.minimizer import METHODS
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def rosenbrock(x):
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+def ridge(x, features, target, penalty):
+    return jnp.sum((features @ x - target) ** 2) / 2 + penalty * jnp.sum(x**2) / 2
+
+
+def tree_fun(params):
+    # Minimum at w = [1, 1], b = 2, c = 3, value 0.
+    return rosenbrock(params["w"]) + (params["b"] - 2) ** 2 + jnp.sum((params["c"] - 3) ** 2)
+
+
+START = {"w": np.array([-1.2, 1.0]), "b": 0.0, "c": np.zeros((2, 1))}
+
+
+@functools.cache
+def data():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(20, 4)), rng.normal(size=20)
+
+
+# -- the minimum -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_finds_the_minimum_of_a_tree(method):
+    result = minimize(tree_fun, START, method=method)
+    assert result.status is Status.CONVERGED_GRADIENT
+    assert jax.tree.structure(result.params) == jax.tree.structure(START)
+    np.testing.assert_allclose(result.params["w"], 1, atol=1e-5)
+    np.testing.assert_allclose(result.params["b"], 2, atol=1e-5)
+    assert float(result.value) == pytest.approx(float(tree_fun(result.params)), abs=1e-15)
+    largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(jax.grad(tree_fun)(result.params)))
+    assert float(result.grad_norm) == pytest.approx(largest, rel=1e-6)
+    assert 0 < int(result.iterations) < int(result.evaluations)
+
+
+@pytest.mark.parametrize("method", ["newton", "trust_region"])
+def test_newton_solves_a_quadratic_in_one_step(method):
+    rng = np.random.default_rng(1)
+    factor = rng.normal(size=(6, 6))
+    matrix, target = factor @ factor.T + np.eye(6), 0.1 * rng.normal(size=6)
+
+    def fun(x):
+        return (x - target) @ matrix @ (x - target) / 2
+
+    result = minimize(fun, np.zeros(6), method=method)
+    assert int(result.iterations) == 1
+    np.testing.assert_allclose(result.params, target, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_of_the_value_does_not_matter(method):
+    for factor in (1e-10, 1e10):
+        result = minimize(lambda x, k: k * rosenbrock(x), np.array([-1.2, 1.0]), method=method, args=(factor,))
+        np.testing.assert_allclose(result.params, 1, atol=1e-3)
+        assert result.success
+
+
+def test_evaluations_are_counted():
+    calls = []
+
+    def fun(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.sum((x - 1) ** 4)
+
+    result = minimize(fun, np.zeros(2))
+    jax.effects_barrier()
+    assert len(calls) == int(result.evaluations)
+
+
+def test_float32_and_bfloat16():
+    result = minimize(rosenbrock, jnp.array([-1.2, 1.0], jnp.float32))
+    assert result.params.dtype == result.value.dtype == jnp.float32
+    assert result.success
+    np.testing.assert_allclose(result.params, 1, atol=1e-2)
+    narrow = minimize(lambda x: jnp.sum((x.astype(jnp.float32) - 1) ** 2), jnp.zeros(3, jnp.bfloat16))
+    assert narrow.params.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.params.astype(jnp.float32), 1, atol=1e-2)
+
+
+# -- bounds ----------------------------------------------------------------------------------------
+
+
+def test_every_point_is_inside_the_bounds():
+    low, high = np.array([-1.0, -0.2, 0.1]), np.array([0.5, 2.0, 0.15])
+
+    def fun(x):  # A point outside would be the best of all.
+        return jnp.where(jnp.any((x < low) | (x > high)), -1e6, rosenbrock(x))
+
+    result = minimize(fun, np.array([0.0, -3.0, 0.0]), bounds=(low, high))
+    assert np.all(result.params >= low) and np.all(result.params <= high) and float(result.value) > -1
+    best = scipy.optimize.minimize(
+        lambda x: float(rosenbrock(jnp.asarray(x))),
+        np.array([0.0, -0.2, 0.1]),
+        bounds=list(zip(low, high, strict=True)),
+        options={"ftol": 1e-15, "gtol": 1e-9},
+    )
+    assert result.success
+    assert float(result.value) <= best.fun + 1e-8
+
+
+def test_without_bounds_lbfgsb_is_lbfgs():
+    plain, boxed = (minimize(rosenbrock, np.array([-1.2, 1.0]), method=m) for m in ("lbfgs", "lbfgsb"))
+    assert int(plain.evaluations) == int(boxed.evaluations)
+    np.testing.assert_allclose(plain.params, boxed.params, rtol=1e-8)
+
+
+def test_a_corner_is_a_minimum():
+    result = minimize(lambda x: jnp.sum(x), np.ones(3), bounds=(0.0, None))
+    assert result.status is Status.CONVERGED_GRADIENT
+    assert np.all(np.asarray(result.params) == 0)
+
+
+def test_equal_bounds_hold_a_parameter():
+    low, high = np.array([0.5, -np.inf]), np.array([0.5, np.inf])
+    result = minimize(rosenbrock, np.array([-1.2, 1.0]), bounds=(low, high))
+    np.testing.assert_allclose(result.params, [0.5, 0.25], atol=1e-6)
+
+
+# -- how it ended ----------------------------------------------------------------------------------
+
+
+def test_no_success_where_there_is_no_minimum():
+    assert minimize(lambda x: x, 1.0).status is Status.UNBOUNDED
+    kink = minimize(lambda x: jnp.abs(x[0] - 1 / 3) + 100 * jnp.abs(x[1] - x[0] ** 2), np.array([-1.0, 2.0]))
+    assert not kink.success
+    wrong = jax.custom_jvp(lambda x: jnp.sum((x - 1) ** 2))
+    wrong.defjvp(lambda p, t: (wrong(*p), -jnp.sum(2 * (p[0] - 1) * t[0])))
+    result = minimize(wrong, np.zeros(2))
+    assert result.status is Status.LINE_SEARCH_FAILED
+    assert "wrong gradient" in str(result)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_limits_are_told(method):
+    result = minimize(rosenbrock, np.array([-1.2, 1.0]), method=method, max_iterations=3)
+    assert result.status is Status.ITERATION_LIMIT
+    assert int(result.iterations) == 3
+    result = minimize(rosenbrock, np.array([-1.2, 1.0]), method=method, max_evaluations=4)
+    assert result.status is Status.EVALUATION_LIMIT
+    assert int(result.evaluations) == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_finite(method):
+    def fun(x):
+        return jnp.sum(x - jnp.log(x)) + jnp.sum((x - 2) ** 2)  # not finite below zero
+
+    result = minimize(fun, np.array([30.0, 1e-3]), method=method)
+    assert result.success
+    assert np.all(np.isfinite(np.asarray(result.params)))
+    result = minimize(fun, np.array([-1.0, 1.0]), method=method)
+    assert result.status is Status.NOT_FINITE_START
+    assert np.all(np.isfinite(np.asarray(result.params)))
+
+
+@pytest.mark.parametrize("method", ["newton", "trust_region"])
+def test_a_saddle_is_no_success(method):
+    result = minimize(lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4, np.array([1.0, 0.0]), method=method)
+    if result.success:
+        np.testing.assert_allclose(np.abs(result.params[1]), 0.5**0.5, atol=1e-5)
+    else:
+        assert result.status is Status.SADDLE_POINT
+
+
+def test_flat_start_is_no_success():
+    result = minimize(lambda x: 1 - jnp.exp(-jnp.sum(x**2)), np.array([5.0, 0.0]))
+    assert not result.success or float(result.value) < 1e-8
+
+
+# -- jit, vmap, scan, derivatives ------------------------------------------------------------------
+
+
+def test_vmap_equals_single_runs():
+    starts = jax.random.uniform(jax.random.key(0), (40, 2), minval=-2, maxval=2)
+
+    def run(x):
+        return minimize(rosenbrock, x)
+
+    batch = jax.jit(jax.vmap(run))(starts)
+    assert str(batch).startswith("40 results")
+    for i in range(0, 40, 13):
+        one = run(starts[i])
+        assert int(one.evaluations) == int(batch.evaluations[i])
+        np.testing.assert_allclose(one.params, batch.params[i], rtol=1e-9)
+    assert np.all(np.asarray(batch.success))
+
+
+def test_scan_and_jit():
+    def body(x, shift):
+        result = minimize(lambda x: jnp.sum((x - shift) ** 2), x)
+        return result.params, result
+
+    _, results = jax.jit(lambda x: jax.lax.scan(body, x, jnp.arange(3.0)))(jnp.zeros(2))
+    assert isinstance(results, Result)
+    np.testing.assert_allclose(results.params[:, 0], np.arange(3), atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton_cg"])
+def test_implicit_derivatives_agree_with_differences(method):
+    features, target = data()
+
+    def error(log_penalty, target):
+        result = minimize(ridge, np.zeros(4), method=method, args=(features, target, jnp.exp(log_penalty)), tol=1e-11)
+        return jnp.sum(result.params**3)
+
+    by_rule, by_target = jax.grad(error, argnums=(0, 1))(0.3, jnp.asarray(target))
+    h = 1e-5
+    assert float(by_rule) == pytest.approx(float(error(0.3 + h, target) - error(0.3 - h, target)) / (2 * h), rel=1e-5)
+    step = np.zeros(20)
+    step[3] = h
+    difference = float(error(0.3, target + step) - error(0.3, target - step)) / (2 * h)
+    assert float(by_target[3]) == pytest.approx(difference, rel=1e-5)
+    forward = jax.jvp(lambda x: error(x, target), (0.3,), (1.0,))[1]
+    assert float(forward) == pytest.approx(float(by_rule), rel=1e-6)
+
+
+def test_derivatives_by_closed_over_arrays_and_of_value_and_aux():
+    def solved(shift):
+        def fun(x):
+            return jnp.sum((x - shift) ** 2 + x**2), {"sum": jnp.sum(x)}
+
+        return minimize(fun, jnp.zeros(3), has_aux=True)
+
+    assert float(jax.grad(lambda s: solved(s).params[0])(2.0)) == pytest.approx(0.5, rel=1e-6)
+    # value = 3 * shift^2 / 2
+    assert float(jax.jit(jax.grad(lambda s: solved(s).value))(2.0)) == pytest.approx(6, rel=1e-6)
+    assert float(jax.grad(lambda s: solved(s).aux["sum"])(2.0)) == pytest.approx(1.5, rel=1e-6)
+
+
+def test_derivatives_at_bounds():
+    def corner(limit, pull):
+        def fun(x):
+            return (x[0] - pull) ** 2 + (x[1] - pull) ** 2 + x[0] * x[1] / 2
+
+        return minimize(fun, jnp.zeros(2), bounds=(None, jnp.stack([limit, 10.0])), tol=1e-10).params
+
+    by_limit, by_pull = jax.jacobian(corner, argnums=(0, 1))(0.3, 1.0)
+    # x0 = limit, and 2 (x1 - pull) + x0 / 2 = 0.
+    np.testing.assert_allclose(by_limit, [1, -0.25], atol=1e-6)
+    np.testing.assert_allclose(by_pull, [0, 1], atol=1e-6)
+
+
+def test_the_second_call_does_not_trace():
+    traces = []
+
+    def fun(x, k):
+        traces.append(1)
+        return jnp.sum((x - k) ** 2)
+
+    minimize(fun, np.zeros(2), args=(1.0,))
+    seen = len(traces)
+    minimize(fun, np.ones(2), args=(2.0,), tol=1e-3, max_iterations=7)
+    assert len(traces) == seen
+
+
+def test_sharded_params_stay_sharded():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(jnp.arange(16.0), sharding)
+    for method in ("lbfgs", "cg"):
+        result = minimize(lambda p: jnp.sum((p["x"] - 1) ** 2 * jnp.arange(1, 17)), {"x": x}, method=method)
+        assert result.params["x"].sharding.is_equivalent_to(sharding, 1)
+        np.testing.assert_allclose(result.params["x"], 1, atol=1e-6)
+
+
+def test_callback_sees_each_step():
+    seen = []
+    result = minimize(tree_fun, START, callback=lambda i, p, f, g: seen.append((i, p["b"], f, g)))
+    jax.effects_barrier()
+    assert sorted(row[0] for row in seen) == list(range(1, int(result.iterations) + 1))
+    last = max(seen)
+    # The host's thread may be without float64.
+    assert last[2:] == pytest.approx((float(result.value), float(result.grad_norm)), rel=1e-6)
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+X = np.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: minimize(3, X), TypeError, "fun=3"),
+        (lambda: minimize(lambda x: x, X), TypeError, "least_squares"),
+        (lambda: minimize(lambda x: (jnp.sum(x), 1), X), TypeError, "has_aux=True"),
+        (lambda: minimize(lambda x: {"loss": jnp.sum(x)}, X), TypeError, "one number"),
+        (lambda: minimize(lambda x: jnp.sum(x) > 0, X), TypeError, "bool"),
+        (lambda: minimize(jnp.sum, X, has_aux=True), TypeError, "has_aux=False"),
+        (lambda: minimize(jnp.sum, np.zeros(2, int)), TypeError, "int64"),
+        (lambda: minimize(jnp.sum, {"a": np.zeros(2, complex)}), TypeError, "'a' is complex128"),
+        (lambda: minimize(jnp.sum, {}), ValueError, "no array"),
+        (lambda: minimize(jnp.sum, {"a": np.array([1, np.nan])}), ValueError, "'a' is not finite"),
+        (lambda: minimize(jnp.sum, X, method="l-bfgs"), ValueError, "did you mean 'lbfgs'"),
+        (lambda: minimize(jnp.sum, X, method="bfgs", bounds=(0, 1)), ValueError, "method='lbfgsb'"),
+        (lambda: minimize(jnp.sum, X, bounds=(1, 0)), ValueError, "lower 1 is above upper 0"),
+        (lambda: minimize(jnp.sum, X, bounds=({"a": X}, None)), ValueError, "lower bound"),
+        (lambda: minimize(jnp.sum, X, bounds=(np.zeros(3), None)), ValueError, "shape"),
+        (lambda: minimize(jnp.sum, X, bounds=3), ValueError, r"bounds=\(lower, upper\)"),
+        (lambda: minimize(jnp.sum, X, bounds=(np.nan, None)), ValueError, "NaN"),
+        (lambda: minimize(jnp.sum, X, max_iterations=0), ValueError, "max_iterations=0"),
+        (lambda: minimize(jnp.sum, X, tol=-1.0), ValueError, "tol=-1"),
+        (lambda: minimize(jnp.sum, X, args=3), TypeError, "tuple"),
+        (
+            lambda: minimize(jnp.sum, np.zeros(1_000_000, np.float32), method="newton"),
+            ValueError,
+            r"1,000,000 parameters takes 3,725 GiB in float32.*newton_cg",
+        ),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+# -- the benchmark ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench():
+    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+    import minimise
+
+    yield minimise
+    sys.path.pop(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lbfgs", "newton", "trust_region"])
+def test_benchmark(bench, method):
+    rivals = {"lbfgs": "SciPy L-BFGS-B tight", "newton": "SciPy trust-exact", "trust_region": "SciPy trust-exact"}
+    table = bench.run([method, rivals[method]])
+    assert not table.false(method)
+    assert table.count(method) >= max(table.count(rivals[method]), 0.97 * len(table.solved))
+
+
+@pytest.mark.slow
+def test_benchmark_with_bounds(bench):
+    table = bench.run(["lbfgsb", "SciPy L-BFGS-B"], boxed=True)
+    assert not table.false("lbfgsb")
+    assert table.count("lbfgsb") >= table.count("SciPy L-BFGS-B")
+
+
+@pytest.mark.slow
+def test_a_thousand_starts():
+    starts = jax.random.uniform(jax.random.key(0), (1000, 2), minval=-2, maxval=2)
+    batch = jax.jit(jax.vmap(lambda x: minimize(rosenbrock, x)))(starts)
+    for i in range(1000):
+        one = minimize(rosenbrock, starts[i])
+        assert int(one.evaluations) == int(batch.evaluations[i])
+        np.testing.assert_allclose(one.params, batch.params[i], rtol=1e-9)
