@@ -1,0 +1,212 @@
+"""Least squares: it solves what SciPy solves, its statuses are true, it compiles, batches and differentiates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from jaxsgd.second_order.least_squares import METHODS, least_squares
+from jaxsgd.second_order.result import Status
+
+T = np.linspace(0.0, 4.0, 40)
+
+
+def decay(p, y):
+    return p["size"] * jnp.exp(-p["rate"] * T) + p["shift"] - y
+
+
+def rosenbrock(x):
+    return jnp.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+def helix(x):
+    turn = jnp.arctan2(x[1], x[0]) / (2 * jnp.pi)
+    return jnp.stack([10 * (x[2] - 10 * turn), 10 * (jnp.hypot(x[0], x[1]) - 1), x[2]])
+
+
+def singular(x):
+    return jnp.stack([x[0] + 10 * x[1], 5**0.5 * (x[2] - x[3]), (x[1] - 2 * x[2]) ** 2, 10**0.5 * (x[0] - x[3]) ** 2])
+
+
+def badly_scaled(x):
+    return jnp.stack([x[0] - 1e6, x[1] - 2e-6, x[0] * x[1] - 2])
+
+
+def freudenstein(x):
+    """A large residual at the minimum, where the Jacobian is singular."""
+    return jnp.stack([-13 + x[0] + ((5 - x[1]) * x[1] - 2) * x[1], -29 + x[0] + ((x[1] + 1) * x[1] - 14) * x[1]])
+
+
+METERS = 45.0 + 5.0 * np.arange(1, 17)
+READINGS = [34780.0, 28610, 23650, 19630, 16370, 13720, 11540, 9744, 8261, 7030, 6005, 5147, 4427, 3820, 3307, 2872]
+
+
+def meyer(x):
+    return x[0] * jnp.exp(x[1] / (METERS + x[2])) - np.array(READINGS)
+
+
+def chebyquad(x):
+    rows = [jnp.ones_like(x), 2 * x - 1]
+    for _ in range(2, 9):
+        rows.append(2 * (2 * x - 1) * rows[-1] - rows[-2])
+    return jnp.stack([rows[k].mean() - (0.0 if k % 2 else -1 / (k * k - 1)) for k in range(1, 9)])
+
+
+PROBLEMS = {
+    "rosenbrock": (rosenbrock, [-1.2, 1.0], (1, 10, 100)),
+    "helix": (helix, [-1.0, 0.0, 0.0], (1, 10, 100)),
+    "singular": (singular, [3.0, -1.0, 0.0, 1.0], (1, 10, 100)),
+    "badly scaled": (badly_scaled, [1.0, 1.0], (1, 10, 100)),
+    "freudenstein": (freudenstein, [0.5, -2.0], (1, 10)),
+    "meyer": (meyer, [0.02, 4000.0, 250.0], (1, 10)),
+    "chebyquad": (chebyquad, np.arange(1, 9) / 9, (1, 10)),
+}
+CASES = [(name, scale) for name, (_, _, scales) in PROBLEMS.items() for scale in scales]
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_it_solves_what_scipy_solves(name, scale, x64):
+    fn, start, _ = PROBLEMS[name]
+    start = scale * np.asarray(start)
+    residual, jacobian = jax.jit(fn), jax.jit(jax.jacfwd(fn))
+    costs = [
+        scipy.optimize.least_squares(
+            lambda x: np.asarray(residual(x)), start, jac=lambda x: np.asarray(jacobian(x)), method=method,
+            x_scale=x_scale, ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=2000,
+        ).cost
+        for method, x_scale in (("lm", 1.0), ("trf", "jac"))
+    ]  # fmt: skip
+    result = least_squares(fn, start)
+    assert result.success, str(result)
+    # Where the minimum is 0, costs below 1e-14 are all alike.
+    assert float(result.value) <= min(costs) * (1 + 1e-6) + 1e-14
+    np.testing.assert_allclose(result.value, 0.5 * np.sum(np.asarray(residual(result.params)) ** 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_fits_a_tree_and_says_so(method, x64):
+    truth = {"size": 2.0, "rate": 1.5, "shift": 0.3}
+    y = np.asarray(decay(truth, 0.0)) + 0.01 * np.random.default_rng(0).normal(size=T.size)
+    fit = least_squares(decay, {"size": 1.0, "rate": 1.0, "shift": 0.0}, args=(y,), method=method)
+    wanted, _ = scipy.optimize.curve_fit(lambda t, a, b, c: a * np.exp(-b * t) + c, T, y, [1.0, 1.0, 0.0])
+    assert fit.status is Status.CONVERGED_GRADIENT
+    np.testing.assert_allclose([fit.params[name] for name in ("size", "rate", "shift")], wanted, rtol=1e-6)
+    assert "Converged" in str(fit)
+
+
+def test_a_badly_conditioned_jacobian_keeps_its_digits(x64):
+    """A Vandermonde matrix of condition 1e9: its square, 1e18, has no digit left in float64."""
+    matrix = np.vander(np.linspace(0, 1, 40), 13)
+    assert 1e8 < np.linalg.cond(matrix) < 1e10
+    wanted = np.linalg.lstsq(matrix, np.cos(5 * np.linspace(0, 1, 40)), rcond=None)[0]
+    fit = least_squares(lambda x: matrix @ x - np.cos(5 * np.linspace(0, 1, 40)), np.zeros(13))
+    # The error of any stable method is the condition number, 1e9, times rounding, 1e-16, and a margin of 100.
+    np.testing.assert_allclose(fit.params, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_vmap_stops_each_member_on_its_own(x64):
+    starts = np.random.default_rng(1).uniform(-2, 2, (20, 2))
+    many = jax.jit(jax.vmap(lambda x: least_squares(rosenbrock, x)))(starts)
+    for i, start in enumerate(starts):
+        one = least_squares(rosenbrock, start)
+        assert (int(one.iterations), int(one.evaluations), int(one.code)) == tuple(
+            int(x[i]) for x in (many.iterations, many.evaluations, many.code)
+        )
+        np.testing.assert_allclose(many.params[i], one.params, rtol=1e-10)
+    assert len(set(many.evaluations.tolist())) > 3 and "20 results" in str(many)
+
+
+def test_derivatives_follow_from_the_implicit_function_theorem(x64):
+    x = np.linspace(-1, 1, 30)
+    design, y = np.stack([x**k for k in range(4)], 1), np.sin(3 * x) + np.cos(2 * x)
+
+    def weights(log_penalty):
+        """Ridge regression as stacked residuals."""
+        residual = lambda w: (design @ w - y, jnp.exp(log_penalty / 2) * w)
+        return least_squares(residual, jnp.zeros(4)).params
+
+    slope = jax.jacfwd(weights)(-1.0)
+    penalty = np.exp(-1.0)
+    inverse = np.linalg.inv(design.T @ design + penalty * np.eye(4))
+    np.testing.assert_allclose(slope, -penalty * inverse @ (inverse @ (design.T @ y)), rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(jax.jacrev(weights))(-1.0), slope, rtol=1e-9)
+
+    def rate(y):
+        return least_squares(decay, {"size": 1.0, "rate": 1.0, "shift": 0.0}, args=(y,)).params["rate"]
+
+    data = np.asarray(decay({"size": 2.0, "rate": 1.5, "shift": 0.3}, 0.0)) + 0.05 * np.sin(9 * T)
+    direction = np.cos(T)
+    difference = (rate(data + 1e-5 * direction) - rate(data - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(jax.grad(rate)(data) @ direction, difference, rtol=1e-5)
+
+
+def test_it_compiles_once(x64):
+    traces = []
+
+    def residual(x, y):
+        traces.append(0)
+        return x * x - y
+
+    least_squares(residual, jnp.ones(3), args=(jnp.arange(1.0, 4.0),))
+    before = len(traces)
+    fit = least_squares(residual, 2 * jnp.ones(3), args=(jnp.arange(2.0, 5.0),))
+    assert len(traces) == before
+    np.testing.assert_allclose(fit.params, np.sqrt([2.0, 3.0, 4.0]))
+
+
+def test_aux_and_callback(x64):
+    seen = []
+    fit = least_squares(
+        lambda x: (rosenbrock(x), {"sum": x.sum()}), jnp.array([-1.2, 1.0]), has_aux=True, callback=seen.append
+    )
+    jax.effects_barrier()
+    assert float(fit.aux["sum"]) == pytest.approx(2.0)
+    values = [float(r.value) for r in seen]
+    assert len(seen) == int(fit.evaluations) - 1 and values == sorted(values, reverse=True)
+
+
+def test_the_best_point_is_finite_and_the_status_is_true(x64):
+    walled = lambda x: jnp.stack([jnp.log(x[0]) + 3, x[1] - 1])
+    fit = least_squares(walled, jnp.array([2.0, 5.0]))
+    assert fit.success and np.isfinite(fit.params).all()
+    np.testing.assert_allclose(fit.params, [np.exp(-3), 1], rtol=1e-8)
+    limited = least_squares(rosenbrock, jnp.array([-1.2, 1.0]), max_iterations=2)
+    assert limited.status is Status.ITERATION_LIMIT and not limited.success
+    assert float(limited.value) <= float(0.5 * jnp.sum(rosenbrock(jnp.array([-1.2, 1.0])) ** 2))
+    none = least_squares(rosenbrock, jnp.array([1.0, 1.0]))
+    assert none.success and int(none.evaluations) == 1
+    broken = least_squares(lambda x: jnp.sqrt(x - 2), jnp.ones(2))
+    assert broken.status is Status.NOT_FINITE_START and np.array_equal(broken.params, np.ones(2))
+    edge = least_squares(lambda x: jnp.where(x > 1.5, jnp.nan, x - 3), jnp.zeros(1))
+    assert not edge.success and np.isfinite(edge.params).all() and float(edge.params[0]) > 1.4
+
+
+def test_float32_and_shapes():
+    fit = least_squares(lambda p: {"a": p[0] - 1, "b": p[1:] * 2 - 3}, jnp.zeros((3, 2)))
+    assert fit.params.dtype == jnp.float32 and fit.success
+    np.testing.assert_allclose(fit.params, [[1, 1], [1.5, 1.5], [1.5, 1.5]], rtol=1e-5)
+    wide = least_squares(lambda x: jnp.sum(x, keepdims=True) - 3, jnp.zeros(3))
+    np.testing.assert_allclose(wide.params, [1, 1, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: least_squares(lambda x: jnp.sum(x**2), jnp.ones(2)), ValueError, "Use jaxsgd.minimize"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2, int)), TypeError, "int32. Use floating-point"),
+        (lambda: least_squares(rosenbrock, jnp.array([jnp.nan, 1])), ValueError, "not finite at the start"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), method="lmm"), ValueError, "did you mean 'lm'"),
+        (lambda: least_squares(lambda x: x > 0, jnp.ones(2)), TypeError, "array of bool"),
+        (lambda: least_squares(lambda x: x + 1j, jnp.ones(2)), TypeError, "array of complex64"),
+        (lambda: least_squares(lambda x: x[:0], jnp.ones(2)), ValueError, "returns no number"),
+        (lambda: least_squares(3, jnp.ones(2)), TypeError, "residual=3"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), args=[1]), TypeError, "args is a list. Use a tuple"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), tol=-1), ValueError, "tol=-1"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), max_iterations=1.5), ValueError, "max_iterations=1.5"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), has_aux=True), TypeError, "has_aux=True"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, error, words):
+    with pytest.raises(error, match="(?s)" + words.replace("(", r"\(")):
+        call()
