@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order import line_search
+from jaxsgd.second_order.line_search import Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, finite, largest, norm, select
@@ -93,7 +93,7 @@ class _Carry(NamedTuple):
     f: Any
     g: Vector
     p: Vector
-    line: line_search.Line
+    line: Line
     memory: Any
     fresh: Any
     still: Any
@@ -182,7 +182,7 @@ def descend(
         xt = _clipped(axpy(c.line.a, c.p, c.x), limits)
         ft, gt = value_and_grad(xt)
         fine = jnp.isfinite(ft) & finite(gt)
-        line, accepted, failed = line_search.step(c.line, ft, dot(gt, c.p), fine, model.curvature)
+        line, accepted, failed = judge_trial(c.line, ft, dot(gt, c.p), fine, model.curvature)
         took = jnp.where(first, fine, accepted)
         failed = failed & ~first
         s = select(took & ~first, axpy(-1, c.x, xt), nothing)
@@ -210,7 +210,7 @@ def descend(
         code, still = judge(c, now, took, -slope * a / 2, known, bent)
         turn = took | restart
         fresh = jnp.where(turn, ~known | restart | ~usable, c.fresh)
-        line = select(turn, line_search.start(a, f, slope, _room(x, p, limits, dtype)), line)
+        line = select(turn, step_from(a, f, slope, _room(x, p, limits, dtype)), line)
         end = jnp.where(fine | (c.evaluations > 0), Status.LINE_SEARCH_FAILED, Status.NOT_FINITE_START)
         stuck = (failed & c.fresh) | (turn & ~(slope < 0)) | (first & ~fine)
         # At a point where the value cannot be told from its neighbours, the search ends as a success if the
@@ -240,7 +240,7 @@ def descend(
             code=code.astype(jnp.int32),
         )
 
-    line = line_search.start(zero, far, zero, far)
+    line = step_from(zero, far, zero, far)
     yes = jnp.ones((), bool)
     carry = _Carry(x, far, nothing, nothing, line, model.init(x), yes, none, far, far, far, none, none, none)
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)

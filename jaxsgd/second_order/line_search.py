@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Line", "start", "step"]
+__all__ = ["Line", "judge_trial", "step_from"]
 
 DECREASE = 1e-4
 """Armijo's constant (Nocedal & Wright 2006, section 3.1)."""
@@ -39,7 +39,7 @@ class Line(NamedTuple):
     a_max: Any
 
 
-def start(a: jax.Array, f0: jax.Array, d0: jax.Array, a_max: jax.Array) -> Line:
+def step_from(a: jax.Array, f0: jax.Array, d0: jax.Array, a_max: jax.Array) -> Line:
     """A search from a point with value ``f0`` and slope ``d0``, with the first step ``a`` and the largest ``a_max``."""
     zero, no = jnp.zeros_like(f0), jnp.zeros((), bool)
     far = jnp.full_like(f0, jnp.inf)
@@ -77,7 +77,7 @@ def _beyond(line: Line, before: Line) -> jax.Array:
     return line.lo + jnp.where(jnp.isfinite(share), share, 4) * gained
 
 
-def step(line: Line, f: jax.Array, d: jax.Array, finite: jax.Array, curvature: float) -> tuple[Line, Any, Any]:
+def judge_trial(line: Line, f: jax.Array, d: jax.Array, finite: jax.Array, curvature: float) -> tuple[Line, Any, Any]:
     """Judge the trial at ``line.a`` and choose the next.
 
     Args:

@@ -166,8 +166,9 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
 def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, limits: Limits | None) -> End:
     callback: Any = plan.callback
 
-    def tell(iteration: Any, x: Vector, f: Any, grad_norm: Any) -> None:
-        callback(int(iteration), space.tree([np.asarray(leaf) for leaf in x]), float(f), float(grad_norm))
+    def tell(iteration: Any, x: Any, f: Any, grad_norm: Any) -> None:
+        # In NumPy, for the host's thread may be without float64.
+        callback(int(iteration), space.tree(jax.tree.map(np.asarray, x)), float(f), float(grad_norm))
 
     told = None if callback is None else tell
 
