@@ -22,6 +22,7 @@ def load(name):
 
 
 digits, paths, choose_lr = load("digits"), load("paths"), load("choose_lr")
+second_order, fits = load("second_order"), load("fits")
 
 
 def records(folder):
@@ -163,3 +164,21 @@ def test_choose_lr_says_what_is_wrong(arguments, words, capsys):
         choose_lr.main(arguments)
     said = capsys.readouterr().err
     assert end.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def test_second_order_reaches_97_percent_on_digits(capsys):
+    rows = second_order.main([])
+    for name in ("newton_cg", "gauss_newton"):
+        assert rows[name]["accuracy"] >= 0.97 and rows[name]["reached"][0] < rows["adamw"]["reached"][0] / 5
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 + len(second_order.RUNS) and "seconds to 97%" in said[0]
+    with pytest.raises(SystemExit):
+        second_order.main(["--shorten", "0"])
+
+
+def test_fits_end_at_the_truth_and_the_penalty_improves(capsys):
+    results, errors = fits.main(["--count", "300", "--steps", "8"])
+    assert bool(results.success.all()) and results.value.shape == (300,)
+    assert errors[-1] < errors[0]
+    slope, difference = capsys.readouterr().out.split("0.135: ")[1].split("\n")[0].split("; by differences ")
+    assert float(slope) == pytest.approx(float(difference), rel=1e-5)
