@@ -195,16 +195,13 @@ def test_every_hyperparameter_changes_the_trajectory(name):
         """A step from a state whose last direction still leads down."""
         tx, grad = MATRIX_FREE[name](damping=5.0, cg_iterations=1, warm_start=warm_start), jax.grad(loss)(params)
         before = tx.init(params)
-        last = jax.tree.map(lambda g: -0.1 * jnp.sign(g), grad)
+        last = jax.tree.map(lambda g: -0.01 * jnp.sign(g), grad)
         updates, _ = tx.update(grad, before._replace(slots={"direction": last}), params, value_fn=loss)
         return np.concatenate([x.ravel() for x in jax.tree.leaves(updates)])
 
     assert len({float(np.abs(second(warm)).sum()) for warm in (0.0, 0.5, 1.0)}) == 3
-    # Far too long a step: what comes of it depends on the halvings that are allowed.
-    assert np.array_equal(end(learning_rate=1e4, backtracking_steps=0), end(learning_rate=2e4, backtracking_steps=0))
-    assert not np.array_equal(
-        end(learning_rate=1e4, backtracking_steps=30), end(learning_rate=1e4, backtracking_steps=0)
-    )
+    # Far too long a step is halved, or not taken.
+    assert not np.array_equal(end(learning_rate=1e4), end(learning_rate=1e4, backtracking_steps=0))
 
 
 @pytest.mark.parametrize("name", [*MATRIX_FREE, "newton"])
@@ -285,7 +282,7 @@ STEPS = {
     "lbfgs": lambda: lbfgs(),
     "optax.lbfgs": lambda: optax.lbfgs(),
     "newton": lambda: newton(0.5, damping=0.3),
-    # Below the most negative eigenvalue, damping would magnify rounding.
+    # Where the damped Hessian is nearly singular, its inverse magnifies rounding.
     "newton_cg": lambda: newton_cg(damping=2.0),
     "gauss_newton": lambda: gauss_newton(damping=0.5),
     "chain": lambda: optax.chain(

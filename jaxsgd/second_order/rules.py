@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from jaxsgd.hyper import Bounds, is_constant
 from jaxsgd.numerics import strong, wide, wide_dtype, widest
@@ -43,7 +42,7 @@ ZOOM = optax.scale_by_zoom_linesearch(max_linesearch_steps=20, initial_guess_str
 
 @tree_rule(needs=("value", "grad", "value_fn"))
 def lbfgs(
-    learning_rate: ArrayLike | optax.Schedule | None = None,
+    learning_rate: Rate | None = None,
     memory_size: int = 10,
     scale_init_precond: bool = True,
     linesearch: optax.GradientTransformation | None = ZOOM,
@@ -342,7 +341,7 @@ def _matrix_free(
     backtracking_steps: Any,
 ) -> optax.GradientTransformationExtraArgs:
     for argument, value, domain in (
-        ("damping", damping, Bounds(np.finfo(np.float32).tiny, np.inf, "it must be above 0")),
+        ("damping", damping, Bounds(float(np.finfo(np.float32).tiny), np.inf, "it must be above 0")),
         ("cg_iterations", cg_iterations, Bounds(1, np.inf, "at least 1 is needed")),
         ("cg_tol", cg_tol, Bounds(0, 1, "it must lie in [0, 1)")),
         ("warm_start", warm_start, Bounds(0, np.nextafter(1, 2), "it must lie in [0, 1]")),
