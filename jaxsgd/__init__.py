@@ -46,6 +46,16 @@ from jaxsgd.rules.psgd import *
 from jaxsgd.rules.sign import *
 from jaxsgd.rules.torch import *
 from jaxsgd.rules.wrappers import *
+from jaxsgd.second_order import (
+    TREE_RULES,
+    gauss_newton,
+    lbfgs,
+    least_squares,
+    minimize,
+    newton,
+    newton_cg,
+    split_loss,
+)
 from jaxsgd.sharding import assert_sharded, init_sharded, shard_batch, state_sharding
 from jaxsgd.state import State, metrics, with_hyper
 from jaxsgd.storage import Storage, cast, plain
@@ -57,6 +67,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "TREE_RULES",
     "Diagnosis",
     "NoiseScale",
     "Pick",
@@ -76,11 +87,17 @@ __all__ = [
     "checked",
     "describe",
     "diagnose",
+    "gauss_newton",
     "init_sharded",
     "int8",
+    "lbfgs",
+    "least_squares",
     "make_step",
     "metrics",
     "migrate",
+    "minimize",
+    "newton",
+    "newton_cg",
     "noise_scale",
     "pick",
     "plain",
@@ -91,6 +108,7 @@ __all__ = [
     "scale_learning_rate",
     "shard_batch",
     "sharpness",
+    "split_loss",
     "state_sharding",
     "sweep",
     "torch",

@@ -36,6 +36,7 @@ from jaxsgd.state import State as State
 from jaxsgd.train import Step as Step
 from jaxsgd.storage import Storage as Storage
 from jaxsgd.probe.swept import Sweep as Sweep
+from jaxsgd.second_order.tree_rule import TREE_RULES as TREE_RULES
 from jaxsgd.train_state import TrainState as TrainState
 from jaxsgd.transforms.accumulate import accumulate as accumulate
 from jaxsgd.transforms.accumulate import accumulate_gradients as accumulate_gradients
@@ -52,6 +53,7 @@ from jaxsgd.description import describe as describe
 from jaxsgd.probe.diagnose import diagnose as diagnose
 from jaxsgd.transforms.ema import ema as ema
 from jaxsgd.rules.averaging import eval_params as eval_params
+from jaxsgd.second_order.rules import gauss_newton as gauss_newton
 from jaxsgd.rules.curvature import gauss_newton_bartlett as gauss_newton_bartlett
 from jaxsgd.rules.wrappers import grokfast as grokfast
 from jaxsgd.transforms.guard import guard as guard
@@ -59,6 +61,8 @@ from jaxsgd.transforms.guard import guard_report as guard_report
 from jaxsgd.rules.curvature import hutchinson as hutchinson
 from jaxsgd.sharding import init_sharded as init_sharded
 from jaxsgd.eightbit import int8 as int8
+from jaxsgd.second_order.rules import lbfgs as lbfgs
+from jaxsgd.second_order.least_squares import least_squares as least_squares
 from jaxsgd.rules.momentum import look_ahead as look_ahead
 from jaxsgd.rules.averaging import lookahead as lookahead
 from jaxsgd.rules.lowrank import low_rank as low_rank
@@ -66,8 +70,11 @@ from jaxsgd.train import make_step as make_step
 from jaxsgd.transforms.mechanize import mechanize as mechanize
 from jaxsgd.state import metrics as metrics
 from jaxsgd.migration import migrate as migrate
+from jaxsgd.second_order.minimizer import minimize as minimize
 from jaxsgd.transforms.monitor import monitor as monitor
 from jaxsgd.transforms.monitor import monitor_report as monitor_report
+from jaxsgd.second_order.rules import newton as newton
+from jaxsgd.second_order.rules import newton_cg as newton_cg
 from jaxsgd.probe.noise import noise_scale as noise_scale
 from jaxsgd.transforms.sam import normalize as normalize
 from jaxsgd.transforms.ema import params_ema as params_ema
@@ -85,6 +92,7 @@ from jaxsgd.rules.averaging import schedule_free as schedule_free
 from jaxsgd.rules.averaging import schedule_free_eval_params as schedule_free_eval_params
 from jaxsgd.sharding import shard_batch as shard_batch
 from jaxsgd.probe.sharpness import sharpness as sharpness
+from jaxsgd.second_order.batch_loss import split_loss as split_loss
 from jaxsgd.sharding import state_sharding as state_sharding
 from jaxsgd.probe.sweep import sweep as sweep
 from jaxsgd.state import with_hyper as with_hyper

@@ -13,6 +13,7 @@ import optax
 
 from jaxsgd.plot.style import COLORS, INK, Figure, LogNorm, blank, styled
 from jaxsgd.rules.averaging import eval_params
+from jaxsgd.second_order.batch_loss import taken_by
 
 __all__ = ["LANDSCAPES", "Landscape", "path", "paths"]
 
@@ -79,7 +80,8 @@ def path(
     def step(carry: tuple[Any, Any], _: Any) -> tuple[tuple[Any, Any], jax.Array]:
         w, state = carry
         value, grads = jax.value_and_grad(fn)(w if gradient_at is None else gradient_at(state, w))
-        updates, state = tx.update(grads, state, w, value=value)
+        extra = taken_by(tx.update, {"value": value, "grad": grads, "value_fn": fn})
+        updates, state = tx.update(grads, state, w, **extra)
         w = optax.apply_updates(w, updates)
         return (w, state), eval_params(state, w)
 
