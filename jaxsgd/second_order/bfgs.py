@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order.descent import Move, first_length
+from jaxsgd.second_order.descent import Move, first_scale
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.vectors import axpy, dot, norm, select
 
@@ -37,7 +37,7 @@ class BFGS:
         h = jnp.where(good & (memory.count == 0), sy / yy * eye, memory.h)
         hy = jnp.matmul(h, y, precision="highest")
         updated = h + jnp.outer(s, s) * ((1 + jnp.vdot(y, hy) / sy) / sy) - (jnp.outer(hy, s) + jnp.outer(s, hy)) / sy
-        begin = first_length(move.x, move.f, move.g) / jnp.where(norm(move.g) > 0, norm(move.g), 1)
+        begin = first_scale(move)
         h = jnp.where(good, updated, h)
         # Along a straight slope there is no pair: the next step is as long as the last.
         straight = move.took & ~good & (memory.count == 0)
@@ -70,7 +70,7 @@ class ConjugateGradient:
         # The lower bound on beta keeps the method convergent (their equation 1.5, with eta 0.4).
         least = -1 / (norm(p) * jnp.minimum(0.4, norm(move.g)))
         beta = jnp.where(good, jnp.maximum(beta, jnp.where(jnp.isfinite(least), least, 0)), 0)
-        start = first_length(move.x, move.f, g) / jnp.where(norm(g) > 0, norm(g), 1)
+        start = first_scale(move)
         gamma = jnp.where(good, sy / jnp.where(good, yy, 1), memory.gamma)
         gamma = jnp.where(move.took & ~good & (memory.count == 0), norm(move.s) / norm(g), gamma)
         gamma = jnp.where(move.first, start, gamma)

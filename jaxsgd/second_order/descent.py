@@ -16,7 +16,7 @@ from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, finite, largest, norm, select
 
-__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_length"]
+__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_scale"]
 
 
 class Setting(NamedTuple):
@@ -103,6 +103,16 @@ class _Carry(NamedTuple):
     iterations: Any
     evaluations: Any
     code: Any
+
+
+def first_scale(move: Move) -> jax.Array:
+    """The share of the gradient that makes a step of `first_length`; 1 after the first evaluation."""
+
+    def share() -> jax.Array:
+        size = norm(move.g)
+        return first_length(move.x, move.f, move.g) / jnp.where(size > 0, size, 1)
+
+    return jax.lax.cond(move.first, share, lambda: jnp.ones((), move.g[0].dtype))
 
 
 def first_length(x: Vector, f: jax.Array, g: Vector) -> jax.Array:
@@ -194,9 +204,13 @@ def descend(
         slope = dot(g, p)
         # A direction that does not descend gives way to the gradient, at the length of the last step.
         usable = (slope < 0) & finite(p)
-        plain = (norm(s) + eps * norm(x)) / jnp.where(norm(g) > 0, norm(g), 1)
-        down = axpy(-1, x, _clipped(axpy(-plain, g, x), limits))
-        p, slope = select(usable, p, down), jnp.where(usable, slope, dot(g, down))
+
+        def downhill() -> tuple[Vector, jax.Array]:
+            plain = (norm(s) + eps * norm(x)) / jnp.where(norm(g) > 0, norm(g), 1)
+            down = axpy(-1, x, _clipped(axpy(-plain, g, x), limits))
+            return down, dot(g, down)
+
+        p, slope = jax.lax.cond(usable, lambda: (p, slope), downhill)
         now = c._replace(
             x=x,
             f=f,
@@ -217,6 +231,7 @@ def descend(
         # model saw that little is left to gain.
         gain = -c.line.d0 * jnp.minimum(1, c.line.a) / 2
         exhausted = failed & (gain <= 4 * eps * jnp.abs(f)) & (c.grad_norm <= jnp.sqrt(setting.tol) * c.g_first)
+        exhausted |= failed & c.fresh & (c.grad_norm <= 100 * eps * c.g_first)
         end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
         code = jnp.where((code == 0) & (stuck | exhausted), end, code)
         lowest = -jnp.maximum(1, jnp.abs(now.f_first)) / eps**2

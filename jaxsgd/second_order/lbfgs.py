@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order.descent import Move, first_length
+from jaxsgd.second_order.descent import Move, first_scale
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.vectors import dot, norm, total
 
@@ -70,11 +70,11 @@ def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, jax.Array]:
         return jnp.where(good, changed, matrix)
 
     # A first length for the first direction; later the size of the latest pair (Nocedal & Wright 2006, 7.20).
-    start = first_length(move.x, move.f, move.g) / jnp.where(norm(move.g) > 0, norm(move.g), 1)
+    start = first_scale(move)
     gamma = jnp.where(good, sy / jnp.where(good, yy, 1), pairs.gamma)
     # Along a straight slope there is no pair: the next step is at least as long as the last.
     straight = move.took & ~good & (pairs.count == 0)
-    gamma = jnp.where(straight, jnp.maximum(gamma, norm(move.s) / norm(move.g)), gamma)
+    gamma = jax.lax.cond(straight, lambda: jnp.maximum(gamma, norm(move.s) / norm(move.g)), lambda: gamma)
     gamma = jnp.where(move.first, start, gamma)
     new = Pairs(
         rows,

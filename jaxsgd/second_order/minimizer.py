@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.numerics import widest
 from jaxsgd.paths import leaf_names, nearest
 from jaxsgd.second_order.bfgs import BFGS, ConjugateGradient
 from jaxsgd.second_order.descent import End, Limits, Setting, descend
@@ -117,7 +118,7 @@ def minimize(
         params = jax.tree.map(jnp.clip, params, *limits)
     size = sum(x.size for x in jax.tree.leaves(params))
     if method in DENSE and size > LARGEST:
-        _refuse_size(method, size, Space(params).dtype)
+        _refuse_size(method, size, widest(x.dtype for x in jax.tree.leaves(params)))
     for name, number in (("max_iterations", max_iterations), ("max_evaluations", max_evaluations), ("memory", memory)):
         if isinstance(number, int) and number < 1:
             raise ValueError(f"{name}={number}: a positive whole number is needed. Use {name}=100")
@@ -127,11 +128,12 @@ def minimize(
         raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(data,)")
     if callback is not None:
         check_fun(callback)
-    dtype = Space(params).dtype
+    dtype = widest(x.dtype for x in jax.tree.leaves(params))
     if tol is None:
         tol = 1e-6 if dtype == jnp.float64 else 1e-5
     limit = 3 * max_iterations + 100 if max_evaluations is None else max_evaluations
-    setting = Setting(jnp.asarray(tol, dtype), jnp.asarray(max_iterations, jnp.int32), jnp.asarray(limit, jnp.int32))
+    number = jnp.asarray if isinstance(tol, jax.Array) else np.asarray
+    setting = Setting(number(tol, dtype), np.asarray(max_iterations, np.int32), np.asarray(limit, np.int32))
     if memory is None:
         memory = 20 if size <= 10_000 else 10
     split = method in ("lbfgs", "cg") and is_split(params)

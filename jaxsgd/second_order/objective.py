@@ -64,19 +64,27 @@ def check_start(params: Any) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         raise ValueError("params has no array: there is nothing to minimize over. Use a pytree of float arrays")
-    names = leaf_names(params)
     out = []
-    for name, leaf in zip(names, leaves, strict=True):
-        where = f"params: {name!r}" if name else "params"
+    for i, leaf in enumerate(leaves):
         array = jnp.asarray(leaf, float) if isinstance(leaf, float) else jnp.asarray(leaf)
-        if jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise TypeError(f"{where} is {array.dtype}. Use two real arrays, the real and the imaginary part")
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{where} is {array.dtype}. Use floating-point numbers, such as jnp.float32")
-        if is_concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
-            raise ValueError(f"{where} is not finite at the start. Use a finite start")
+            kind = "Use two real arrays, the real and the imaginary part"
+            if not jnp.issubdtype(array.dtype, jnp.complexfloating):
+                kind = "Use floating-point numbers, such as jnp.float32"
+            raise TypeError(f"{_where(params, i)} is {array.dtype}. {kind}")
+        if not isinstance(array, Tracer):
+            # NumPy looks at an array on the host faster than a compiled program does.
+            local = all(device.platform == "cpu" for device in array.devices()) and len(array.devices()) == 1
+            fine = np.all(np.isfinite(np.asarray(array))) if local else jnp.all(jnp.isfinite(array))
+            if not fine:
+                raise ValueError(f"{_where(params, i)} is not finite at the start. Use a finite start")
         out.append(array)
     return treedef.unflatten(out)
+
+
+def _where(params: Any, i: int) -> str:
+    name = leaf_names(params)[i]
+    return f"params: {name!r}" if name else "params"
 
 
 def hoist(fun: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
