@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 from jaxsgd import adam
-from jaxsgd.second_order.least_squares import least_squares
 from jaxsgd.second_order.result import Result
+from jaxsgd.second_order.squares import least_squares
 
 T = np.linspace(0.0, 4.0, 50)
 

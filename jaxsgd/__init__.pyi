@@ -62,7 +62,7 @@ from jaxsgd.rules.curvature import hutchinson as hutchinson
 from jaxsgd.sharding import init_sharded as init_sharded
 from jaxsgd.eightbit import int8 as int8
 from jaxsgd.second_order.rules import lbfgs as lbfgs
-from jaxsgd.second_order.least_squares import least_squares as least_squares
+from jaxsgd.second_order.squares import least_squares as least_squares
 from jaxsgd.rules.momentum import look_ahead as look_ahead
 from jaxsgd.rules.averaging import lookahead as lookahead
 from jaxsgd.rules.lowrank import low_rank as low_rank

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from jaxsgd.second_order.least_squares import METHODS, least_squares
 from jaxsgd.second_order.result import Status
+from jaxsgd.second_order.squares import METHODS, least_squares
 
 T = np.linspace(0.0, 4.0, 40)
 

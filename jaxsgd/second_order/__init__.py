@@ -1,10 +1,10 @@
 """Second order: Newton, Gauss-Newton and L-BFGS, as rules, as `minimize` and as `least_squares`."""
 
 from jaxsgd.second_order.batch_loss import split_loss
-from jaxsgd.second_order.least_squares import least_squares
 from jaxsgd.second_order.minimizer import minimize
 from jaxsgd.second_order.result import Result, Status
 from jaxsgd.second_order.rules import gauss_newton, lbfgs, newton, newton_cg
+from jaxsgd.second_order.squares import least_squares
 from jaxsgd.second_order.tree_rule import TREE_RULES
 
 __all__ = [

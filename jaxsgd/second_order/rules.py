@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import lbfgs as optax_lbfgs
 
 from jaxsgd.hyper import Bounds, is_constant
 from jaxsgd.numerics import strong, wide, wide_dtype, widest
@@ -75,7 +76,7 @@ def lbfgs(
     >>> [round(float(x), 3) for x in p]
     [3.0, 3.0]
     """
-    inner = optax.lbfgs(learning_rate, memory_size, scale_init_precond, linesearch)
+    inner = optax_lbfgs(learning_rate, memory_size, scale_init_precond, linesearch)
 
     def init(params: Any) -> Any:
         check_params(params)
@@ -87,7 +88,10 @@ def lbfgs(
                 )
         if not jax.tree.leaves(params):  # optax's line search takes no empty tree
             return optax.EmptyState()
-        return jax.tree.map(strong, inner.init(jax.tree.map(wide, params)))
+        whole = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params
+        )
+        return jax.tree.map(strong, inner.init(jax.tree.map(wide, whole)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
