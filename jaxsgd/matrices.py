@@ -27,6 +27,7 @@ __all__ = [
     "PRESETS",
     "adjoint",
     "as_matrices",
+    "cholesky",
     "completed",
     "eigenbasis",
     "frobenius",
@@ -155,6 +156,16 @@ def singular_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def orthonormal(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> tuple[jax.Array, jax.Array]:
     """The reduced QR decomposition; where ``x`` is not finite, that of ``instead``. ``witness`` as in `finite`."""
     return jnp.linalg.qr(finite(x, witness, instead)[1])
+
+
+def triangle(x: jax.Array) -> jax.Array:
+    """R of the QR decomposition; where ``x`` is not finite, that of zeros."""
+    return jnp.linalg.qr(finite(x)[1], mode="r")
+
+
+def cholesky(x: jax.Array) -> jax.Array:
+    """The lower Cholesky factor; NaN where ``x`` is not positive definite or not finite."""
+    return jnp.linalg.cholesky(finite(x)[1])
 
 
 def spectral(x: jax.Array) -> jax.Array:

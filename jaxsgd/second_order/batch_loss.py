@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.numerics import wide
-from jaxsgd.transforms.accumulate import _entry as entry
-from jaxsgd.transforms.accumulate import _split as split
-from jaxsgd.transforms.accumulate import over, weighted
+from jaxsgd.transforms.accumulate import entry, over, split_microbatches, weighted
 from jaxsgd.transforms.clip import AxisName, varying_over
 
 __all__ = ["SplitLoss", "mean_loss", "split_loss", "split_mean_loss", "taken_by"]
@@ -195,7 +193,7 @@ def mean_loss(
             carried, loss, size = terms(params, carried, *now)
             return carried, (loss, size)
 
-        _, (losses, sizes) = jax.lax.scan(body, own, (split(batch, steps), jax.random.split(key, steps)))
+        _, (losses, sizes) = jax.lax.scan(body, own, (split_microbatches(batch, steps), jax.random.split(key, steps)))
         return _mean(losses, sizes, axis_name)
 
     return value_fn
@@ -233,7 +231,7 @@ def split_mean_loss(
             outputs, carried = outputs_fn(params, carried, *now)
             return carried, outputs
 
-        return jax.lax.scan(body, own, (split(batch, steps), jax.random.split(key, steps)))[1]
+        return jax.lax.scan(body, own, (split_microbatches(batch, steps), jax.random.split(key, steps)))[1]
 
     def term(outputs: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         out = loss(outputs, batch)
@@ -244,7 +242,7 @@ def split_mean_loss(
         if steps == 1:
             value, size = term(outputs, batch)
             return value if weight is None and axis_name is None else _mean(value[None], size[None], axis_name)
-        values, sizes = jax.lax.map(lambda pair: term(*pair), (outputs, split(batch, steps)))
+        values, sizes = jax.lax.map(lambda pair: term(*pair), (outputs, split_microbatches(batch, steps)))
         return _mean(values, sizes, axis_name)
 
     return SplitLoss(outputs_of, loss_of_outputs)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsgd.matrices import cholesky, eigenvectors
+
 __all__ = [
     "Solution",
     "conjugate_gradients",
@@ -183,14 +185,14 @@ def dense_direction(hessian: jax.Array, g: jax.Array, damping: jax.Array) -> tup
     # A decomposition of a matrix with an inf may never return.
     matrix, g = jnp.where(good, matrix, identity), jnp.where(good, g, 0)
     shifted = matrix + damping * identity
-    factor = jnp.linalg.cholesky(shifted)
+    factor = cholesky(shifted)
     pivots = jnp.diagonal(factor) ** 2
 
     def newton() -> jax.Array:
         return -jax.scipy.linalg.cho_solve((factor, True), g)
 
     def saddle_free() -> jax.Array:
-        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = eigenvectors(matrix)
         size = jnp.abs(values)
         largest = jnp.max(size)
         # No curvature at all: a gradient step.

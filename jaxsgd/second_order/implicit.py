@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.matrices import eigenvectors
 from jaxsgd.second_order.objective import Space
 from jaxsgd.second_order.result import Result
 
@@ -29,7 +30,7 @@ def _solver(size: int) -> Callable[[Any, jax.Array], jax.Array]:
         matrix = jax.vmap(matvec)(jnp.eye(size, dtype=b.dtype))
         # eigh must see finite numbers only; a pseudo-inverse leaves directions without curvature where they are.
         matrix = jnp.where(jnp.all(jnp.isfinite(matrix)), (matrix + matrix.T) / 2, jnp.eye(size, dtype=b.dtype))
-        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = eigenvectors(matrix)
         floor = size * jnp.finfo(b.dtype).eps * jnp.max(jnp.abs(values))
         inverse = jnp.where(jnp.abs(values) > floor, 1 / jnp.where(values == 0, 1, values), 0)
         return vectors @ (inverse * (b @ vectors))

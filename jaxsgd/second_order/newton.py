@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsgd.matrices import eigenvectors
 from jaxsgd.second_order.descent import End, Move, Setting
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
@@ -28,7 +29,7 @@ def spectrum(value: Callable[[Vector], jax.Array], x: jax.Array) -> Spectrum:
     hessian = (hessian + hessian.T) / 2
     # LAPACK may not return for a matrix with a number that is not finite.
     hessian = jnp.where(jnp.all(jnp.isfinite(hessian)), hessian, jnp.eye(x.size, dtype=x.dtype))
-    return Spectrum(*jnp.linalg.eigh(hessian))
+    return Spectrum(*eigenvectors(hessian))
 
 
 def _least(values: jax.Array) -> jax.Array:

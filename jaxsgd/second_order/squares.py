@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.matrices import singular_vectors, triangle
 from jaxsgd.numerics import widest
 from jaxsgd.paths import nearest
 from jaxsgd.second_order.implicit import differentiable
@@ -235,7 +236,7 @@ def _share(s: jax.Array, shift: Any, size: jax.Array) -> jax.Array:
 def _model(factor: jax.Array, scale: jax.Array) -> _Model:
     n = scale.shape[0]
     r = factor[:, :n] / scale
-    u, s, vt = jnp.linalg.svd(r, full_matrices=False)
+    u, s, vt = singular_vectors(r)
     c = factor[:, n] @ u
     floor = max(factor.shape) * jnp.finfo(s.dtype).eps * jnp.max(s, initial=0)
     return _Model(jnp.where(s > floor, s, 0), vt, c)
@@ -318,7 +319,7 @@ def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol:
         good = jnp.all(jnp.isfinite(j)) & jnp.all(jnp.isfinite(r))
         # A decomposition of a matrix with an inf may never return.
         both = jnp.where(good, jnp.concatenate([j, r[:, None]], axis=1), 0)
-        return jnp.linalg.qr(both, mode="r"), jax.vmap(_norm, in_axes=1)(both[:, :n]), good
+        return triangle(both), jax.vmap(_norm, in_axes=1)(both[:, :n]), good
 
     def angles(s: _State) -> tuple[_Model, jax.Array, jax.Array]:
         """The model in units of J's columns, the share of r that J explains, and the largest cosine of r and a column.

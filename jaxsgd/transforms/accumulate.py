@@ -111,7 +111,7 @@ def carrying_gradients(
             raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed (its mean?)")
         size: Any = 1
         if weight is not None:
-            size = weight(batch) if callable(weight) else _entry(aux, weight)
+            size = weight(batch) if callable(weight) else entry(aux, weight)
             if jnp.shape(size) != ():
                 raise ValueError(f"weight: it has the shape {jnp.shape(size)}; a scalar is needed. Use its sum")
         return loss, (jnp.asarray(size).astype(jnp.float32), carried, aux)
@@ -154,7 +154,9 @@ def carrying_gradients(
                 return (total, counted(w, carried, before)), (loss, w, aux)
 
             start = (jax.tree.map(zeros, params), carried)
-            (total, carried), (losses, weights, aux) = jax.lax.scan(body, start, (_split(batch, steps), keys))
+            (total, carried), (losses, weights, aux) = jax.lax.scan(
+                body, start, (split_microbatches(batch, steps), keys)
+            )
             scalar = jax.tree.map(lambda x: x.ndim == 1, aux)
         weight_sum = total_over_devices(jnp.sum(jnp.maximum(weights, 0)))
 
@@ -176,14 +178,14 @@ def carrying_gradients(
     return whole
 
 
-def _entry(aux: Any, weight: str) -> Any:
+def entry(aux: Any, weight: str) -> Any:
     if not isinstance(aux, Mapping) or weight not in aux:
         names = sorted(aux) if isinstance(aux, Mapping) else type(aux).__name__
         raise ValueError(f"weight={weight!r}: the loss must return (loss, aux) with aux[{weight!r}]; aux is {names}")
     return aux[weight]
 
 
-def _split(batch: Any, steps: int) -> Any:
+def split_microbatches(batch: Any, steps: int) -> Any:
     """Arrays as ``(steps, size / steps, ...)``, scalars repeated."""
     if batch_size(batch) is None:
         raise ValueError("batch: it has no array to split into microbatches")
