@@ -72,6 +72,9 @@ def minimize(
     newton_cg     conjugate gradients in a region of trust           some products with the Hessian
     ============  ================================================  ============================
 
+    The gradient decides convergence. At a saddle point where it is exactly zero, ``newton`` and ``trust_region`` see the
+    negative curvature; the other methods stop there as if it were a minimum.
+
     Args:
       fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.
       params: the start, a pytree of real floating-point arrays. With bounds it is moved inside them. Narrow floats are

@@ -285,7 +285,8 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
 
     Args:
       tx: the whole optimizer, clipping included. It gets the mean in at least float32, and the extra arguments of the
-        window's last step.
+        window's last step. A rule that asks for ``value_fn``, such as `jaxsgd.newton_cg`, would see the last batch
+        alone: use ``make_step(..., accumulate=every)`` for it.
       every: steps in a window.
 
     Returns:
