@@ -72,8 +72,8 @@ def minimize(
     newton_cg     conjugate gradients in a region of trust           some products with the Hessian
     ============  ================================================  ============================
 
-    The gradient decides convergence. At a saddle point where it is exactly zero, ``newton`` and ``trust_region`` see the
-    negative curvature; the other methods stop there as if it were a minimum.
+    The gradient decides convergence. At a saddle point where it is exactly zero, ``newton`` and ``trust_region`` see
+    the negative curvature; the other methods stop there as if it were a minimum.
 
     Args:
       fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.
