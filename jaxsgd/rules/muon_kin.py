@@ -176,8 +176,8 @@ def _power_step(b: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     witness = jnp.where(size > 0, size, jnp.inf)[..., 0]  # of zeros too the basis is the identity
     p, _ = orthonormal(b @ q, witness, jnp.eye(b.shape[-2], q.shape[-1], dtype=b.dtype))
     r = adjoint(b) @ p
-    least = 64 * float(jnp.finfo(b.dtype).eps) * size
-    return p, r, jnp.sum(sq(r), -2, keepdims=True) > sq(least)
+    least = 64 * float(jnp.finfo(b.dtype).eps) * jnp.where(jnp.isfinite(size), size, 0)
+    return p, r, ~(jnp.sum(sq(r), -2, keepdims=True) <= sq(least))  # what is not finite is no rounding
 
 
 def _unit_columns(r: jax.Array, clear: jax.Array, eps: Any) -> jax.Array:
