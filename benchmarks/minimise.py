@@ -96,7 +96,7 @@ def _loop(fun: Any, x: Any, done: Any) -> Any:
         value, grad = value_and_grad(x, state=state)
         updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=fun)
         steps = optax.tree_utils.tree_get(state, "info").num_linesearch_steps
-        return optax.apply_updates(x, updates), state, count + steps
+        return optax.apply_updates(x, updates), state, count + steps.astype(count.dtype)
 
     def going(carry: Any) -> Any:
         x, state, count = carry
