@@ -192,9 +192,9 @@ class Step:
                     stacklevel=2,
                 )
             self._sizes.add(size)
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):  # in the caller's own jit
-            return self.fn(state, batch)
-        state, batch = self._settle(state, batch)  # it may compile anew
+        if self.mesh is not None and any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
+            return self.fn(state, batch)  # in the caller's own jit, where arrays have no place yet
+        state, batch = self._settle(state, batch)  # first: it may replace self.jitted
         return self.jitted(state, batch)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
