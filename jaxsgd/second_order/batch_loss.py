@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.numerics import wide
-from jaxsgd.transforms.accumulate import entry, over, split_microbatches, weighted
+from jaxsgd.transforms.accumulate import over, split_microbatches, weight_of, weighted
 from jaxsgd.transforms.clip import AxisName, varying_over
 
 __all__ = ["SplitLoss", "mean_loss", "split_loss", "split_mean_loss", "taken_by"]
@@ -144,13 +144,6 @@ def _mean(losses: jax.Array, weights: jax.Array, axis_name: AxisName) -> jax.Arr
     return over(_over_devices(jnp.sum(weighted(weights, losses)), axis_name), total)
 
 
-def _weight(weight: Any, batch: Any, aux: Any) -> jax.Array:
-    size: Any = 1
-    if weight is not None:
-        size = weight(batch) if callable(weight) else entry(aux, weight)
-    return jnp.asarray(size).astype(jnp.float32)
-
-
 # -- the functions ---------------------------------------------------------------------------------
 
 
@@ -178,7 +171,7 @@ def mean_loss(
 
     def terms(params: Any, carried: Any, batch: Any, key: Any) -> tuple[Any, jax.Array, jax.Array]:
         loss, (carried, aux) = loss_fn(params, carried, batch, key)
-        return carried, loss, _weight(weight, batch, aux)
+        return carried, loss, weight_of(weight, batch, aux)
 
     def value_fn(params: Any) -> jax.Array:
         if steps == 1 and weight is None and axis_name is None:
@@ -236,7 +229,7 @@ def split_mean_loss(
     def term(outputs: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         out = loss(outputs, batch)
         value, aux = out if isinstance(out, tuple) else (out, None)
-        return wide(value), _weight(weight, batch, aux)
+        return wide(value), weight_of(weight, batch, aux)
 
     def loss_of_outputs(outputs: Any) -> jax.Array:
         if steps == 1:

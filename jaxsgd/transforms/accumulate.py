@@ -109,12 +109,7 @@ def carrying_gradients(
         loss, (carried, aux) = loss_fn(params, carried, batch, key)
         if jnp.shape(loss) != ():
             raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed (its mean?)")
-        size: Any = 1
-        if weight is not None:
-            size = weight(batch) if callable(weight) else entry(aux, weight)
-            if jnp.shape(size) != ():
-                raise ValueError(f"weight: it has the shape {jnp.shape(size)}; a scalar is needed. Use its sum")
-        return loss, (jnp.asarray(size).astype(jnp.float32), carried, aux)
+        return loss, (weight_of(weight, batch, aux), carried, aux)
 
     differentiate = jax.value_and_grad(terms, has_aux=True)
 
@@ -178,7 +173,21 @@ def carrying_gradients(
     return whole
 
 
-def entry(aux: Any, weight: str) -> Any:
+def weight_of(weight: str | Callable[[Any], Any] | None, batch: Any, aux: Any) -> jax.Array:
+    """The weight of a microbatch, a float32 scalar: 1, a function of the batch, or an entry of ``aux``.
+
+    Raises:
+      ValueError: it is no scalar, or ``aux`` lacks the entry.
+    """
+    if weight is None:
+        return jnp.ones((), jnp.float32)
+    size = weight(batch) if callable(weight) else _entry(aux, weight)
+    if jnp.shape(size) != ():
+        raise ValueError(f"weight: it has the shape {jnp.shape(size)}; a scalar is needed. Use its sum")
+    return jnp.asarray(size).astype(jnp.float32)
+
+
+def _entry(aux: Any, weight: str) -> Any:
     if not isinstance(aux, Mapping) or weight not in aux:
         names = sorted(aux) if isinstance(aux, Mapping) else type(aux).__name__
         raise ValueError(f"weight={weight!r}: the loss must return (loss, aux) with aux[{weight!r}]; aux is {names}")
