@@ -14,7 +14,7 @@ __all__ = ["Result", "Status"]
 
 
 class Status(enum.IntEnum):
-    """The reason why a solver ended. `sentence` says it in words.
+    """The reason why a solver ended. `sentence` is a full sentence.
 
     The three that begin with ``CONVERGED`` are successes.
 

@@ -29,7 +29,7 @@ from jaxsgd.second_order.curvature import (
     hessian_product,
     plus,
 )
-from jaxsgd.second_order.tree_rule import TREE_RULES, Problem, TreeLift, tree_rule
+from jaxsgd.second_order.tree_rule import TREE_RULES, Problem, TreeLift, TreeRule, tree_rule
 
 __all__ = ["TREE_RULES", "gauss_newton", "lbfgs", "newton", "newton_cg", "split_loss"]
 
@@ -271,9 +271,7 @@ def newton_cg(
     >>> p.round(3).tolist()
     [1.0, 1.0]
     """
-    shown = _shown(newton_cg, locals())
-    return _matrix_free("newton_cg", False, _hessian, shown, learning_rate, damping, cg_iterations, cg_tol,
-                        warm_start, backtracking_steps)  # fmt: skip
+    return _matrix_free(newton_cg, _hessian, **locals())
 
 
 @tree_rule(needs=("value_fn", "split_loss"), usual_rate=1.0)
@@ -318,9 +316,7 @@ def gauss_newton(
     >>> p.round(2).tolist()
     [2.0, 3.0]
     """
-    shown = _shown(gauss_newton, locals())
-    return _matrix_free("gauss_newton", True, _generalized, shown, learning_rate, damping, cg_iterations, cg_tol,
-                        warm_start, backtracking_steps)  # fmt: skip
+    return _matrix_free(gauss_newton, _generalized, **locals())
 
 
 def _hessian(problem: Problem) -> Product:
@@ -333,10 +329,9 @@ def _generalized(problem: Problem) -> Product:
 
 
 def _matrix_free(
-    name: str,
-    split: bool,
+    rule: TreeRule,
     product_of: Callable[[Problem], Product],
-    shown: Mapping[str, Any],
+    *,
     learning_rate: Any,
     damping: Any,
     cg_iterations: Any,
@@ -344,6 +339,7 @@ def _matrix_free(
     warm_start: Any,
     backtracking_steps: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    name, shown = rule.name, _shown(rule, locals())
     for argument, value, domain in (
         ("damping", damping, Bounds(float(np.finfo(np.float32).tiny), np.inf, "it must be above 0")),
         ("cg_iterations", cg_iterations, Bounds(1, np.inf, "at least 1 is needed")),
@@ -380,7 +376,7 @@ def _matrix_free(
 
     start = {"damping": lambda hyper: damping, "ratio": _one, "cg_iterations": _zero, "rejected": _zero}
     hyper = {"learning_rate": learning_rate}
-    return TreeLift(name, solve, hyper, shown, ("direction",), start, split).transformation
+    return TreeLift(name, solve, hyper, shown, ("direction",), start, "split_loss" in rule.needs).transformation
 
 
 def _accepted(

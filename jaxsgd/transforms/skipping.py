@@ -55,7 +55,10 @@ def kept_where_skipped(skipped: jax.Array, old: Any, new: Any) -> Any:
 
     bad = jax.tree.leaves(jax.tree.map(is_bad, new, old))
     skipped = jnp.stack([skipped, *bad]).any()
-    keep = lambda new, old: new if is_key(new) else jnp.where(skipped, jnp.asarray(old).astype(new.dtype), new)  # noqa: E731
+
+    def keep(new: Any, old: Any) -> Any:
+        return new if is_key(new) else jnp.where(skipped, jnp.asarray(old).astype(new.dtype), new)
+
     return jax.tree.map(keep, new, old)
 
 
