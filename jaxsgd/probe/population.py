@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import is_key, strong
 from jaxsgd.paths import is_function, leaf_names
+from jaxsgd.probe.concrete import Concrete
 from jaxsgd.probe.limits import EARLY, IN_A_ROW, least_losses, risen, without_skipped
 from jaxsgd.record import flat_metrics
 from jaxsgd.train import Step
@@ -50,7 +51,8 @@ class Population:
 
     Args:
       build: ``build(**scalars) -> (step, state)``, or ``build(given, **scalars)``, called inside a trace: a
-        `jaxsgd.Step` or a pure ``step(state, batch) -> (state, metrics)``, and the initial state.
+        `jaxsgd.Step` or a pure ``step(state, batch) -> (state, metrics)``, and the initial state. One that refuses
+        traced scalars, since it tests them in Python, is called with the numbers of each member.
       values: name -> array ``(members,)``, the values in which the members differ.
       given: a tree of arrays for ``build``, such as the initial parameters. It is an argument of the compiled program,
         not a constant in it.
@@ -111,16 +113,17 @@ class Population:
         self._step = jax.jit(self._stepped, inline=True)  # traced once for all forms
         if self._given is not None:
             self._given = jax.device_put(jax.tree.map(strong, self._given), self._everywhere)
-        born, again = jax.vmap(self._born, in_axes=(None, 0)), jax.vmap(self._again, in_axes=(None, 0, 0, 0))
-        self._begin = jax.jit(self._dealt_out(born, 1))
+        self._concrete: Concrete | None = None
         self._gone_at = -np.ones(self.members, int)  # of members above the limit, the steps they had taken
         self._over = np.zeros((self.members, IN_A_ROW - 1), bool)
         self._least: list[float] = []
         self._last = np.zeros((0, 0), np.float32)  # the metrics of each member's last step
-        self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
         self._row = jax.jit(self._dealt_out(_row, 1))
         self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
-        self._carry = self._begin(self._given, self._deal(self.values))
+        self._inputs: Any = self.values
+        self._carry: Any = None
+        self._compile_starts()
+        self._try_concrete(self._start_all)
         _refuse_narrow(self._carry[0])
 
     # -- members ------------------------------------------------------------------------------
@@ -151,12 +154,52 @@ class Population:
         self.values = {name: np.where(mask, np.asarray(values[name]), old) for name, old in self.values.items()}
         self._gone_at, self._over = np.where(mask, -1, self._gone_at), self._over & ~mask[:, None]
         self._last[mask[: len(self._last)]] = np.nan
-        self._carry = self._restart(self._given, self._deal(self.values), self._deal(mask), self._carry)
+        self._read_values()
+        self._carry = self._restart(self._given, self._deal(self._inputs), self._deal(mask), self._carry)
+
+    def _compile_starts(self) -> None:
+        born, again = jax.vmap(self._born, in_axes=(None, 0)), jax.vmap(self._again, in_axes=(None, 0, 0, 0))
+        self._begin = jax.jit(self._dealt_out(born, 1))
+        self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
+
+    def _start_all(self) -> None:
+        self._carry = self._begin(self._given, self._deal(self._inputs))
+
+    def _try_concrete(self, call: Callable[[], Any]) -> Any:
+        """``call()``, where need be with a builder that gets numbers instead of tracers: rates, or all values."""
+        floats = [name for name, x in self.values.items() if np.issubdtype(x.dtype, np.floating)]
+        ways = [None, floats, list(self.values)] if 0 < len(floats) < len(self.values) else [None, list(self.values)]
+        for names in ways:
+            try:
+                if names is not None:
+                    self._concrete = Concrete(self._build_one, self._given, names)
+                    self._read_values()
+                    self._compile_starts()
+                    if self._carry is not None:  # no step was taken yet
+                        self._start_all()
+                return call()
+            except TypeError:  # a tracer was asked for its value
+                if names is ways[-1]:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _read_values(self) -> None:
+        """What the programs get of each member: its values, or the constants that its numbers make."""
+        if self._concrete is None:
+            self._inputs = self.values
+            return
+        before = self._concrete.version
+        self._inputs = self._concrete.inputs(self.values)
+        if self._concrete.version != before:
+            self._program, self._form = None, 0
+            self._step = jax.jit(self._stepped, inline=True)
+            self._compile_starts()
 
     def _deal(self, tree: Any) -> Any:
         """Arrays ``(members,)``, padded to a multiple of the devices and sharded over them."""
         more = self._rows * len(self.devices) - self.members
-        return jax.tree.map(lambda x: jax.device_put(np.pad(x, (0, more), mode="edge"), self._split), tree)
+        pad = lambda x: np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)], mode="edge")  # noqa: E731
+        return jax.tree.map(lambda x: jax.device_put(pad(x), self._split), tree)
 
     def _dealt_out(self, fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
         """``fn`` on the members of each device; the first ``shared`` arguments are the same for all."""
@@ -170,24 +213,28 @@ class Population:
 
     # -- one member ---------------------------------------------------------------------------
 
-    def _call(self, given: Any, values: Mapping[str, Any]) -> tuple[Callable[..., Any], Any]:
+    def _build_one(self, given: Any, /, **values: Any) -> tuple[Callable[..., Any], Any]:
         built = self._build(**values) if given is None else self._build(given, **values)
         if not isinstance(built, tuple) or len(built) != 2 or not is_function(built[0]):
             raise TypeError(f"build: (step, state) is needed; it returns a {type(built).__name__}")
         step, state = built
         return (step.fn if isinstance(step, Step) else step), state
 
-    def _born(self, given: Any, values: Mapping[str, Any]) -> tuple[Any, Fate]:
+    def _born(self, given: Any, inputs: Any) -> tuple[Any, Fate]:
+        state = self._build_one(given, **inputs)[1] if self._concrete is None else self._concrete.start(given, inputs)
         zero = jnp.zeros((), jnp.int32)
-        return self._call(given, values)[1], Fate(jnp.ones((), bool), zero, zero - 1)
+        return state, Fate(jnp.ones((), bool), zero, zero - 1)
 
-    def _again(self, given: Any, values: Mapping[str, Any], restarts: jax.Array, carry: Any) -> Any:
-        return _where(restarts, self._born(given, values), carry)
+    def _again(self, given: Any, inputs: Any, restarts: jax.Array, carry: Any) -> Any:
+        return _where(restarts, self._born(given, inputs), carry)
 
-    def _stepped(self, given: Any, batch: Any, values: Any, active: jax.Array, carry: Any) -> Any:
+    def _stepped(self, given: Any, batch: Any, inputs: Any, active: jax.Array, carry: Any) -> Any:
         """A member after a step, and the row of its metrics: unchanged and NaN if it does not train."""
         state, fate = carry
-        new, report = self._call(given, values)[0](state, batch)
+        if self._concrete is None:
+            new, report = self._build_one(given, **inputs)[0](state, batch)
+        else:
+            new, report = self._concrete.move(given, inputs, state, batch)
         scalars = _scalars(report)
         self._names = list(scalars)
         sound = jnp.ones((), bool)
@@ -242,9 +289,16 @@ class Population:
     def _look(self, batches: Any) -> None:
         """Trace a step of one member, to learn the names of its metrics and the form that suits it."""
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
-        values, carry = (jax.tree.map(one, x) for x in (self._deal(self.values), self._carry))
-        on = jax.ShapeDtypeStruct((), jnp.bool_)
-        traced = self._step.trace(self._given, jax.tree.map(one, batches), values, on, carry)
+        on, batch = jax.ShapeDtypeStruct((), jnp.bool_), jax.tree.map(one, batches)
+
+        def trace() -> Any:
+            if self._concrete is not None:
+                self._concrete.sees(batch)
+                self._read_values()
+            inputs, carry = (jax.tree.map(one, x) for x in (self._deal(self._inputs), self._carry))
+            return self._step.trace(self._given, batch, inputs, on, carry)
+
+        traced = self._try_concrete(trace)
         if self.strategy != "auto":
             return
         if self.devices[0].platform == "cpu" and "conv_general_dilated" in str(traced.jaxpr):
@@ -291,7 +345,7 @@ class Population:
             table = self._looped(batches, active)
         else:
             steps, tables = len(jax.tree.leaves(batches)[0]), []
-            rows, done = (self._deal(self.values), self._deal(active)), 0
+            rows, done = (self._deal(self._inputs), self._deal(active)), 0
             while done < steps:
                 for form, count in self._turns(steps - done):
                     row = self._run(batches, done, count, rows, form)
@@ -359,7 +413,7 @@ class Population:
     def _looped(self, batches: Any, active: np.ndarray) -> np.ndarray:
         """Steps of single members, one on each device, called in turn: ``(members, steps, names)``."""
         index = [jax.device_put(np.int32(r), self._everywhere) for r in range(self._rows)]
-        whole = (self._deal(self.values), self._deal(active), self._carry)
+        whole = (self._deal(self._inputs), self._deal(active), self._carry)
         rows = [self._row(r, whole) for r in index]
         steps, left = len(jax.tree.leaves(batches)[0]), []
         form, on = jax.device_put((np.int32(0), np.bool_(True)), self._everywhere)

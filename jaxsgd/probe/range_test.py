@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.probe.concrete import by_index
 from jaxsgd.probe.feed import Feed
 from jaxsgd.probe.population import Population
 from jaxsgd.probe.trainings import beginning, budget, checked_rule, usual_rate
@@ -103,15 +104,25 @@ def rising(given: Any, begin: Callable[..., Any], rule: Any, batches: Any, low: 
     """The test over stacked ``batches`` with what `beginning` gave."""
     steps = len(jax.tree.leaves(batches)[0])
     growth = math.log(high / low) / (steps - 1)
+    rates = low * np.exp(growth * np.arange(steps))
 
     def build(given: Any, first: Any) -> tuple[Any, Any]:
         def rated(state: TrainState, batch: Any) -> Any:
+            rate = first * jnp.exp(growth * state.step.astype(jnp.float32))
+            try:
+                return at(rule(rate), state, batch)
+            except TypeError:  # the rule asks a tracer for its value
+                return at(by_index(rule, rates.tolist(), jnp.minimum(state.step, steps - 1)), state, batch)
+
+        def at(tx: Any, state: TrainState, batch: Any) -> Any:
             # A transformation of its own each step. What its state holds as the rate is brought up to date.
-            tx = rule(first * jnp.exp(growth * state.step.astype(jnp.float32)))
             step, fresh = begin((state.params, state.model_state, state.key), tx)
             return step(state.replace(opt_state=_rated(state.opt_state, fresh.opt_state)), batch)  # type: ignore[attr-defined]
 
-        return rated, begin(given, rule(first))[1]
+        try:
+            return rated, begin(given, rule(first))[1]
+        except TypeError:
+            return rated, begin(given, rule(low))[1]
 
     population = Population(build, {"first": np.array([low], np.float32)}, given=given, limit=math.inf)
     losses, taken = np.zeros(0), 0
@@ -121,7 +132,6 @@ def rising(given: Any, begin: Callable[..., Any], rule: Any, batches: Any, low: 
         taken = len(losses)
         losses = losses[: _blown(losses)]
     smoothed = _smoothed(losses, 0.9)
-    rates = low * np.exp(growth * np.arange(steps))
     seen = rates[: len(losses)]
     blown = None if len(losses) == taken else float(rates[len(losses)])
     return RangeTest(seen, losses, smoothed, _steepest(seen, smoothed), _valley(seen, smoothed), blown, taken)

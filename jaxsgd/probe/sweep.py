@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import time
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.paths import is_function
+from jaxsgd.probe.concrete import merged
 from jaxsgd.probe.feed import Feed, is_one_batch
 from jaxsgd.probe.limits import IN_A_ROW, least_losses, risen, without_skipped
 from jaxsgd.probe.population import STRATEGIES, Population
@@ -52,7 +54,9 @@ def sweep(
           weight decay, the rule's ``dynamic=``: see `jaxsgd.with_hyper`), or ``seed``, the state's key.
         - a function of the names, ``build(learning_rate, head) -> (step, state)``, called once inside a trace. The runs
           may then differ in anything else: any hyperparameter, a group's override
-          (``groups=[("^head/", {"lr_mult": head})]``), the seed of the initial weights.
+          (``groups=[("^head/", {"lr_mult": head})]``), the seed of the initial weights. One that tests a value in
+          Python (``if rate > 0``, some optax schedules) is called with the numbers of each run. Runs whose programs
+          differ only in constants are still one program.
         - your own run, a function ``train(state, data)`` or ``train(state, data, **others)`` that jits. It returns the
           losses ``(steps,)``, or metrics with them, or ``(state, either)``. Names that the state has are set there,
           the others are passed by name.
@@ -158,7 +162,10 @@ def _builds(train: Callable[..., Any], members: Mapping[str, np.ndarray]) -> boo
         out = train(**scalars)
         answers.append(isinstance(out, tuple) and len(out) == 2 and is_function(out[0]))
 
-    jax.eval_shape(look, {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in members.items()})
+    try:
+        jax.eval_shape(look, {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in members.items()})
+    except TypeError:  # it asks a tracer for its value
+        jax.eval_shape(lambda: look({name: x[0].item() for name, x in members.items()}))
     return answers[0]
 
 
@@ -262,12 +269,24 @@ def _whole(
     return _trained(one, (state, data), members, way, why, chosen, limit)
 
 
+def _at(one: Callable[..., Any], scalars: Mapping[str, Any], inputs: Any) -> Any:
+    return one(inputs, scalars)
+
+
 def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: list[Any], limit: float) -> Sweep:
     count = len(next(iter(members.values())))
     mesh = Mesh(np.asarray(devices), ("members",))
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("members",), ()))
     more = -count % len(devices)
-    rows = {n: jax.device_put(np.pad(x, (0, more), mode="edge"), split) for n, x in members.items()}
+    try:
+        jax.eval_shape(one, inputs, {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in members.items()})
+        rows: Any = dict(members)
+    except TypeError:  # it asks a tracer for its value: it gets the numbers of each run
+        numbers = [{name: x[i].item() for name, x in members.items()} for i in range(count)]
+        fn, rows = merged((functools.partial(_at, one, scalars) for scalars in numbers), inputs)
+        one = lambda inputs, row: fn(row, inputs)  # noqa: E731
+    padded = lambda x: np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)], mode="edge")  # noqa: E731
+    rows = jax.tree.map(lambda x: jax.device_put(padded(x), split), rows)
 
     def run(inputs: Any, rows: Any) -> Any:
         each = lambda row: one(inputs, row)  # noqa: E731
