@@ -200,3 +200,43 @@ def test_other_shapes_at_some_values_are_refused():
 
     with pytest.raises(ValueError, match="its state has other shapes. Use one sweep for each"):
         jaxsgd.sweep(build, data=regression(0), steps=2, learning_rate=RATES)
+
+
+# -- skipped steps ---------------------------------------------------------------------------------
+
+SKIPPERS = {"guard": jaxsgd.guard, "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 100)}
+
+
+def with_nans(step):
+    """One batch in 49 is NaN, the first among them."""
+    batch = regression(step)
+    return batch if step % 49 else batch | {"x": np.full_like(batch["x"], np.nan)}
+
+
+@pytest.mark.parametrize("name", SKIPPERS)
+def test_tools_leave_skipped_steps_out(name):
+    make = lambda rate: SKIPPERS[name](jaxsgd.adam(rate))  # noqa: E731
+    clean, dirty = (jaxsgd.probe(squares, WEIGHTS, data, make, steps=400) for data in (regression, with_nans))
+    assert clean.learning_rate is not None and dirty.learning_rate is not None
+    assert 1 / 1.5 < dirty.learning_rate / clean.learning_rate < 1.5 and dirty.confidence == clean.confidence
+    clean, dirty = (jaxsgd.range_test(squares, WEIGHTS, data, make, steps=60) for data in (regression, with_nans))
+    assert len(dirty.losses) >= len(clean.losses) - 2 and 1 / 2 < dirty.steepest / clean.steepest < 2  # type: ignore[operator]
+
+    def build(learning_rate):
+        tx = make(learning_rate)
+        return jaxsgd.make_step(squares, tx), jaxsgd.TrainState.create(WEIGHTS, tx)
+
+    for strategy in ("vmap", "loop"):
+        both = [
+            jaxsgd.sweep(build, data=data, steps=60, learning_rate=[0.01, 0.1, 0.3], strategy=strategy)
+            for data in (regression, with_nans)
+        ]
+        assert not both[1].diverged.any() and both[0].best == both[1].best and np.isfinite(both[1].losses).all()
+        np.testing.assert_array_equal(both[1].losses[:, 49], both[1].losses[:, 48])
+
+    def start(key):
+        return {"w": 0.1 * jax.random.normal(key, (4,))}
+
+    bad = lambda rate: SKIPPERS[name](jaxsgd.sgd(1e-4 * rate))  # noqa: E731
+    race = jaxsgd.pick(squares, start, with_nans, candidates={"good": (make, 0.1), "bad": (bad, 0.1)}, steps=60)
+    assert race.winner == "good" and race["good"].diverged == 0
