@@ -112,8 +112,12 @@ def conjugated(grads: Any) -> Any:
     return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
 
 
-def differentiable(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
+def differentiable(tree: Any, moving: Iterable[bool] | None = None) -> tuple[list[Any], Callable[..., Any]]:
     """The leaves of ``tree`` that have a gradient, and the way back to a tree.
+
+    Args:
+      tree: any pytree.
+      moving: which leaves are wanted, in flattening order. Default: all.
 
     Returns:
       ``(leaves, whole)``: the floating and complex leaves in flattening order, and ``whole(values, fill)``, a tree like
@@ -122,6 +126,8 @@ def differentiable(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
     """
     leaves, treedef = jax.tree.flatten(tree)
     moves = [bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact)) for x in leaves]
+    if moving is not None:
+        moves = [move and wanted for move, wanted in zip(moves, moving, strict=True)]
 
     def whole(values: Iterable[Any], fill: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
         rest = iter(values)

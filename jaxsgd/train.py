@@ -24,6 +24,7 @@ from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
 from jaxsgd.transforms.accumulate import carrying_gradients
 from jaxsgd.transforms.clip import AxisName
+from jaxsgd.transforms.moving import moving
 from jaxsgd.transforms.skipping import kept_where_skipped, skipped_now, skipped_steps
 
 __all__ = ["Step", "check_donation", "checked", "make_step"]
@@ -73,7 +74,8 @@ def make_step(
       donate_argnums=0))``.
 
     Parameters may be complex: the step descends in both their parts. Integer parameters get a gradient of zeros; the
-    optimizer has to freeze them.
+    optimizer has to freeze them. What the optimizer never moves, in a group with ``frozen`` or under
+    `optax.set_to_zero`, is not differentiated: its gradient is zeros, in the norm and in every clip.
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, a mean over the batch. With an NNX model,
@@ -263,15 +265,16 @@ class Step:
             key = jax.random.fold_in(key, index)
             carried = jax.tree.map(lambda x: jax.random.fold_in(x, index) if is_key(x) else x, carried)
         at = state.params if self.gradient_at is None else self.gradient_at(state.opt_state, state.params)
-        leaves, whole = differentiable(at)
+        value_fn = self._value_fn(state, batch, key, carried)
+        # Only what moves is differentiated; the others have gradients of zeros, as integers have.
+        leaves, whole = differentiable(at, moving(self.tx.update, state.opt_state, state.params, value_fn))
 
         def loss_fn(leaves: Any, carried: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
             return self._loss(state.graphdef, whole(leaves), carried, batch, key)
 
         gradients = carrying_gradients(loss_fn, self.accumulate, weight=self.weight, axis_name=self.axis_name)
-        given = carried
         (loss, (carried, aux)), grads = gradients(leaves, carried, batch, key)
-        # Zeros for integers: few transformations know float0.
+        # Not float0 for integers, which few transformations know.
         grads = whole(conjugated(grads), jnp.zeros_like)
         carried = jax.tree.map(lambda new, old: old if is_key(old) else new, carried, state.model_state)
         if self._moments is not None:
@@ -280,7 +283,6 @@ class Step:
             pairs = zip(leaves, self._moments, strict=True)
             place = jax.lax.with_sharding_constraint
             grads = treedef.unflatten(g if where is None else place(g, where) for g, where in pairs)
-        value_fn = self._value_fn(state, batch, key, given)
         extra = taken_by(self.tx.update, {"value": loss, "grad": grads, "value_fn": value_fn})
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra)
         skipped = skipped_now(state.opt_state, opt_state)
