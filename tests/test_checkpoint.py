@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsgd
-from jaxsgd.checkpoint import Checkpoints, leaves
+from jaxsgd.checkpoint import Checkpoints, DirectoryInUse, leaves, lock
 
 HERE = pathlib.Path(__file__).parent
 
@@ -477,7 +478,7 @@ def full_disk(directory: str) -> None:
                 print(error)
             else:
                 raise AssertionError("it was saved")
-            assert os.listdir(directory) == ["1"], os.listdir(directory)
+            assert sorted(os.listdir(directory)) == [".jaxsgd-lock", "1"], os.listdir(directory)
         with warnings.catch_warnings(record=True) as told:
             assert checkpoints.restore(state).step == 1 and not told
         resource.setrlimit(resource.RLIMIT_FSIZE, everything)
@@ -485,6 +486,105 @@ def full_disk(directory: str) -> None:
         assert checkpoints.saved == [1, 4]
         same(checkpoints.restore(state).state, state)
     print("room again")
+
+
+def hold(directory: str, process: str = "0") -> None:
+    """A run that holds its directory until it is killed."""
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(small(1), step=1, wait=True)
+        print("ready", flush=True)
+        time.sleep(600)
+
+
+def test_a_second_run_stops_at_once_and_a_dead_one_is_no_hindrance(tmp_path):
+    """Two processes; the first is killed, and the directory is free again at once."""
+    first = start("hold", tmp_path)
+    try:
+        assert first.stdout.readline() == "ready\n", first.communicate()
+        before, begin = lock._read(tmp_path / lock.LOCK), time.perf_counter()
+        words = (
+            rf"directory='{tmp_path}': another run saves there \(process {first.pid} on host '{socket.gethostname()}'"
+        )
+        with pytest.raises(DirectoryInUse, match=words), Checkpoints(tmp_path):
+            raise AssertionError("two runs in one directory")
+        assert time.perf_counter() - begin < 1 and lock._read(tmp_path / lock.LOCK) == before
+        assert Checkpoints(tmp_path).restore(small()).step == 1  # reading needs no lock
+    finally:
+        first.kill()
+    deadline = time.monotonic() + 10
+    while lock._is_alive(before):  # dead, and not even collected by its parent
+        assert time.monotonic() < deadline
+    filled(tmp_path, 2)
+    first.communicate()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_the_lock_is_given_back(tmp_path):
+    file = tmp_path / lock.LOCK
+    with Checkpoints(tmp_path) as checkpoints:
+        assert file.exists()
+        with pytest.raises(DirectoryInUse, match="these checkpoints are open already"):
+            checkpoints.__enter__()
+        with pytest.raises(DirectoryInUse, match="It is this process: close its other Checkpoints first"):
+            Checkpoints(tmp_path).__enter__()
+    assert not file.exists()
+    with pytest.raises(ZeroDivisionError), checkpoints:
+        raise ZeroDivisionError
+    assert not file.exists()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        open_still = Checkpoints(tmp_path).__enter__()
+        assert file.exists()
+        del open_still
+        gc.collect()
+        assert not file.exists()
+        with pytest.raises(DirectoryInUse, match="was deleted while this run saves there"), checkpoints:
+            file.unlink()
+            checkpoints.save(small(1), step=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+OWNERS = {
+    "a process that is gone": (lambda o: o | {"pid": 2**22 + 1}, 0, True),
+    "its number was given to another": (lambda o: o | {"started": "1"}, 0, True),
+    "the host was started again": (lambda o: o | {"boot": "another"}, 0, True),
+    "another host, alive": (lambda o: o | {"host": "elsewhere"}, 0, False),
+    "another host, silent for a while": (lambda o: o | {"host": "elsewhere"}, 50, False),
+    "another host, crashed": (lambda o: o | {"host": "elsewhere"}, 61, True),
+    "another container of the same name": (lambda o: o | {"space": "pid:[1]", "pid": 2**22 + 1}, 0, False),
+    "cannot be read": (lambda o: [], 0, False),
+    "cannot be read, and old": (lambda o: [], 61, True),
+    "alive but stopped for an hour": (lambda o: o, 3600, False),
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_a_stale_lock_is_recognised(tmp_path, name):
+    change, age, stale = OWNERS[name]
+    file = tmp_path / lock.LOCK
+    file.write_text(json.dumps(change(lock._myself())))
+    os.utime(file, (time.time() - age,) * 2)
+    if stale:
+        filled(tmp_path, 1)
+    else:
+        with pytest.raises(DirectoryInUse, match="another run saves there"):
+            filled(tmp_path, 1)
+        assert file.exists()
+
+
+def test_a_run_whose_lock_was_taken_over_saves_nothing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(small(1), step=1, wait=True)
+        os.replace(_written(tmp_path / "theirs", lock._myself()), tmp_path / lock.LOCK)
+        with pytest.raises(DirectoryInUse, match="the lock of this run was taken over by process"):
+            checkpoints.save(small(2), step=2)
+    assert checkpoints.saved == [1] and (tmp_path / lock.LOCK).exists()
+
+
+def _written(path: pathlib.Path, owner: dict) -> pathlib.Path:
+    path.write_text(json.dumps(owner))
+    return path
 
 
 def start(function: str, *arguments: object) -> subprocess.Popen:
@@ -581,6 +681,54 @@ def test_two_processes(tmp_path):
     state, data, step, _ = checkpoints.restore(_like(alone, 0 * TRUTH))
     assert data == "terminated" and step == checkpoints.latest > 3
     _holds(state, TRUTH)
+
+
+def full_for_one(port: str, index: str, directory: str, full: str) -> None:
+    """One of two processes that train in step; in one of them no file may grow beyond a limit, as on a full disk."""
+    import resource
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    options = {"heartbeat_timeout_seconds": 100, "initialization_timeout": 30, "shutdown_timeout_seconds": 10}
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index), **options)
+    mesh = Mesh(jax.devices(), ("data",))
+    truth = np.random.default_rng(0).normal(size=(400, 1000)).astype(np.float32)
+    rows = jax.make_array_from_callback(truth.shape, NamedSharding(mesh, P("data")), lambda at: truth[at])
+    advance = jax.jit(lambda x: x + x.mean())
+    with Checkpoints(directory, every=10) as checkpoints:
+        checkpoints.save({"w": rows}, step=1, wait=True)
+        if index == full:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        for step in range(2, 10**5):
+            rows = jax.block_until_ready(advance(rows))
+            checkpoints.after(step, {"w": rows})
+            if step == 10:
+                print("full", flush=True)
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_of_one_process_ends_all(tmp_path, full):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    peers = [start("full_for_one", port, index, tmp_path, full) for index in range(2)]
+    try:
+        lines = [peers[full].stdout.readline()]
+        while lines[-1] not in ("full\n", ""):
+            lines.append(peers[full].stdout.readline())
+        begin = time.perf_counter()
+        outs = [each.communicate(timeout=60)[0] for each in peers]
+    finally:
+        for each in peers:
+            each.kill()
+    assert time.perf_counter() - begin < 60 and lines[-1], lines
+    for each, out in zip(peers, outs, strict=True):
+        assert each.returncode == 1, out[-3000:]
+        (told,) = [line for line in out.splitlines() if line.startswith("OSError: ")]
+        assert f"{tmp_path}: the checkpoint of step 10 was not saved (process {full} of 2: " in told, out[-3000:]
+        assert "what is left: the checkpoints of the steps [1]" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_the_manifest_says_what_it_is_made_of(tmp_path):

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,10 +25,15 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxsgd.checkpoint.leaves import compare, pack, put, targets, unpack
+from jaxsgd.checkpoint.lock import DirectoryInUse, Lock
 from jaxsgd.checkpoint.manifest import ASIDE, clear_partial, damage, find, inspect, remove, seal
+from jaxsgd.checkpoint.peers import Peers
 from jaxsgd.paths import named_leaves
 
-__all__ = ["Checkpoints", "Restored"]
+__all__ = ["Checkpoints", "DirectoryInUse", "Restored"]
+
+TOGETHER = 30.0
+"""Seconds that the processes of a run have to agree on where to stop after a save failed on one."""
 
 
 class Restored(NamedTuple):
@@ -60,6 +66,10 @@ class Checkpoints:
     A checkpoint counts as saved once a manifest with the checksum of each of its files is on the disk. A run that
     is killed before that goes on from the one before. All saves of a run must happen inside ``with``; several
     processes call every method together. ``directory`` must be one that all processes see.
+
+    Inside ``with`` the run holds the lock of the directory: another run is refused. A lock is given back at the end of
+    ``with``, when the object goes, and when its process dies. Outside ``with`` nothing is locked: `restore`, `saved`
+    and `latest` work beside a run that saves.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, every: int = 1000) -> None:
@@ -92,6 +102,11 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._saving = -1
         self._bad: set[tuple[pathlib.Path, float]] = set()
+        self._peers: Peers | None = None
+        self._lock: Lock | None = None
+        self._give_back: Callable[[], object] | None = None
+        # Of several processes one may fail in the background: all then leave at the same call of `after`.
+        self._turn, self._calls, self._failing, self._last_call = threading.Lock(), 0, False, 0
         self._terminated = False
         self._handler: Any = None
 
@@ -99,21 +114,35 @@ class Checkpoints:
         """Ready to save; SIGTERM now means: save at the next `after` and leave.
 
         Raises:
+          DirectoryInUse: another run saves into ``directory``, or this object is open already.
           OSError: nothing can be written into ``directory``.
         """
+        if self._writer is not None:
+            raise DirectoryInUse(f"directory={str(self.directory)!r}: these checkpoints are open already")
+        self._peers, lock, failure = Peers(), None, None
         try:
             with tempfile.TemporaryFile(dir=self.directory):
                 pass
+            lock = Lock(self.directory) if self._peers.index == 0 else None
+        except DirectoryInUse as error:
+            failure = error
         except OSError as error:
-            raise type(error)(f"directory={str(self.directory)!r}: it cannot be written: {error}") from None
-        self._writer, self._terminated = _checkpointer(), False
+            failure = type(error)(f"directory={str(self.directory)!r}: it cannot be written: {error}")
+        told = self._peers.gather("open", "" if failure is None else f"{type(failure).__name__}\n{failure}")
+        if any(told):
+            if lock is not None:
+                lock.release()
+            kind, _, text = next(filter(None, told)).partition("\n")
+            raise (failure or (DirectoryInUse if kind == "DirectoryInUse" else OSError)(text)) from None
+        if lock is not None:
+            self._give_back = weakref.finalize(self, lock.release)
+        self._lock, self._calls, self._failing = lock, 0, False
+        self._writer, self._terminated = _checkpointer(self._peers), False
         # With several processes jax.distributed has taken the signal, so that all stop after the same step.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._handler = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, _on_sigterm(weakref.ref(self), self._handler))
         return self
-
-    def _on_sigterm(self, *_: Any) -> None:
-        self._terminated = True
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for the save under way. An exception of the loop goes on; that of a failed save is added to it."""
@@ -124,13 +153,16 @@ class Checkpoints:
                 # The other processes may not be here: nothing that needs their answer.
                 self._thread.join()
                 if self._error is not None:
-                    error.add_note(self._failure(self._error))
+                    error.add_note(self._failure(_line(self._error)))
         finally:
             if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
             writer, self._writer, self._thread, self._error = self._writer, None, None, None
             with contextlib.suppress(Exception):  # it has been told above
                 writer.close()  # type: ignore[union-attr]
+            if self._give_back is not None:
+                self._give_back()
+            self._lock = self._give_back = None
         if error is None and self._terminated:
             raise SystemExit(143)
 
@@ -155,8 +187,11 @@ class Checkpoints:
 
         Raises:
           SystemExit: 143, when the process is asked to terminate and the state is saved.
-          OSError: an earlier save failed in the background.
+          OSError: an earlier save failed in the background. Of several processes all raise it, after the same step.
+          DirectoryInUse: see `save`.
         """
+        if self._failed_somewhere():
+            self.wait()
         if self._must_leave(step):
             try:
                 self.wait()
@@ -184,7 +219,8 @@ class Checkpoints:
         Raises:
           RuntimeError: outside ``with``, or the state was donated to a step.
           TypeError, ValueError: a leaf that is no array, two leaves of one name, no ``step``, ``data`` is not JSON.
-          OSError: this save, or the one before, failed. What was saved before remains.
+          OSError: this save, or the one before, failed, on any process. What was saved before remains.
+          DirectoryInUse: the lock of the directory was deleted or taken over.
         """
         if self._writer is None:
             raise RuntimeError("save: open the checkpoints first: with Checkpoints(...) as checkpoints:")
@@ -199,16 +235,29 @@ class Checkpoints:
             raise TypeError(f"data={data!r}: give the position as JSON holds it ({error})") from None
         self.wait()
         self._saving = step
+        assert self._peers is not None
         table, arrays = pack(named_leaves(state, "state"))
         about = {"step": step, "data": data, "leaves": table}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+        self._peers.begin()
+        failure: Exception | None = None
         try:
-            if jax.process_index() == 0:
+            if self._lock is not None:
+                self._lock.check()
                 self._make_room(step)
+            elif self._peers.index:
+                with tempfile.TemporaryFile(dir=self.directory) as probe:
+                    probe.write(b"0")
+        except Exception as error:
+            failure = error
+        self._agree("start", failure)
+        try:
             self._writer.save(self.directory / str(step), args=items)
         except Exception as error:
-            self._recover()
-            raise OSError(self._failure(error)) from error
+            if self._peers.count == 1:
+                self._recover()
+                raise OSError(self._failure(_line(error))) from error
+            self._error = error
         self._thread = threading.Thread(target=self._complete, args=(step,), name=f"checkpoint-{step}")
         self._thread.start()
         if wait:
@@ -223,13 +272,35 @@ class Checkpoints:
         if self._thread is None:
             return
         self._thread.join()
-        self._thread, error, self._error = None, self._error, None
-        failed = error is not None
-        if jax.process_count() > 1:
-            failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
-        if failed:
-            self._recover()
-            raise OSError(self._failure(error)) from error
+        self._thread, error, self._error, self._failing = None, self._error, None, False
+        self._agree("end", error)
+
+    def _agree(self, stage: str, error: BaseException | None) -> None:
+        """Raise on all processes if there is an error on one."""
+        assert self._peers is not None
+        told = self._peers.gather(stage, "" if error is None else _line(error))
+        if not any(told):
+            return
+        self._recover()
+        if isinstance(error, DirectoryInUse):
+            raise error
+        # The cause, not that the others noticed it.
+        own = [(index, text) for index, text in enumerate(told) if text and not text.startswith("PeerError")]
+        index, why = (own or [(0, next(filter(None, told)))])[0]
+        why = why if self._peers.count == 1 else f"process {index} of {self._peers.count}: {why}"
+        raise OSError(self._failure(why)) from error
+
+    def _failed_somewhere(self) -> bool:
+        """Count a call of `after`; whether it is the one at which all processes tell the failure of a save."""
+        if self._peers is None or self._peers.count == 1:
+            return False
+        with self._turn:
+            self._calls += 1
+            failing = self._failing
+        if not failing or self._thread is None:
+            return False
+        self._thread.join()
+        return self._calls >= self._last_call
 
     def restore(
         self, like: Any, *, step: int | None = None, migrate: bool = False, tx: Any = None, old_tx: Any = None
@@ -312,7 +383,11 @@ class Checkpoints:
 
     def _complete(self, step: int) -> None:
         """In the background: wait for Orbax, write the manifest, delete what is older than the newest few."""
+        peers = self._peers
+        assert peers is not None
         try:
+            if self._error is not None:
+                raise self._error
             self._writer.wait_until_finished()  # type: ignore[union-attr]
             if jax.process_index() == 0:
                 serials = [each.serial for each in find(self.directory) if each.files is not None]
@@ -325,8 +400,21 @@ class Checkpoints:
                         remove(self.directory, each)
                     elif (each.path, each.serial) not in self._bad:
                         kept.add(each.step)
+            peers.gather("sealed", "", alert=True)
         except BaseException as error:
             self._error = error
+            if peers.count > 1:
+                with contextlib.suppress(Exception):
+                    self._leave_together(peers, error)
+
+    def _leave_together(self, peers: Peers, error: BaseException) -> None:
+        """Agree on the next call of `after` that no process has made yet: a process that raised alone would leave the
+        others in a collective."""
+        peers.fail(_line(error))
+        with self._turn:
+            self._failing, calls = True, self._calls
+        self._last_call = calls + 1
+        self._last_call = 1 + max(map(int, peers.gather("calls", str(calls), TOGETHER)))
 
     def _make_room(self, step: int) -> None:
         """Clear what killed or failed saves left, and the place of a new checkpoint."""
@@ -344,22 +432,40 @@ class Checkpoints:
         """After a failed save: an Orbax that knows nothing of it, and its files gone."""
         with contextlib.suppress(Exception):
             self._writer.close()  # type: ignore[union-attr]
-        self._writer = _checkpointer()
+        self._writer = _checkpointer(self._peers)
         if jax.process_index() == 0:
             clear_partial(self.directory)
             place = inspect(self.directory / str(self._saving))
             if place.files is None:
                 shutil.rmtree(place.path, ignore_errors=True)
 
-    def _failure(self, error: BaseException | None) -> str:
-        why = "another process failed" if error is None else f"{type(error).__name__}: {error}"
+    def _failure(self, why: str) -> str:
         left = f"what is left: the checkpoints of the steps {self.saved}" if self.saved else "no checkpoint is left"
         return f"{self.directory}: the checkpoint of step {self._saving} was not saved ({why}); {left}"
 
 
-def _checkpointer() -> ocp.AsyncCheckpointer:
+def _checkpointer(peers: Peers | None = None) -> ocp.AsyncCheckpointer:
     """The part of Orbax below its manager, which would delete, and ask about preemption, by rules of its own."""
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    options = ocp.options.AsyncOptions(barrier_sync_fn=None if peers is None else peers.barrier)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def _on_sigterm(checkpoints: weakref.ref[Checkpoints], before: Any) -> Callable[[int, Any], None]:
+    """A handler that does not hold the object: when that goes, its lock must go with it."""
+
+    def handle(number: int, frame: Any) -> None:
+        there = checkpoints()
+        if there is not None:
+            there._terminated = True
+            return
+        signal.signal(number, before or signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    return handle
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _told_to_stop_at(step: int) -> bool:
