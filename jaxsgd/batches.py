@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsgd.paths import leaf_names
 
-__all__ = ["batch_size", "check_divides"]
+__all__ = ["as_arrays", "batch_size", "check_divides"]
+
+
+def as_arrays(batch: Any) -> Any:
+    """``batch`` with arrays of other libraries, such as torch's tensors on the CPU, as NumPy arrays.
+
+    Raises:
+      TypeError: names the leaf that is neither an array nor a number, and says how to write it.
+    """
+    leaves, treedef = jax.tree.flatten(batch)
+    if all(isinstance(x, np.ndarray | jax.Array | np.generic | int | float | complex) for x in leaves):
+        return batch
+    names = leaf_names(batch)
+    return treedef.unflatten(_array(name, x) for name, x in zip(names, leaves, strict=True))
+
+
+def _array(name: str, x: Any) -> Any:
+    kind = type(x).__name__
+    if isinstance(x, np.ndarray | jax.Array | np.generic | int | float | complex) or hasattr(x, "aval"):
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if hasattr(x, "__array__"):
+        return np.asarray(x)
+    where = f"batch: {name!r}" if name else "batch: it"
+    if dataclasses.is_dataclass(x):
+        raise TypeError(f"{where} is a {kind}, no pytree. Use jax.tree_util.register_dataclass({kind}), or a dict")
+    if isinstance(x, str | bytes) or not isinstance(x, Iterable):
+        raise TypeError(f"{where} is a {kind}; arrays and numbers are needed. Leave it out, or encode it as numbers")
+    raise TypeError(f"{where} is a {kind}, which holds batches; one batch is needed. Use next(iter(...))")
 
 
 def batch_size(batch: Any) -> int | None:
@@ -17,7 +49,9 @@ def batch_size(batch: Any) -> int | None:
 
     Raises:
       ValueError: names the arrays that disagree, or the empty one.
+      TypeError: as in `as_arrays`.
     """
+    batch = as_arrays(batch)
     sizes = {
         name: jnp.shape(leaf)[0]
         for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence
 from typing import Any
 
@@ -9,14 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.batches import batch_size
+from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.paths import is_function
 
 __all__ = ["Feed", "is_one_batch", "stacked"]
 
 
-def is_one_batch(data: Any) -> bool:
-    """Whether ``data`` is a batch: an array, a number, or a pytree of them that is no list (a list holds batches)."""
+def is_one_batch(data: Any, takes: Callable[[Any], bool] | None = None) -> bool:
+    """Whether ``data`` is a batch: an array, a number, or a pytree of them that is no list. A list holds batches.
+
+    A list of bare arrays, such as ``[x, y]``, is one batch where the loss takes the list and not its entries.
+
+    Args:
+      data: the batch or batches.
+      takes: whether the loss takes a batch. Default: unknown; a list then holds batches.
+
+    Raises:
+      ValueError: the loss takes a list of arrays both as one batch and as several.
+    """
+    if isinstance(data, list) and data and takes is not None and all(hasattr(x, "shape") for x in data):
+        whole = takes(as_arrays(data))
+        if whole and takes(as_arrays(data[0])):
+            raise ValueError(
+                f"batch: a list of {len(data)} arrays, which the loss takes as one batch and as {len(data)} batches. "
+                "Use a tuple for one batch, or a list of tuples for several"
+            )
+        return whole
     if isinstance(data, list | Iterator | MappingView):
         return False
     if isinstance(data, Mapping | tuple | np.ndarray | jax.Array) or jnp.isscalar(data):
@@ -31,10 +50,13 @@ class Feed:
     Args:
       data: one of
 
-        - a list of batches, or another iterable that can be walked again; after its end it starts over;
+        - a list of batches, or another iterable that can be walked again, such as a torch DataLoader; after its end
+          it starts over;
         - an iterator or a generator, which may end;
         - a function of the step ``0, 1, ...`` that returns a batch;
-        - one batch for every step: a dict, a tuple, an array or another pytree.
+        - one batch for every step: a dict, a tuple, an array or another pytree. A list ``[x, y]`` of arrays is one
+          batch where the loss takes only the whole of it; see `is_one_batch`.
+      takes: whether the loss takes a batch. Default: unknown.
 
     Attributes:
       taken: the number of batches taken so far.
@@ -44,7 +66,7 @@ class Feed:
       ValueError: it is empty.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, takes: Callable[[Any], bool] | None = None) -> None:
         self.taken = 0
         self._data = data
         self._walk: Iterator[Any] | None = None
@@ -52,12 +74,15 @@ class Feed:
         self._shape: Any = None
         if is_function(data):
             self._at = data
-        elif is_one_batch(data):
+        elif is_one_batch(data, takes):
             batch_size(data)
+            data = as_arrays(data)
             self._at = lambda _: data
         elif isinstance(data, Iterable):
             self._walk = iter(data)
         else:
+            if dataclasses.is_dataclass(data):
+                as_arrays(data)
             raise TypeError(
                 f"data={data!r}: batches are needed: a list, an iterator, a function of the step, or one batch"
             )
@@ -68,7 +93,7 @@ class Feed:
         Raises:
           ValueError: there is none left, or its arrays have other shapes than those of the first batch.
         """
-        batch = self._next()
+        batch = as_arrays(self._next())
         shape = jax.tree.map(jnp.shape, batch), jax.tree.structure(batch)
         if self._shape is None:
             batch_size(batch)

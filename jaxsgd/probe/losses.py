@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from jaxsgd.loss import call_loss, fold_keys, with_all_arguments
 from jaxsgd.numerics import strong
-from jaxsgd.paths import check_params
+from jaxsgd.paths import check_params, is_function
 from jaxsgd.train_state import TrainState, refuse_deleted
 
-__all__ = ["apart", "pure_loss", "three_arguments"]
-
-
-def three_arguments(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``loss_fn`` as a function of ``(params, batch, key)``. A loss of ``(params, batch)`` gets no key.
-
-    Raises:
-      TypeError: it is no function of two or three arguments.
-    """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn={loss_fn!r}: a function (params, batch, key) -> loss is needed")
-    try:
-        parameters = inspect.signature(loss_fn).parameters.values()
-    except ValueError:  # a builtin has no signature
-        return loss_fn
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters) or len(positional) >= 3:
-        needed = sum(p.default is p.empty for p in positional)
-        if needed <= 3:
-            return loss_fn
-    elif len(positional) == 2:
-        return lambda params, batch, key: loss_fn(params, batch)
-    raise TypeError(
-        f"loss_fn: it needs the arguments (params, batch, key) or (params, batch); it takes {len(positional)}"
-    )
+__all__ = ["apart", "is_stateful", "pure_loss", "takes"]
 
 
 def apart(model: Any) -> tuple[Any, Any, Any]:
@@ -62,31 +37,52 @@ def apart(model: Any) -> tuple[Any, Any, Any]:
     return graphdef, jax.tree.map(strong, params), model_state
 
 
-def pure_loss(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[[Any, Any, jax.Array], jax.Array], Any]:
+def pure_loss(
+    loss_fn: Callable[..., Any], model: Any, *, random: bool = False
+) -> tuple[Callable[[Any, Any, jax.Array], jax.Array], Any]:
     """``(fn, params)`` with ``fn(params, batch, key) -> loss``, a real scalar.
 
     Args:
       loss_fn: as in `jaxsgd.make_step`, or of ``(params, batch)`` alone. Auxiliary results are dropped.
       model: a tree of parameters, an ``nnx.Module``, or a `TrainState`. Its model state stays constant.
+      random: whether the key of the call decides the random numbers of an NNX model too. Default: the model's own.
 
     Raises:
-      TypeError: as in `three_arguments` and `apart`.
+      TypeError: as in `jaxsgd.loss.with_all_arguments` and `apart`.
       RuntimeError: the parameters were donated to a train step.
       ValueError: at the call, the loss is no real scalar.
     """
-    loss_fn = three_arguments(loss_fn)
     graphdef, params, model_state = apart(model)
+    loss_fn = with_all_arguments(loss_fn, is_stateful(graphdef, model_state))
 
     def fn(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        if graphdef is not None:
-            out = loss_fn(nnx.merge(graphdef, params, model_state, copy=True), batch, key)
-        elif model_state is not None:
-            out = loss_fn(params, model_state, batch, key)
-        else:
-            out = loss_fn(params, batch, key)
-        loss = out[0] if isinstance(out, tuple) else out
-        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise ValueError(f"loss_fn: a real scalar is needed; it returns {jnp.result_type(loss)}{jnp.shape(loss)}")
-        return jnp.asarray(loss)
+        held = fold_keys(model_state, jax.random.bits(key)) if random and graphdef is not None else model_state
+        return call_loss(loss_fn, graphdef, params, held, batch, key)[0]
 
     return fn, params
+
+
+def takes(loss_fn: Callable[..., Any], model: Any) -> Callable[[Any], bool]:
+    """Whether the loss takes a batch, as a function of the batch. Nothing is traced until it is asked."""
+
+    def asked(batch: Any) -> bool:
+        def one(key: jax.Array) -> jax.Array:
+            fn, params = pure_loss(loss_fn, model(key) if is_function(model) and not _is_model(model) else model)
+            return fn(params, batch, key)
+
+        try:
+            jax.eval_shape(one, jax.random.key(0))
+        except Exception:  # whatever a loss says to a batch that is none
+            return False
+        return True
+
+    return asked
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, nnx.Module | TrainState)
+
+
+def is_stateful(graphdef: Any, model_state: Any) -> bool:
+    """Whether the loss takes and returns the model state: it has one, and no NNX model carries it."""
+    return graphdef is None and model_state is not None

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from jaxsgd.batches import batch_size
+from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.numerics import differentiable, sq, wide, widest, zeros
 from jaxsgd.paths import is_function
 from jaxsgd.probe.feed import Feed, is_one_batch
-from jaxsgd.probe.losses import pure_loss
+from jaxsgd.probe.losses import pure_loss, takes
 from jaxsgd.probe.scaling import Doubling, NoiseScale, scale_learning_rate
 from jaxsgd.progress import Bar
 
@@ -59,8 +59,9 @@ def noise_scale(
     Complex parameters count as their real and imaginary parts. Integer parameters have no gradient and are left out.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``; the mean of the
-        examples' losses. (With their sum, |G|^2 and tr(Sigma) are ``small**2`` times as large, the scale is the same.)
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``; for a TrainState
+        with a model state, which stays constant, as in `jaxsgd.make_step`. The mean of the examples' losses. (With
+        their sum, |G|^2 and tr(Sigma) are ``small**2`` times as large, the scale is the same.)
       params: a tree, an ``nnx.Module`` or a `jaxsgd.TrainState`.
       batches: one batch, or a list of batches with examples drawn at random (a shuffled epoch, or a part of one).
         Sizes may differ. Also an iterator, or a function of the step, which needs ``count``.
@@ -73,7 +74,8 @@ def noise_scale(
         a list, the estimates are for the loss over it, as if it were all the data. Errors and interval are those of a
         sample and cover both cases. Iterators and functions give fresh examples.
       count: the number of batches to take. Default: the whole list, or 100 from an iterator.
-      key: a seed or a PRNG key for the loss; each part gets its own. Default: 0.
+      key: a seed or a PRNG key for the loss; each part gets its own, and an NNX model random numbers of its own
+        too. Default: 0.
       gradient: a transformation from the loss to its gradient, both functions of ``(params, batch, key)``. Use it for
         steps that do not follow `jax.grad`, such as preconditioned ones. Default: `jax.grad`.
       progress: show a bar after two seconds. Default: on if stderr is a terminal.
@@ -86,11 +88,12 @@ def noise_scale(
         not finite.
       TypeError: a leaf of ``params`` is no array and no number.
     """
-    fn, params = pure_loss(loss_fn, params)
+    taking = takes(loss_fn, params)
+    fn, params = pure_loss(loss_fn, params, random=True)
     points = differentiable(params)[0]
     if not points:
         raise ValueError("params: there is no floating or complex parameter, so there is no gradient")
-    taken, sizes = _taken(batches, count)
+    taken, sizes = _taken(batches, count, taking)
     if small is None:
         small = _usual(sizes)
     elif isinstance(small, bool) or not isinstance(small, int) or small < 1:
@@ -110,7 +113,7 @@ def noise_scale(
         raise ValueError(
             f"population={population!r}: 'all', math.inf, or so many examples that a batch of {max(sizes)} can be drawn"
         )
-    elif population is None and not _whole(batches):
+    elif population is None and not _whole(batches, taking):
         population = math.inf
     key = jax.random.key(key) if isinstance(key, int) else key
 
@@ -145,9 +148,9 @@ def noise_scale(
     )
 
 
-def _whole(batches: Any) -> bool:
+def _whole(batches: Any, taking: Callable[[Any], bool]) -> bool:
     """Whether ``batches`` has a length, so that all of them are at hand."""
-    return is_one_batch(batches) or hasattr(batches, "__len__")
+    return is_one_batch(batches, taking) or hasattr(batches, "__len__")
 
 
 def _part(grad: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,11 +222,11 @@ def _fieller(above: float, below: float, covariance: np.ndarray, t: float) -> tu
     return max(0.0, (b - math.sqrt(b**2 - a * c)) / a), math.inf
 
 
-def _taken(batches: Any, count: int | None) -> tuple[list[Any], list[int]]:
+def _taken(batches: Any, count: int | None, taking: Callable[[Any], bool]) -> tuple[list[Any], list[int]]:
     """The batches in a list, since they are needed twice, and their sizes."""
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"count={count!r}: a whole number of batches is needed, at least 1")
-    one = is_one_batch(batches) and not is_function(batches)
+    one = is_one_batch(batches, taking) and not is_function(batches)
     if one:
         taken = [batches]
     elif is_function(batches):
@@ -246,6 +249,7 @@ def _taken(batches: Any, count: int | None) -> tuple[list[Any], list[int]]:
         if size is None:
             raise ValueError(f"batches: batch {index} has no array with a first axis of examples")
         sizes.append(size)
+    taken = [as_arrays(batch) for batch in taken]
     return [jax.tree.map(lambda x: x if hasattr(x, "ndim") else np.asarray(x), batch) for batch in taken], sizes
 
 

@@ -7,7 +7,7 @@ runs it: every candidate has the same number of steps to find its learning rate,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,8 +16,11 @@ import numpy as np
 import scipy
 from flax import nnx
 
+from jaxsgd.batches import as_arrays, batch_size
+from jaxsgd.loss import with_all_arguments
 from jaxsgd.paths import aligned, is_function
-from jaxsgd.probe.losses import apart, three_arguments
+from jaxsgd.probe.feed import is_one_batch
+from jaxsgd.probe.losses import apart, is_stateful, takes
 from jaxsgd.probe.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
 from jaxsgd.probe.trainings import checked_rule, usual_rate
 from jaxsgd.progress import Bar
@@ -185,7 +188,9 @@ def pick(
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``.
-      init: ``init(key)`` makes the parameters or an ``nnx.Module``; another for each seed.
+      init: ``init(key)`` makes the parameters or an ``nnx.Module``; another for each seed. Or a `jaxsgd.TrainState`
+        with a model state, whose optimizer state is not used; the loss is then as in `jaxsgd.make_step`. The random
+        keys of an NNX model are folded with the seed.
       data: a list of batches, which each seed goes through in an order of its own, anew on each pass; an iterator, of
         which the first ``steps`` batches are kept as such a list; a function ``(step, seed) -> batch``, or of the
         step, which is then the same for all seeds; or the one batch of every step.
@@ -208,10 +213,10 @@ def pick(
       ValueError: a budget too small (the least is named); fewer than 2 seeds or candidates.
       TypeError: ``init`` is no function; a candidate is no rule.
     """
-    loss_fn = three_arguments(loss_fn)
     if isinstance(init, nnx.Module) or not is_function(init):
         raise TypeError("init: a function of a key is needed that makes the parameters: seeds begin differently")
-    entrants = _candidates(candidates, jax.eval_shape(lambda key: apart(init(key))[1], jax.random.key(0)))
+    loss_fn, shapes = _looked_at(loss_fn, init)
+    entrants = _candidates(candidates, shapes)
     for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: a whole number is needed, at least {least}")
@@ -227,13 +232,43 @@ def pick(
             f"budget={budget}: too few for {len(entrants)} candidates of {seeds} seeds and {steps} steps; "
             f"the least is {least}"
         )
-    sources = Sources(data, steps, seeds)
+    taking = takes(loss_fn, init)
+    sources = Sources(data, steps, seeds, taking)
+    scored = _listed(validation, taking)
     races = []
     with Bar("pick", len(entrants) * chosen.cost, progress) as bar:
         for name, (make, usual) in entrants.items():
-            race = Race(name, make, usual, loss_fn, init, sources, validation, window, strategy, bar)
+            race = Race(name, make, usual, loss_fn, init, sources, scored, window, strategy, bar)
             races.append(_entry(race, chosen))
     return _picked(races, steps, seeds, budget, "training losses" if validation is None else "validation losses")
+
+
+def _listed(validation: Any, taking: Callable[[Any], bool]) -> list[Any]:
+    """The batches to score on; none if the training loss counts."""
+    if validation is None:
+        return []
+    if not is_function(validation) and is_one_batch(validation, taking):
+        batch_size(validation)
+        return [as_arrays(validation)]
+    if is_function(validation) or isinstance(validation, Iterator) or not isinstance(validation, Iterable):
+        raise TypeError(f"validation={validation!r}: a batch, or a list of batches, is needed")
+    if not (batches := [as_arrays(batch) for batch in validation]):
+        raise ValueError("validation: it is empty; a batch, or a list of them, is needed")
+    return batches
+
+
+def _looked_at(loss_fn: Callable[..., Any], init: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    """The loss with all its arguments, and the shapes of the parameters."""
+    stateful = False
+
+    def look(key: jax.Array) -> Any:
+        nonlocal stateful
+        graphdef, params, model_state = apart(init(key))
+        stateful = is_stateful(graphdef, model_state)
+        return params
+
+    shapes = jax.eval_shape(look, jax.random.key(0))
+    return with_all_arguments(loss_fn, stateful), shapes
 
 
 def _candidates(given: Any, params: Any) -> dict[str, tuple[Callable[..., Any], float]]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsgd.paths import aligned
 from jaxsgd.probe.feed import Feed
+from jaxsgd.probe.losses import takes
 from jaxsgd.probe.range_test import RangeTest, rising
 from jaxsgd.probe.trainings import Members, beginning, budget, chance, checked_rule, manner, noise_of, tail, usual_rate
 from jaxsgd.progress import Bar
@@ -160,7 +161,7 @@ def probe(
         raise ValueError(f"around={around}: a learning rate above 0 is needed")
     given, begin = beginning(loss_fn, params, key)
     usual, name = usual_rate(rule, given[0]) if around is None else (float(around), "around")
-    feed, tested = Feed(data), None
+    feed, tested = Feed(data, takes(loss_fn, params)), None
     with Bar("probe", spend, progress) as bar:
         if range_test:
             tested = rising(given, begin, rule, feed.take(spend // 3), usual * 1e-4, usual * 1e3)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxsgd.batches import batch_size
+from jaxsgd.loss import fold_keys
 from jaxsgd.paths import is_function
-from jaxsgd.probe.feed import Feed
-from jaxsgd.probe.losses import pure_loss
+from jaxsgd.probe.feed import Feed, is_one_batch
+from jaxsgd.probe.losses import apart, pure_loss
 from jaxsgd.probe.population import Population
 from jaxsgd.progress import Bar
 from jaxsgd.train import make_step
@@ -73,15 +75,17 @@ class Sources:
       data: as in `jaxsgd.pick`.
       steps: of a full training.
       seeds: of the full trainings.
+      takes: whether the loss takes a batch. Default: unknown.
 
     Attributes:
       rows: how many batches a step takes: one for all seeds, or one for each.
     """
 
-    def __init__(self, data: Any, steps: int, seeds: int) -> None:
+    def __init__(self, data: Any, steps: int, seeds: int, takes: Callable[[Any], bool] | None = None) -> None:
         self._of: Callable[[int], Any]
-        if isinstance(data, Mapping | tuple | np.ndarray | jax.Array) or not isinstance(data, Iterable):
-            Feed(data)  # says what is wrong with it
+        self._takes = takes
+        if is_function(data) or is_one_batch(data, takes) or not isinstance(data, Iterable):
+            Feed(data, takes)  # says what is wrong with it
             self.rows, self._of = 1, lambda seed: data
             if is_function(data) and _takes_two(data):
                 made: Callable[..., Any] = data
@@ -95,7 +99,7 @@ class Sources:
 
     def blocks(self, seeds: Sequence[int], steps: int) -> Iterable[tuple[int, Any]]:
         """``(count, batches)`` with batches ``(count, rows, ...)``, in order: of one seed for all rows, or of each."""
-        feeds = [Feed(self._of(seed)) for seed in seeds[: self.rows]]
+        feeds = [Feed(self._of(seed), self._takes) for seed in seeds[: self.rows]]
         for first in range(0, steps, PIECE):
             count = min(PIECE, steps - first)
             taken = [feed.take(count) for feed in feeds]
@@ -141,7 +145,7 @@ class Race:
         loss_fn: Callable[..., Any],
         init: Callable[..., Any],
         sources: Sources,
-        validation: Any,
+        validation: list[Any],
         window: int | None,
         strategy: str,
         bar: Bar,
@@ -154,11 +158,15 @@ class Race:
         def build(learning_rate: jax.Array, seed: jax.Array, row: jax.Array) -> tuple[Any, Any]:
             tx = make(learning_rate)
             step = make_step(loss_fn, tx).fn
-            state = TrainState.create(init, tx, key=jax.random.key(seed))
+            init_key, key = jax.random.split(jax.random.key(seed))
+            graphdef, params, held = apart(init(init_key))
+            held = fold_keys(held, seed)
+            opt_state = optax.with_extra_args_support(tx).init(params)
+            state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, held, graphdef)
             return (lambda state, batches: step(state, jax.tree.map(lambda x: x[row], batches))), state
 
         self._build = build
-        self._batches = _listed(validation)
+        self._batches = validation
         self._score = jax.jit(lambda states, index, batch: _validate(loss_fn, states, index, batch))
 
     @property
@@ -247,14 +255,3 @@ def _validate(loss_fn: Callable[..., Any], states: Any, index: jax.Array, batch:
     state = jax.tree.map(lambda x: x[index], states)
     fn, _ = pure_loss(loss_fn, state)
     return fn(state.eval_params, batch, jax.random.key(0)).astype(jnp.float32)
-
-
-def _listed(validation: Any) -> list[Any]:
-    if validation is None:
-        return []
-    if isinstance(validation, list):
-        if not validation:
-            raise ValueError("validation: it is empty; a batch, or a list of them, is needed")
-        return validation
-    batch_size(validation)
-    return [validation]

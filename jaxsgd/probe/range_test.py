@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxsgd.probe.concrete import by_index
 from jaxsgd.probe.feed import Feed
+from jaxsgd.probe.losses import takes
 from jaxsgd.probe.population import Population
 from jaxsgd.probe.trainings import beginning, budget, checked_rule, usual_rate
 from jaxsgd.progress import Bar
@@ -95,7 +96,7 @@ def range_test(
     if not 0 < low < high < math.inf:
         raise ValueError(f"low={low}, high={high}: rates that rise are needed, both above 0")
     with Bar("range test", steps, progress) as bar:
-        test = rising(given, begin, rule, Feed(data).take(steps), low, high)
+        test = rising(given, begin, rule, Feed(data, takes(loss_fn, params)).take(steps), low, high)
         bar.advance(steps)
     return test
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.batches import as_arrays, batch_size, check_divides
+from jaxsgd.loss import with_all_arguments
 from jaxsgd.paths import is_function, leaf_names
+from jaxsgd.probe.feed import is_one_batch
 from jaxsgd.probe.lanczos import Curvature, Spectrum, spectrum
-from jaxsgd.probe.losses import apart, three_arguments
+from jaxsgd.probe.losses import apart, is_stateful, takes
 from jaxsgd.probe.stability import Response, read_rule
 from jaxsgd.progress import Bar
 from jaxsgd.train_state import TrainState
@@ -172,10 +175,12 @@ def sharpness(
     eigenvalues only one may be found.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``. All products use
-        the same key, so its random numbers are the same.
-      params: a tree of real floating parameters, an ``nnx.Module``, or a `TrainState`, with its optimizer state.
-      batch: a batch, or a list of batches of the same shapes, for their mean loss.
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``; for a TrainState
+        with a model state as in `jaxsgd.make_step`. All products use the same key, so its random numbers are the same.
+      params: a tree of real floating parameters, an ``nnx.Module``, or a `TrainState`, with its optimizer state. The
+        model state is constant. So the Hessian is that of the loss with the statistics and counters given.
+      batch: a batch, or a list of batches of the same shapes, for their mean loss. A list ``[x, y]`` of arrays is one
+        batch where the loss takes only the whole of it.
       tx, opt_state: the optimizer, and its state after some steps. A rule without a divisor, such as momentum, needs no
         state.
       eigenvalues: the number of largest eigenvalues. Default: 1.
@@ -267,14 +272,20 @@ def _preconditioned(
 
 def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any) -> tuple[Curvature, Any]:
     """The loss at this point as a `Curvature`, and the tree of parameters."""
-    three_arguments(loss_fn)
     graphdef, params, model_state = apart(model)
+    with_all_arguments(loss_fn, is_stateful(graphdef, model_state))
     if not jax.tree.leaves(params):
         raise ValueError("params: there are none")
-    several = isinstance(batch, list)
-    if several:
-        batch = _stacked(batch)
-    elif is_function(batch) or hasattr(batch, "__next__"):
+    one = not is_function(batch) and is_one_batch(batch, takes(loss_fn, model))
+    several = False
+    if isinstance(batch, list) and not one:
+        batch, several = _stacked([as_arrays(entry) for entry in batch]), True
+    elif one:
+        batch_size(batch)
+        batch = as_arrays(batch)
+    elif dataclasses.is_dataclass(batch):
+        as_arrays(batch)
+    else:
         raise TypeError(f"batch={batch!r}: a batch or a list of batches is needed; of an iterator give a list")
     if microbatches > 1:
         if several:

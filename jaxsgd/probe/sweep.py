@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.loss import fold_keys
 from jaxsgd.paths import is_function
 from jaxsgd.probe.concrete import merged
 from jaxsgd.probe.feed import Feed, is_one_batch
@@ -51,7 +52,8 @@ def sweep(
       train: one of
 
         - a `jaxsgd.Step`, with its initial ``state``. Names are runtime values of that state (the learning rate,
-          weight decay, the rule's ``dynamic=``: see `jaxsgd.with_hyper`), or ``seed``, the state's key.
+          weight decay, the rule's ``dynamic=``: see `jaxsgd.with_hyper`), or ``seed``, the state's key, which is
+          folded into the keys of an NNX model too (`flax.nnx.Rngs`).
         - a function of the names, ``build(learning_rate, head) -> (step, state)``, called once inside a trace. The runs
           may then differ in anything else: any hyperparameter, a group's override
           (``groups=[("^head/", {"lr_mult": head})]``), the seed of the initial weights. One that tests a value in
@@ -144,7 +146,10 @@ def _with_values(state: Any, scalars: Mapping[str, Any]) -> Any:
     others = {name: value for name, value in scalars.items() if name != "seed"}
     if others:
         state = with_hyper(state, **others)
-    return state.replace(key=jax.random.key(scalars["seed"])) if "seed" in scalars else state
+    if "seed" not in scalars:
+        return state
+    seed = scalars["seed"]
+    return state.replace(key=jax.random.key(seed), model_state=fold_keys(state.model_state, seed))
 
 
 # -- by steps -------------------------------------------------------------------------------------
@@ -182,8 +187,21 @@ def _stepped(
 ) -> Sweep:
     if data is None:
         raise ValueError("data=None: batches are needed")
+
+    def takes(batch: Any) -> bool:
+        def one(state: Any) -> Any:
+            numbers = {name: x[0].item() for name, x in members.items()}
+            step, first = build(**numbers) if state is None else build(state, **numbers)
+            return (step.fn if isinstance(step, Step) else step)(first, batch)[1]
+
+        try:
+            jax.eval_shape(one, state)
+        except Exception:  # whatever a loss says to a batch that is none
+            return False
+        return True
+
     if steps is None:
-        if not isinstance(data, Sequence) or is_one_batch(data):
+        if not hasattr(data, "__len__") or is_one_batch(data, takes):
             raise ValueError(
                 "steps=None: how many? Only a list of batches has a length. A dict, a tuple or an array is one batch "
                 "for every step. For stacked batches use data=lambda i: jax.tree.map(lambda x: x[i], arrays)"
@@ -191,7 +209,7 @@ def _stepped(
         steps = len(data)
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")
-    feed = Feed(data)
+    feed = Feed(data, takes)
     population = Population(build, members, given=state, strategy=strategy, devices=devices, limit=limit)
     parts: list[dict[str, np.ndarray]] = []
     begin = time.perf_counter()

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import scipy
 
+from jaxsgd.loss import with_all_arguments
 from jaxsgd.probe.asking import rules_in
 from jaxsgd.probe.feed import Feed, stacked
-from jaxsgd.probe.losses import apart, three_arguments
+from jaxsgd.probe.losses import apart, is_stateful
 from jaxsgd.probe.population import Population
 from jaxsgd.progress import Bar
 from jaxsgd.rule import RULES, Rule
@@ -139,8 +140,7 @@ def beginning(loss_fn: Callable[..., Any], model: Any, key: int | jax.Array) -> 
     """
     graphdef, params, held = apart(model)
     key = jax.random.key(key) if isinstance(key, int) else key
-    # With a model state of its own a loss takes four arguments.
-    loss = loss_fn if held is not None and graphdef is None else three_arguments(loss_fn)
+    loss = with_all_arguments(loss_fn, is_stateful(graphdef, held))
 
     def begin(given: Any, tx: Any) -> tuple[Any, TrainState]:
         params, held, key = given

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.loss import call_loss
 from jaxsgd.numerics import differentiable, is_key, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, check_params
 from jaxsgd.state import plain
@@ -55,6 +56,8 @@ def accumulate_gradients(
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, the loss being a mean over a microbatch.
+        With a model state: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``. Each microbatch
+        gets the state of the one before.
       steps: the number of microbatches. It must divide the first axis of the batch's arrays; scalars go to every
         microbatch. Microbatch i has the examples i, i + steps, ..., so that splitting a sharded batch moves nothing
         between devices.
@@ -66,7 +69,8 @@ def accumulate_gradients(
         it they are each device's own. Not needed under `jax.jit`. Default: None.
 
     Returns:
-      A function ``(params, batch, key=None) -> ((loss, aux), grads)``. Gradients have the shapes of ``params``, in
+      A function ``(params, batch, key=None, model_state=None) -> ((loss, aux), grads)``; with a model state
+      ``((loss, (model_state, aux)), grads)``. Gradients have the shapes of ``params``, in
       float32 for narrower ones; those of integers are float0 zeros. As in `jax.grad`, gradients of complex parameters
       are not conjugated. In aux, floating scalars are weighted means, integer scalars sums; all other leaves are
       stacked along a new first axis of length ``steps``. ``key`` is split between the microbatches.
@@ -78,18 +82,17 @@ def accumulate_gradients(
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one microbatch is needed")
 
-    def run(params: Any, batch: Any, key: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
+    def run(params: Any, batch: Any, key: Any = None, model_state: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
         leaves, whole = differentiable(params)
 
-        def stateless(leaves: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-            out = loss_fn(whole(leaves), batch, key)
-            loss, aux = out if isinstance(out, tuple) else (out, None)
-            return loss, (carried, aux)
+        def carrying(leaves: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+            return call_loss(loss_fn, None, whole(leaves), carried, batch, key)
 
-        gradients = carrying_gradients(stateless, steps, weight=weight, axis_name=axis_name)
-        (loss, (_, aux)), grads = gradients(leaves, None, batch, key)
+        gradients = carrying_gradients(carrying, steps, weight=weight, axis_name=axis_name)
+        (loss, (carried, aux)), grads = gradients(leaves, model_state, batch, key)
         if steps == 1:  # stacked too, so that aux has the same form for one microbatch
             aux = jax.tree.map(lambda x: x[None] if jnp.ndim(x) > 0 else x, aux)
+        aux = aux if model_state is None else (carried, aux)
         return (wide(loss), aux), whole(map(wide, grads), lambda p: np.zeros(jnp.shape(p), jax.dtypes.float0))
 
     return run
