@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.annotations import annotated_specs
 from jaxsgd.batches import check_divides
+from jaxsgd.meshes import in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.numerics import is_key, strong
 from jaxsgd.paths import (
     Text,
@@ -41,15 +44,15 @@ Specs = Any
 
 
 def check_axes(argument: str, axes: Axes, mesh: Mesh) -> tuple[str, ...]:
-    """``axes`` as a tuple, after a check that the mesh has them and that its axes are Auto.
+    """``axes`` as a tuple, after a check that the mesh has them and that no axis is Manual.
 
     Raises:
-      ValueError: one is missing, or the mesh has Explicit or Manual axes.
+      ValueError: one is missing, or the mesh has Manual axes.
     """
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if AxisType.Manual in mesh.axis_types:
         raise ValueError(
-            f"mesh: its axes are {', '.join(str(kind) for kind in mesh.axis_types)}, Auto is needed: "
-            "jax.sharding.Mesh(devices, names), or jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
+            f"mesh: its axes are {', '.join(str(kind) for kind in mesh.axis_types)}; Auto or Explicit ones are needed. "
+            "Inside jax.shard_map use make_step(..., axis_name=...)"
         )
     names = (axes,) if isinstance(axes, str) else tuple(axes)
     for name in names:
@@ -79,22 +82,22 @@ def _spec(entries: Sequence[Any]) -> PartitionSpec:
     return PartitionSpec(*kept)
 
 
-def _check_spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> None:
+def _check_spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh, source: str) -> None:
     if not isinstance(spec, PartitionSpec):
-        raise TypeError(f"specs: {name!r} has {spec!r}; a jax.sharding.PartitionSpec or None is needed")
+        raise TypeError(f"{source}: {name!r} has {spec!r}; a jax.sharding.PartitionSpec or None is needed")
     if len(spec) > len(shape):
-        raise ValueError(f"specs: {name!r} has the shape {shape}, {spec} has {len(spec)} entries")
+        raise ValueError(f"{source}: {name!r} has the shape {shape}, {spec} has {len(spec)} entries")
     for i, entry in enumerate(spec):
-        axes = check_axes(f"specs: {name!r}", _entry(entry), mesh)
+        axes = check_axes(f"{source}: {name!r}", _entry(entry), mesh)
         if shape[i] % _size(axes, mesh):
             raise ValueError(
-                f"specs: {name!r} has the shape {shape}; its dimension {i} does not divide by the "
+                f"{source}: {name!r} has the shape {shape}; its dimension {i} does not divide by the "
                 f"{_size(axes, mesh)} devices along {entry!r}"
             )
 
 
 def param_sharding(params: Any, mesh: Mesh, specs: Specs = None) -> Any:
-    """A `NamedSharding` for each parameter: by ``specs``, else its present one on ``mesh``, else replicated.
+    """A `NamedSharding` for each parameter: by ``specs``, else its present one, else the model's own, else replicated.
 
     Raises:
       ValueError: a spec names an axis that the mesh lacks, has too many entries, or does not divide its dimension;
@@ -102,16 +105,18 @@ def param_sharding(params: Any, mesh: Mesh, specs: Specs = None) -> Any:
       TypeError: an entry of ``specs`` is no `PartitionSpec`.
     """
     leaves, treedef = jax.tree.flatten(params)
-    names = leaf_names(params)
+    names, source = leaf_names(params), "specs"
     if specs is None:
-        chosen = [_present_spec(leaf, mesh) for leaf in leaves]
+        present = [_present_spec(leaf, mesh) for leaf in leaves]
+        stated, source = annotated_specs(params), "the model's annotation (specs= replaces it)"
+        chosen = [own if here is None else here for here, own in zip(present, stated, strict=True)]
     elif is_function(specs):
         chosen = [specs(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     else:
         chosen = _spread(specs, params)
     chosen = [PartitionSpec() if spec is None else spec for spec in chosen]
     for name, leaf, spec in zip(names, leaves, chosen, strict=True):
-        _check_spec(name, jnp.shape(leaf), spec, mesh)
+        _check_spec(name, jnp.shape(leaf), spec, mesh, source)
     return treedef.unflatten(NamedSharding(mesh, spec) for spec in chosen)
 
 
@@ -132,7 +137,7 @@ def _spread(specs: Any, params: Any) -> list[Any]:
 
 def _present_spec(leaf: Any, mesh: Mesh) -> PartitionSpec | None:
     sharding = getattr(leaf, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) and sharding.mesh == mesh else None
+    return sharding.spec if isinstance(sharding, NamedSharding) and same_mesh(sharding.mesh, mesh) else None
 
 
 def _follow(shape: tuple[int, ...], param: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -210,9 +215,10 @@ def state_sharding(
     Args:
       tx: any optax gradient transformation.
       params: a tree of arrays, numbers or shapes.
-      mesh: a mesh with Auto axes.
+      mesh: a mesh, with Auto or Explicit axes.
       specs: the sharding of the parameters: a tree of `jax.sharding.PartitionSpec` or a prefix of one, or a function
-        ``(name, leaf) -> PartitionSpec``. Default: the present sharding, else replicated.
+        ``(name, leaf) -> PartitionSpec``. Default: the present sharding, else what the model states
+        (`nnx.with_partitioning`, linen's boxes), else replicated. Given, they replace both.
       zero1: the mesh axis, or axes, over which the batch is split and parameters are copied. Default: no ZeRO-1.
 
     Raises:
@@ -262,7 +268,21 @@ def init_sharded(
     where = state_sharding(tx, params, mesh, specs=specs, zero1=zero1)
     params = jax.tree.map(strong, params)
     params = put(params, param_sharding(params, mesh, specs))
-    return jax.jit(tx.init, out_shardings=where)(params)
+    return compiled_init(tx.init, mesh, where)(params)
+
+
+def compiled_init(fn: Any, mesh: Mesh, where: Any) -> Any:
+    """``fn`` compiled to make arrays in their places on ``mesh``; a mesh of Explicit axes is Auto inside."""
+    specs = jax.tree.map(lambda sharding: sharding.spec, where)
+    program = jax.jit(on_auto_axes(fn, mesh, specs), out_shardings=where)
+
+    def call(*args: Any) -> Any:
+        if not is_explicit(mesh):
+            return program(*args)
+        with in_mesh(mesh, abstract=any(isinstance(x, Tracer) for x in jax.tree.leaves(args))):
+            return program(*args)
+
+    return call
 
 
 def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
@@ -351,7 +371,7 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
       batch: a tree of arrays: the examples of this process, or the whole batch if there is one process.
         Scalars are replicated; arrays that are on the mesh already stay as they are. Shapes
         (`jax.ShapeDtypeStruct`, of the whole batch) get the sharding that the arrays would have.
-      mesh: a mesh with Auto axes.
+      mesh: a mesh, with Auto or Explicit axes.
       batch_axes: the mesh axes that the examples are split over. Default: ``"data"``.
       multiple: the number of examples on one device must be a multiple of it. Default: 1.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
 from jaxsgd.paths import check_optimizer, leaf_names, owners
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
@@ -90,7 +92,8 @@ def make_step(
         `jaxsgd.look_ahead`. Default: at the parameters.
       donate: reuse the state's memory for the next state. The old state cannot be used again then. Default: True.
       axis_name: the axis, or axes, of the `jax.pmap` or `jax.shard_map` that the step is called in.
-      mesh: the mesh, with Auto axes, whose devices share the work.
+      mesh: the mesh whose devices share the work. Its axes may be Explicit: inside the step they are Auto, and the
+        next state has the types of this one. ``aux`` is then whole on every device.
       batch_axes: the axes of ``mesh`` over which the examples are split. Default: ``"data"``.
       accumulate: the number of microbatches that the batch is split into, see `jaxsgd.accumulate_gradients`.
         Default: 1.
@@ -195,15 +198,28 @@ class Step:
                 )
             self._sizes.add(size)
         if self.mesh is not None and any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
-            return self.fn(state, batch)  # in the caller's own jit, where arrays have no place yet
+            return self._traced(self.mesh, state, batch)
         state, batch = self._settle(state, batch)  # first: it may replace self.jitted
-        return self.jitted(state, batch)
+        with self._entered():
+            return self.jitted(state, batch)
+
+    def _traced(self, mesh: Mesh, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The step in the caller's own jit, where arrays have no place yet."""
+        if not is_explicit(mesh):
+            return self.fn(state, batch)
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+        with in_mesh(mesh, abstract=True):
+            return on_auto_axes(self.fn, mesh, (specs, PartitionSpec()))(state, batch)
+
+    def _entered(self) -> AbstractContextManager[Any]:
+        return in_mesh(self.mesh if is_explicit(self.mesh) else None)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """The step lowered for this state and batch: a `jax.stages.Lowered` to compile or to print."""
         _check_kind(state)
         state, batch = self._settle(state, batch)
-        return self.jitted.lower(state, batch)
+        with self._entered():
+            return self.jitted.lower(state, batch)
 
     def _settle(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """The state and the batch on the mesh. The step is compiled for the state's sharding."""
@@ -213,10 +229,15 @@ class Step:
         if home != self._home:
             state, home = self._brought_home(self.mesh, state, home)
         if home != self._home:
-            self._home, self._moments = home, moment_sharding(state.opt_state, state.params)
+            self._home = home
+            self._moments = [*map(auto_sharding, moment_sharding(state.opt_state, state.params))]
             where = jax.tree.unflatten(jax.tree.structure(state), home)
+            specs = jax.tree.map(lambda sharding: sharding.spec, where)
             self.jitted = jax.jit(
-                self._counted, donate_argnums=self._donated, in_shardings=(where, None), out_shardings=(where, None)
+                on_auto_axes(self._counted, self.mesh, (specs, PartitionSpec())),
+                donate_argnums=self._donated,
+                in_shardings=(where, None),
+                out_shardings=(where, None),
             )
         return state, shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
 
@@ -229,7 +250,7 @@ class Step:
           ValueError: the state was not made on the mesh.
         """
         leaves, treedef = jax.tree.flatten(state)
-        on_mesh = [getattr(sharding, "mesh", None) == mesh for sharding in home]
+        on_mesh = [same_mesh(getattr(sharding, "mesh", None), mesh) for sharding in home]
         known: list[Any] = [None] * len(home)
         if self._home is not None and len(self._home) == len(home):
             ours = jax.tree.leaves(state.replace(params=jax.tree.map(lambda _: True, state.params)))  # type: ignore[attr-defined]
@@ -238,6 +259,8 @@ class Step:
                 known = self._home
         for i, sharding in enumerate(home):
             where = known[i]
+            if where is None and on_mesh[i] and sharding.mesh != mesh:  # its axes are of the other type
+                where = NamedSharding(mesh, sharding.spec)
             if where is None and not on_mesh[i]:
                 scalar = any(on_mesh) and (is_key(leaves[i]) or jnp.shape(leaves[i]) == ())
                 where = NamedSharding(mesh, PartitionSpec()) if scalar else None

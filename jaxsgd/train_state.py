@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -11,10 +12,11 @@ from flax import linen, nnx, struct
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.annotations import unplaced
 from jaxsgd.numerics import strong
 from jaxsgd.paths import check_optimizer, check_params, is_function
 from jaxsgd.rules.averaging import eval_params
-from jaxsgd.sharding import param_sharding, put, state_sharding
+from jaxsgd.sharding import compiled_init, param_sharding, put, state_sharding
 
 __all__ = ["TrainState", "refuse_deleted"]
 
@@ -62,8 +64,9 @@ class TrainState:
           key: a seed or a PRNG key. Default: 0.
           model_state: with a tree of parameters, the other variables of the model; then the loss takes and
             returns them (see `make_step`).
-          mesh: the mesh for the whole state. Each device makes its own part of the optimizer's state.
-          specs: the sharding of the parameters, see `jaxsgd.state_sharding`. Default: the present one, else replicated.
+          mesh: the mesh for the whole state, with Auto or Explicit axes. Each device makes its own part of it.
+          specs: the sharding of the parameters, see `jaxsgd.state_sharding`. Default: the present one, else what the
+            model states (`nnx.with_partitioning`, linen's boxes), else replicated. Given, they replace both.
           zero1: the mesh axes to split the optimizer's state over, see `jaxsgd.state_sharding`.
 
         Raises:
@@ -78,10 +81,11 @@ class TrainState:
             if specs is not None or zero1 is not None:
                 raise ValueError("mesh=None: specs and zero1 need a mesh")
             return build(key, arrays)
-        where = cls._where(jax.eval_shape(build, key, arrays), arrays, tx, mesh, specs, zero1)
+        where = cls._where(cls._abstract(build, key, arrays, mesh), arrays, tx, mesh, specs, zero1)
         if arrays is not None:
             arrays = put(arrays, (where.params, where.model_state))
-        return jax.jit(build, out_shardings=where)(put(key, where.key), arrays)
+        with unplaced():
+            return compiled_init(build, mesh, where)(put(key, where.key), arrays)
 
     @classmethod
     def shapes(
@@ -101,7 +105,7 @@ class TrainState:
         need not exist. Arguments and errors are those of `create`; parameters may be shapes themselves.
         """
         build, key, arrays = cls._recipe(model, tx, key, model_state)
-        shapes = jax.eval_shape(build, key, arrays)
+        shapes = cls._abstract(build, key, arrays, mesh)
         if mesh is None:
             return shapes
         where = cls._where(shapes, arrays, tx, mesh, specs, zero1)
@@ -136,12 +140,19 @@ class TrainState:
         return build, key, None if by_function else jax.tree.map(strong, (params, carried))
 
     @staticmethod
+    def _abstract(build: Any, key: jax.Array, arrays: Any, mesh: Mesh | None) -> TrainState:
+        """The shapes of a state."""
+        with unplaced() if mesh is not None else nullcontext():
+            return jax.eval_shape(build, key, arrays)
+
+    @staticmethod
     def _where(shapes: TrainState, arrays: Any, tx: Any, mesh: Mesh, specs: Any, zero1: Any) -> TrainState:
         """The sharding of each array of a state."""
-        like = shapes.params if arrays is None else arrays[0]
+        like, carried = (shapes.params, shapes.model_state) if arrays is None else arrays
         everywhere = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda _: everywhere, shapes).replace(
             params=param_sharding(like, mesh, specs),
+            model_state=param_sharding(carried, mesh),
             opt_state=state_sharding(tx, like, mesh, specs=specs, zero1=zero1),
         )
 

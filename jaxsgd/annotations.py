@@ -1,0 +1,51 @@
+"""Shardings that a Flax model states of its own parameters.
+
+They come from `nnx.with_partitioning`, or from linen's `with_partitioning` and `with_logical_partitioning`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from flax.core.meta import AxisMetadata, Partitioned
+from flax.linen.spmd import logical_to_mesh
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = ["annotated_specs", "unplaced"]
+
+
+def annotated_specs(tree: Any) -> list[PartitionSpec | None]:
+    """The spec that the model states for each leaf of ``tree``, in flattening order; None where it states none.
+
+    Logical names are translated by the rules of the annotation, and by those of the context
+    (`flax.linen.logical_axis_rules`, `nnx.logical_axis_rules`).
+    """
+    out: list[PartitionSpec | None] = []
+    for node in jax.tree.leaves(tree, is_leaf=_is_box):
+        spec = _stated(node) if _is_box(node) else None
+        out += [spec] * len(jax.tree.leaves(node))
+    return out
+
+
+def unplaced() -> AbstractContextManager[Any]:
+    """In it NNX makes variables with annotations without placing them: their maker does it once it knows where."""
+    return nnx.use_eager_sharding(False)
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nnx.Variable | AxisMetadata)
+
+
+def _stated(box: Any) -> PartitionSpec | None:
+    if isinstance(box, nnx.Variable):
+        said = box.get_metadata().get("out_sharding")
+        if isinstance(said, NamedSharding):
+            return said.spec
+        found = jax.tree.leaves(nnx.get_partition_spec(box), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        return found[0] if said and found else None
+    if isinstance(box, linen.LogicallyPartitioned):
+        return logical_to_mesh(PartitionSpec(*box.names), rules=box.rules)
+    return box.get_partition_spec() if isinstance(box, Partitioned) else None
