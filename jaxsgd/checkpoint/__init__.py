@@ -7,6 +7,7 @@ as saved, which may be deleted, dtypes, SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -16,21 +17,28 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 from jax.experimental import multihost_utils
 
+from jaxsgd.checkpoint.averages import averaged as average_of
+from jaxsgd.checkpoint.averages import find_averages
+from jaxsgd.checkpoint.description import Description, LeafInfo, described
 from jaxsgd.checkpoint.leaves import compare, pack, put, targets, unpack
 from jaxsgd.checkpoint.lock import DirectoryInUse, Lock
-from jaxsgd.checkpoint.manifest import ASIDE, clear_partial, damage, find, inspect, remove, seal
+from jaxsgd.checkpoint.manifest import ASIDE, Found, clear_partial, damage, find, inspect, remove, seal
+from jaxsgd.checkpoint.partial import Filling, fill, nested, open_tree
 from jaxsgd.checkpoint.peers import Peers
+from jaxsgd.checkpoint.retention import Retention
 from jaxsgd.paths import named_leaves
 
-__all__ = ["Checkpoints", "DirectoryInUse", "Restored"]
+__all__ = ["Checkpoints", "Description", "DirectoryInUse", "LeafInfo", "Restored"]
 
 TOGETHER = 30.0
 """Seconds that the processes of a run have to agree on where to stop after a save failed on one."""
@@ -72,25 +80,45 @@ class Checkpoints:
     and `latest` work beside a run that saves.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, every: int = 1000) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        every: int = 1000,
+        keep_best: int = 0,
+        best_mode: Literal["min", "max"] = "min",
+        keep_every: int | None = None,
+    ) -> None:
         """
         Args:
           directory: made if missing.
-          keep: how many checkpoints remain; an older one is deleted after the newer one is saved, never before.
-          every: steps from one checkpoint to the next (see `after`).
+          keep: how many of the newest checkpoints remain; an older one is deleted after the newer one is saved, never
+            before. Default: 3.
+          every: steps from one checkpoint to the next (see `after`). Default: 1000.
+          keep_best: how many remain besides because of their ``metric`` (see `save`). One that was saved without a
+            metric, or with one that is not finite, is never among them. Default: 0.
+          best_mode: ``"min"`` or ``"max"``: which metric is the best. Default: ``"min"``.
+          keep_every: checkpoints whose step this divides remain for ever. Default: None, no such.
 
         Raises:
-          ValueError: ``keep`` or ``every`` below 1, or ``directory`` is no path of a mounted file system.
+          ValueError: ``keep``, ``every`` or ``keep_every`` below 1, ``keep_best`` below 0, another ``best_mode``, or
+            ``directory`` is no path of a mounted file system.
           NotADirectoryError: ``directory`` is a file.
           OSError: it cannot be made.
         """
-        for name, value in {"keep": keep, "every": every}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: it must be 1 or more")
+        counts = {"keep": (keep, 1), "every": (every, 1), "keep_best": (keep_best, 0)}
+        counts |= {} if keep_every is None else {"keep_every": (keep_every, 1)}
+        for name, (value, least) in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}={value!r}: it must be {least} or more. Use a whole number")
+        if best_mode not in ("min", "max"):
+            raise ValueError(f'best_mode={best_mode!r}: use "min" for a loss, "max" for an accuracy')
         if "://" in os.fspath(directory):
             raise ValueError(f"directory={os.fspath(directory)!r}: give the path where that storage is mounted")
         self.directory = pathlib.Path(directory).absolute()
         self.keep, self.every = keep, every
+        self._retention = Retention(keep, keep_best, best_mode, keep_every or 0)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -100,7 +128,7 @@ class Checkpoints:
         self._writer: ocp.AsyncCheckpointer | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._saving = -1
+        self._saving, self._metric = -1, None
         self._bad: set[tuple[pathlib.Path, float]] = set()
         self._peers: Peers | None = None
         self._lock: Lock | None = None
@@ -177,13 +205,40 @@ class Checkpoints:
         """The step of the newest complete checkpoint, None where there is none."""
         return (self.saved or [None])[-1]
 
-    def after(self, step: int, state: Any, *, data: Any = None) -> None:
+    @property
+    def best(self) -> int | None:
+        """The step of the complete checkpoint with the best metric, None where none has one."""
+        ranked = self._retention.ranked(find(self.directory), self._bad)
+        return ranked[0].step if ranked else None
+
+    def describe(self, step: int | None = None) -> Description:
+        """What a checkpoint holds: leaves with shapes, dtypes and bytes, slots of the optimizer, metric, position.
+
+        No array is read, no lock is needed. ``print(checkpoints.describe())`` shows it as a table.
+
+        Args:
+          step: of which checkpoint. Default: the newest good one.
+
+        Returns:
+          A `Description`.
+
+        Raises:
+          FileNotFoundError, ValueError: as `restore`, if there is no such checkpoint or no good one.
+        """
+        path, about = self._reading(step, lambda path, about: (path, about))
+        found = find(self.directory)
+        metrics = {each.step: each.metric for each in found if each.files is not None and each.metric is not None}
+        (here,) = [each for each in found if each.path == path] or [inspect(path)]
+        files = sum(size for size, _ in (here.files or {}).values())
+        return described(about, self.saved, metrics, here.metric, files)
+
+    def after(self, step: int, state: Any, *, data: Any = None, metric: Any = None) -> None:
         """To be called after each step: saves every ``every`` steps; after a SIGTERM saves at once and leaves.
 
         Args:
           step: completed steps, counted on the host, so that nothing waits for the device. Several processes stop
             together only if each calls this after every step.
-          state, data: see `save`.
+          state, data, metric: see `save`. They are read only when it saves.
 
         Raises:
           SystemExit: 143, when the process is asked to terminate and the state is saved.
@@ -198,14 +253,16 @@ class Checkpoints:
             except OSError as error:
                 warnings.warn(str(error), RuntimeWarning, stacklevel=2)
             if self._saving != step or step not in self.saved:
-                self.save(state, data=data, step=step, wait=True)
+                self.save(state, data=data, step=step, metric=metric, wait=True)
             raise SystemExit(143)
         if step % self.every == 0:
-            self.save(state, data=data, step=step)
+            self.save(state, data=data, step=step, metric=metric)
         elif jax.process_count() == 1 and self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def save(self, state: Any, *, data: Any = None, step: int | None = None, wait: bool = False) -> None:
+    def save(
+        self, state: Any, *, data: Any = None, step: int | None = None, metric: Any = None, wait: bool = False
+    ) -> None:
         """Save in the background; the state may be donated to the next step at once.
 
         A checkpoint of the same step is replaced, and is there until the new one is complete.
@@ -214,11 +271,13 @@ class Checkpoints:
           state: any tree of arrays, typed PRNG keys included, usually a `jaxsgd.TrainState`.
           data: the position in the data: what JSON can hold, of several processes that of the first.
           step: completed steps, by default ``state.step``.
+          metric: a number by which ``keep_best`` and `best` judge, such as a validation loss. Default: None.
           wait: return when it is complete on the disk.
 
         Raises:
           RuntimeError: outside ``with``, or the state was donated to a step.
-          TypeError, ValueError: a leaf that is no array, two leaves of one name, no ``step``, ``data`` is not JSON.
+          TypeError, ValueError: a leaf that is no array, two leaves of one name, no ``step``, ``data`` is not JSON,
+            ``metric`` is no number.
           OSError: this save, or the one before, failed, on any process. What was saved before remains.
           DirectoryInUse: the lock of the directory was deleted or taken over.
         """
@@ -233,11 +292,15 @@ class Checkpoints:
             data = json.loads(json.dumps(data))  # a copy: an iterator may go on with its own
         except (TypeError, ValueError) as error:
             raise TypeError(f"data={data!r}: give the position as JSON holds it ({error})") from None
+        try:
+            metric = None if metric is None else float(metric)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metric={metric!r}: a number is needed ({error}). Use a scalar or None") from None
         self.wait()
-        self._saving = step
+        self._saving, self._metric = step, metric
         assert self._peers is not None
         table, arrays = pack(named_leaves(state, "state"))
-        about = {"step": step, "data": data, "leaves": table}
+        about = {"step": step, "data": data, "leaves": table, "averages": find_averages(state)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
         self._peers.begin()
         failure: Exception | None = None
@@ -329,26 +392,15 @@ class Checkpoints:
         leaves = named_leaves(like, "like")
         if migrate and not (hasattr(like, "opt_state") and hasattr(like, "params")):
             raise ValueError(f"migrate=True: like is a {type(like).__name__} without opt_state and params")
-        path = self.directory / _from_process_0(lambda: str(self._choose(step).relative_to(self.directory)))
-        with contextlib.ExitStack() as stack:
-            reader = self._writer or stack.enter_context(contextlib.closing(_checkpointer()))
-            about = reader.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-            table = about["leaves"]
-            moved = {name for name in {**table, **leaves} if migrate and name.startswith("opt_state/")}
-            differences = compare(table, leaves, without=moved)
-            if differences:
-                hint = "after an edit of the optimizer: restore(..., migrate=True)"
-                hint = "only opt_state may differ with migrate=True" if migrate else hint
-                raise ValueError("\n".join([f"{path}: the checkpoint of another model", *differences, hint]))
-            likes = {name: leaf for name, leaf in leaves.items() if name not in moved}
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(targets(table, likes)))
-            read = unpack(table, reader.restore(path, args=items)["state"], likes)
+        table, about, read = self._reading(step, functools.partial(self._read_all, leaves, migrate))
+        moved = {name for name in {**table, **leaves} if migrate and name.startswith("opt_state/")}
         report = None
         if migrate:
             from jaxsgd.migration import adopt
 
             old = {name.removeprefix("opt_state/"): read.pop(name) for name in table if name in moved}
-            adopted, report = adopt(old, like.opt_state, like.params, tx=tx, old_tx=old_tx)
+            fresh = _fresh(like, {name: read.get(name) for name in leaves}, tx)
+            adopted, report = adopt(old, fresh, like.params, tx=tx, old_tx=old_tx)
             names = {"opt_state/" + name: leaf for name, leaf in named_leaves(adopted, "opt_state").items()}
             read |= {name: put(leaf, leaves[name]) for name, leaf in names.items()}
         state = jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in leaves])
@@ -358,9 +410,121 @@ class Checkpoints:
             _told_to_stop_at(about["step"])
         return Restored(state, about["data"], about["step"], report)
 
+    def restore_params(
+        self,
+        like: Any = None,
+        *,
+        part: str = "params",
+        step: int | None = None,
+        dtype: Any = None,
+        averaged: bool = False,
+        partial: bool = False,
+        rename: Callable[[str], str] | None = None,
+    ) -> Restored:
+        """Read the weights alone, for inference, fine-tuning or another dtype. The optimizer need not be known.
+
+        Only the arrays that are asked for come into memory. No lock is needed.
+
+            params, *_ = checkpoints.restore_params()  # nested dicts of NumPy arrays
+            model, *_ = checkpoints.restore_params(MLP(nnx.Rngs(0)), averaged=True)
+            params, _, _, report = checkpoints.restore_params(new_head_params, partial=True)
+
+        Args:
+          like: a tree of arrays or of shapes: each array goes where its namesake is, in its dtype. Or an
+            `nnx.Module`: its variables other than `nnx.Param` are read too, and a module is returned. Default: None,
+            nested dicts of NumPy arrays as they were saved.
+          part: which part of the state ``like`` is: ``"params"``, ``"model_state"``, or the key of a dict that was
+            saved. Default: ``"params"``.
+          step: this checkpoint and no other, as in `restore`.
+          dtype: of floating leaves, in place of their own. Default: None.
+          averaged: the averages of `jaxsgd.eval_params` in place of the parameters, where there are any.
+          partial: keep what fits by name and shape, and leave the other leaves as they are in ``like``: for a new head
+            or an added adapter. The report says which. Default: False, a leaf without counterpart is an error.
+          rename: name in ``like`` -> name in the checkpoint, both with the part in front:
+            ``lambda name: name.replace("params/base/", "params/")``. Default: the same names.
+
+        Returns:
+          `Restored`, with the weights as ``state``. The report has in ``kept`` what was read, in ``reset`` what is new,
+          in ``dropped`` what the checkpoint has besides.
+
+        Raises:
+          FileNotFoundError: as `restore`.
+          TypeError: ``dtype`` is not floating.
+          ValueError: as `restore`; a leaf does not fit; a value does not fit into its dtype; no averages were saved.
+        """
+        if like is None and (partial or rename is not None):
+            name = "partial=True" if partial else f"rename={rename!r}"
+            raise ValueError(f"{name}: it needs like. Use the tree or the model to fill as like")
+        if isinstance(like, nnx.Module) and part != "params":
+            raise ValueError(f"part={part!r}: an nnx.Module takes its own parts. Leave part out")
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"dtype={dtype!r}: a floating dtype is needed. Use jnp.bfloat16, for example")
+        if self._writer is not None:
+            self.wait()
+
+        def read(path: pathlib.Path, about: dict[str, Any]) -> Restored:
+            table = about["leaves"]
+            if like is None:
+                shapes = {
+                    name: _shape(row) for name, row in table.items() if name == part or name.startswith(f"{part}/")
+                }
+                if not shapes:
+                    parts = sorted({name.partition("/")[0] for name in table})
+                    raise ValueError(f"part={part!r}: {path} has no such part. Use one of {parts}")
+                leaves, back = shapes, functools.partial(nested, part=part)
+            else:
+                leaves, back = open_tree(like, part)
+            filling = Filling(table, leaves, rename)
+            filling.check(leaves, partial, str(path), nearest_in=table)
+            averages = about.get("averages", {}) if averaged else {}
+            if averaged and not averages:
+                raise ValueError(f"averaged=True: {path} has no averaged weights. Use averaged=False")
+            likes = {} if like is None else {source: leaves[name] for name, source in filling.sources.items()}
+            values = _read_some(path, table, [*filling.sources.values()], likes, averages)
+            new, report = fill(filling, leaves, {n: values[source] for n, source in filling.sources.items()}, dtype)
+            tree = back(new)
+            return Restored(tree, about["data"], about["step"], report)
+
+        return self._reading(step, read)
+
+    def _reading(self, step: int | None, read: Callable[[pathlib.Path, dict[str, Any]], Any]) -> Any:
+        """``read`` of the checkpoint to take. A run that saves beside may delete it meanwhile: then of a newer one."""
+        while True:
+            path = self.directory / _from_process_0(lambda: str(self._choose(step).relative_to(self.directory)))
+            try:
+                with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
+                    about = reader.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+                return read(path, about)
+            except Exception:
+                if inspect(path).files is not None or jax.process_count() > 1:
+                    raise
+
+    def _read_all(
+        self, leaves: dict[str, Any], migrate: bool, path: pathlib.Path, about: dict[str, Any]
+    ) -> tuple[dict, dict, dict]:
+        """``table, about, leaves by name`` of a checkpoint for a state with ``leaves``."""
+        table = about["leaves"]
+        moved = {name for name in {**table, **leaves} if migrate and name.startswith("opt_state/")}
+        differences = compare(table, leaves, without=moved)
+        if differences:
+            hint = "after an edit of the optimizer: restore(..., migrate=True)"
+            hint = "only opt_state may differ with migrate=True" if migrate else hint
+            raise ValueError("\n".join([f"{path}: the checkpoint of another model", *differences, hint]))
+        likes = {name: leaf for name, leaf in leaves.items() if name not in moved}
+        return table, about, _read_some(path, table, [*table], likes)
+
     def _choose(self, step: int | None) -> pathlib.Path:
         """The newest good checkpoint, of ``step`` if given."""
         found = find(self.directory)
+        try:
+            return self._choose_of(found, step)
+        except (FileNotFoundError, ValueError):
+            again = find(self.directory)
+            if [each.path for each in again] == [each.path for each in found]:
+                raise
+            return self._choose_of(again, step)  # a run that saves beside went on meanwhile
+
+    def _choose_of(self, found: list[Found], step: int | None) -> pathlib.Path:
         if not found or step not in (None, *(each.step for each in found)):
             there = f"there are {self.saved}" if found else "nothing was saved yet (Checkpoints.latest is None)"
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -372,7 +536,7 @@ class Checkpoints:
             fault = each.fault or damage(each)
             if fault is None:
                 for told in faults:
-                    warnings.warn(f"{told}; passed over for that of step {each.step}", RuntimeWarning, stacklevel=5)
+                    warnings.warn(f"{told}; passed over for that of step {each.step}", RuntimeWarning, stacklevel=7)
                 return each.path
             self._bad.add((each.path, each.serial))
             faults.append(f"{each.path}: {fault}")
@@ -391,15 +555,9 @@ class Checkpoints:
             self._writer.wait_until_finished()  # type: ignore[union-attr]
             if jax.process_index() == 0:
                 serials = [each.serial for each in find(self.directory) if each.files is not None]
-                seal(self.directory / str(step), step, int(max(serials, default=0)) + 1)
-                kept: set[int] = set()
-                for each in find(self.directory):
-                    if each.files is None:
-                        continue
-                    if len(kept) == self.keep or each.step in kept:
-                        remove(self.directory, each)
-                    elif (each.path, each.serial) not in self._bad:
-                        kept.add(each.step)
+                seal(self.directory / str(step), step, int(max(serials, default=0)) + 1, self._metric)
+                for each in self._retention.doomed(find(self.directory), self._bad):
+                    remove(self.directory, each)
             peers.gather("sealed", "", alert=True)
         except BaseException as error:
             self._error = error
@@ -466,6 +624,62 @@ def _on_sigterm(checkpoints: weakref.ref[Checkpoints], before: Any) -> Callable[
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _read_some(
+    path: pathlib.Path,
+    table: dict[str, dict],
+    names: Sequence[str],
+    likes: dict[str, Any],
+    averages: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """The leaves ``names`` of a checkpoint, each as and where its namesake in ``likes`` is; nothing else is read.
+
+    Of a leaf in ``averages``, the average in its place.
+    """
+    likes = dict(likes)
+    twins = {name: averages[name] for name in names if averages and name in averages}
+    for name, (first, *_) in twins.items():
+        if name in likes:
+            likes[first] = likes[name]
+    wanted = {name: table[name] for name in table if name in {*names, *(x for twin in twins.values() for x in twin)}}
+    item = targets(wanted, likes)
+    arrays: dict[str, Any] = {}
+    if item:
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+        with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
+            arrays = reader.restore(path, args=ocp.args.Composite(state=args))["state"]
+    out = unpack(wanted, arrays, likes)
+    return out | {name: average_of(out[name], *(out[x] for x in twin)) for name, twin in twins.items()}
+
+
+def _shape(row: dict[str, Any]) -> Any:
+    dtype = jax.random.key(0, impl=row["impl"]).dtype if row["impl"] is not None else jnp.dtype(row["dtype"])
+    return jax.ShapeDtypeStruct(tuple(row["shape"]), dtype)
+
+
+def _fresh(like: Any, read: dict[str, Any], tx: Any) -> Any:
+    """The optimizer state to migrate into: that of ``like``, or made by ``tx`` where ``like`` has only shapes.
+
+    Raises:
+      ValueError: there are only shapes, and no ``tx``, or one of another structure.
+    """
+    shapes = jax.tree.leaves(like.opt_state)
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in shapes):
+        return like.opt_state
+    if tx is None:
+        raise ValueError(
+            "migrate=True: like has only shapes in opt_state, and what the checkpoint lacks needs values. "
+            "Use tx=, the new optimizer, or a state as like"
+        )
+    names = [name for name in named_leaves(like, "like") if name == "params" or name.startswith("params/")]
+    params = jax.tree.unflatten(jax.tree.structure(like.params), [read[name] for name in names])
+    expected = jax.eval_shape(tx.init, params)
+    if jax.tree.structure(expected) != jax.tree.structure(like.opt_state):
+        raise ValueError("tx: it has another state than like.opt_state. Use the optimizer that like was made for")
+    where = jax.tree.map(lambda leaf: leaf.sharding, like.opt_state)
+    return jax.jit(tx.init, out_shardings=where)(params)
 
 
 def _told_to_stop_at(step: int) -> bool:

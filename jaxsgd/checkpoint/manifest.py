@@ -31,6 +31,7 @@ class Found(NamedTuple):
       serial: counts the saves into the directory, so that the last written is known; infinite where nothing tells it.
       files: of a complete checkpoint ``{name: [bytes, sha256]}``, else None.
       fault: why it is not complete, else None.
+      metric: the number it was saved with, or None.
     """
 
     path: pathlib.Path
@@ -38,6 +39,7 @@ class Found(NamedTuple):
     serial: float = math.inf
     files: dict[str, list] | None = None
     fault: str | None = None
+    metric: float | None = None
 
 
 def find(directory: pathlib.Path) -> list[Found]:
@@ -61,7 +63,7 @@ def inspect(path: pathlib.Path) -> Found:
     about = json.loads(text[65:])
     if about["step"] != step:
         return Found(path, step, fault=f"{MANIFEST} is that of step {about['step']}")
-    return Found(path, step, about["serial"], about["files"])
+    return Found(path, step, about["serial"], about["files"], metric=about.get("metric"))
 
 
 def damage(found: Found) -> str | None:
@@ -83,7 +85,7 @@ def damage(found: Found) -> str | None:
         return next(filter(None, pool.map(look, (found.files or {}).items())), None)
 
 
-def seal(path: pathlib.Path, step: int, serial: int) -> None:
+def seal(path: pathlib.Path, step: int, serial: int, metric: float | None = None) -> None:
     """Bring every file to the disk, then write the manifest: from here on the checkpoint is complete."""
 
     def settle(file: pathlib.Path) -> tuple[str, list]:
@@ -94,7 +96,7 @@ def seal(path: pathlib.Path, step: int, serial: int) -> None:
         files = dict(pool.map(settle, sorted(file for file in path.rglob("*") if file.is_file())))
     for folder in [*(each for each in path.rglob("*") if each.is_dir()), path, path.parent]:
         _sync(folder)
-    body = json.dumps({"step": step, "serial": serial, "files": files}, indent=1).encode()
+    body = json.dumps({"step": step, "serial": serial, "metric": metric, "files": files}, indent=1).encode()
     draft = path / f"{MANIFEST}.draft"
     draft.write_bytes(_sha256(body).encode() + b"\n" + body)
     _sync(draft)
