@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jaxsgd.plan.hlo import COLLECTIVES, FREE, Program, carries, shapes
+from jaxsgd.plan.hlo import COLLECTIVES, FREE, VIEWS, Instruction, Program, carries, shapes
 
 __all__ = ["Buffer", "Collective", "Memory", "Reading", "read", "read_text"]
+
+LIBRARY = '"__ynn_fusion"'
+"""The mark of a fusion that XLA for the CPU gives to the YNNPACK library."""
 
 
 class Buffer(NamedTuple):
@@ -73,8 +76,8 @@ class Reading:
         ``"scalar"``, and a loop as one.
       collectives: transfers between devices by kind.
       buffers: the largest arrays that are made, largest first.
-      scratch: bytes that a convolution copies on a CPU, which its compiler does not count: the padded input and the
-        kernel of the largest.
+      scratch: bytes that one kernel allocates by itself on a CPU, which its compiler does not count: those of the
+        largest, see `scratch`.
     """
 
     memory: Memory | None
@@ -146,18 +149,43 @@ def buffers(program: Program, most: int = 8) -> list[Buffer]:
 
 
 def scratch(program: Program) -> int:
-    """Bytes of the padded input and the kernel of the largest convolution."""
-    most = 0
+    """Bytes of the arrays that the largest kernel of a CPU allocates by itself, an estimate.
+
+    A convolution copies its padded input and its kernel. A fusion of the YNNPACK library allocates the operand of a
+    matrix product that it computes itself, such as a softmax before its product with the values.
+    """
+    found = [0]
     for computation in program.computations.values():
         for i in computation.values():
-            labels = re.search(r"dim_labels=(\w+)_", i.rest)
-            if i.opcode != "convolution" or labels is None or any(name not in computation for name in i.operands):
-                continue
-            left, right = (shapes(computation[name].shape)[0] for name in i.operands[:2])
-            said = re.search(r"\bpad=([\d_x\-]+)", i.rest)
-            pads = [sum(map(int, p.split("_"))) for p in said[1].split("x")] if said else []
-            dims = list(left.dims)
-            for axis, pad in enumerate(pads):
-                dims[labels[1].index(str(axis))] += pad
-            most = max(most, left._replace(dims=tuple(dims)).size + right.size)
-    return most
+            if i.opcode == "convolution":
+                found.append(_padded(computation, i))
+            elif i.opcode == "fusion" and LIBRARY in i.rest:
+                found.append(_operands_inside(program.computations.get(i.attribute("calls"), {})))
+    return max(found)
+
+
+def _padded(computation: Mapping[str, Instruction], i: Instruction) -> int:
+    """Bytes of the padded input and the kernel of a convolution."""
+    labels = re.search(r"dim_labels=(\w+)_", i.rest)
+    if labels is None or any(name not in computation for name in i.operands):
+        return 0
+    left, right = (shapes(computation[name].shape)[0] for name in i.operands[:2])
+    said = re.search(r"\bpad=([\d_x\-]+)", i.rest)
+    pads = [sum(map(int, p.split("_"))) for p in said[1].split("x")] if said else []
+    dims = list(left.dims)
+    for axis, pad in enumerate(pads):
+        dims[labels[1].index(str(axis))] += pad
+    return left._replace(dims=tuple(dims)).size + right.size
+
+
+def _operands_inside(computation: Mapping[str, Instruction]) -> int:
+    """Bytes of the operands of matrix products that a fusion computes, each operand once."""
+    made: dict[str, int] = {}
+    for product in (i for i in computation.values() if i.opcode == "dot"):
+        for name in product.operands:
+            i = computation.get(name)
+            while i is not None and i.opcode in VIEWS | {"broadcast"} and i.operands:
+                i = computation.get(i.operands[0])
+            if i is not None and i.opcode not in ("parameter", "constant"):
+                made[i.name] = sum(s.size for s in shapes(i.shape))
+    return sum(made.values())

@@ -14,7 +14,7 @@ __all__ = ["Bound", "Plan", "Suggestion", "human"]
 
 GRADIENTS = "gradients (estimate)"
 REST = "activations and other temporaries"
-SCRATCH = "convolutions' copies (estimate)"
+SCRATCH = "copies inside kernels (estimate)"
 
 
 def human(size: float) -> str:
@@ -101,7 +101,7 @@ class Plan:
       needs, available: bytes needed, and there; `headroom` is the difference.
       parts: ``needs`` split: ``"params"``, ``"gradients (estimate)"`` (an array like each parameter, where its moments
         lie), ``"state: mu"`` and so on for each slot, ``"state: other"``, ``"batch"``, on a
-        CPU what convolutions copy beyond their compiler's count, and the rest: activations and other temporaries,
+        CPU what one kernel copies beyond the compiler's count, and the rest: activations and other temporaries,
         padding, the program itself.
       argument, temporary, output, alias, code, peak: the compiler's own account, see `jaxsgd.plan.reading.Memory`; None
         where it gave up before.
