@@ -391,7 +391,7 @@ def test_errors_in_words():
         sharpness(loss, fine, [])
     with pytest.raises(ValueError, match="batch 1 of the list has the shapes"):
         sharpness(loss, fine, [np.ones(2), np.ones(3)])
-    with pytest.raises(TypeError, match="of an iterator give a list"):
+    with pytest.raises(TypeError, match="Use list"):
         sharpness(loss, fine, iter([np.ones(2)]))
     with pytest.raises(ValueError, match="the loss is nan"):
         sharpness(loss, fine, jnp.asarray(jnp.nan))

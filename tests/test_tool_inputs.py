@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
+from jax.flatten_util import ravel_pytree
 
 import jaxsgd
 from jaxsgd.probe.concrete import Merged
@@ -240,3 +243,356 @@ def test_tools_leave_skipped_steps_out(name):
     bad = lambda rate: SKIPPERS[name](jaxsgd.sgd(1e-4 * rate))  # noqa: E731
     race = jaxsgd.pick(squares, start, with_nans, candidates={"good": (make, 0.1), "bad": (bad, 0.1)}, steps=60)
     assert race.winner == "good" and race["good"].diverged == 0
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+ADAM = jaxsgd.adam(0.1)
+
+
+def started(key):
+    return {"w": 0.1 * jax.random.normal(key, (4,))}
+
+
+def sweep_step(loss_fn, data):
+    step = jaxsgd.make_step(loss_fn, ADAM)
+    rates = [0.01, 0.1]
+    return jaxsgd.sweep(
+        step, jaxsgd.TrainState.create(WEIGHTS, ADAM), data, steps=4, learning_rate=rates, strategy="map"
+    )
+
+
+MANY = {
+    "probe": lambda loss, data: jaxsgd.probe(loss, WEIGHTS, data, jaxsgd.adam, steps=40).losses,
+    "range_test": lambda loss, data: jaxsgd.range_test(loss, WEIGHTS, data, jaxsgd.adam, steps=10).losses,
+    "sweep": lambda loss, data: sweep_step(loss, data).losses,
+    "pick": lambda loss, data: jaxsgd.pick(loss, started, data, steps=8, seeds=2, strategy="map")["adamw"].scores,
+    "noise_scale": lambda loss, data: jaxsgd.noise_scale(loss, WEIGHTS, data, small=4).variance,
+}
+"""Tools that take batches."""
+ONE = {
+    "sharpness": lambda loss, batch: jaxsgd.sharpness(loss, WEIGHTS, batch).hessian.largest,
+    "accumulate_gradients": lambda loss, batch: jaxsgd.accumulate_gradients(loss, 2)(WEIGHTS, batch)[0][0],
+}
+"""Tools that take one batch."""
+TOOLS = MANY | ONE
+
+
+class Tensor:
+    """An array of another library, such as a torch tensor on the CPU."""
+
+    def __init__(self, array):
+        self._array = array
+
+    shape = property(lambda self: self._array.shape)
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array
+
+
+class Loader:
+    """A torch DataLoader: it has a length, can be walked again, and gives lists of tensors."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return (list(map(Tensor, regression(i).values())) for i in range(3))
+
+
+@dataclasses.dataclass
+class Plain:
+    x: object
+    y: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Registered:
+    x: object
+    y: object
+
+
+def of_pair(params, batch, key):
+    x, y = batch
+    return jnp.mean((x @ params["w"] - y) ** 2)
+
+
+def of_fields(params, batch, key):
+    return of_pair(params, (batch.x, batch.y), key)
+
+
+def by_index(params, batch, key):
+    return jnp.mean((jnp.sum(batch[0] * params["w"]) - jnp.sum(batch[1])) ** 2)
+
+
+PAIR = tuple(regression(0).values())
+SAME = {  # one batch in several forms: they read alike
+    "a tuple": (of_pair, PAIR),
+    "a list of its arrays": (of_pair, list(PAIR)),
+    "tensors": (of_pair, list(map(Tensor, PAIR))),
+    "a dataclass": (of_fields, Registered(*PAIR)),
+    "no key": (lambda params, batch: of_pair(params, batch, None), PAIR),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_one_batch_reads_alike_in_every_form(tool):
+    wanted = TOOLS[tool](squares, regression(0))
+    for name, (loss_fn, batch) in SAME.items():
+        if name != "no key" or tool not in ("accumulate_gradients", "sweep"):  # they take the loss of a train step
+            np.testing.assert_allclose(TOOLS[tool](loss_fn, batch), wanted, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("tool", [*MANY, "sharpness"])
+def test_several_batches_read_alike_in_every_form(tool):
+    batches = [regression(i) for i in range(3)]
+    wanted = TOOLS[tool](squares, batches)
+    forms = {
+        "lists": (of_pair, [list(batch.values()) for batch in batches]),
+        "dataclasses": (of_fields, [Registered(*batch.values()) for batch in batches]),
+        "loader": (of_pair, Loader()),
+    }
+    for name, (loss_fn, data) in forms.items():
+        data = list(data) if tool == "sharpness" else data
+        np.testing.assert_allclose(TOOLS[tool](loss_fn, data), wanted, rtol=1e-4, err_msg=name)
+
+
+BAD = {
+    "no pytree": (of_fields, Plain(*PAIR), TypeError, r"is a Plain, no pytree. Use jax.tree_util.register_dataclass"),
+    "no numbers": (squares, regression(0) | {"name": "a"}, TypeError, "'name' is a str; arrays and numbers are needed"),
+    "of several lengths": (squares, regression(0) | {"y": PAIR[1][:4]}, ValueError, "'x' has 16 examples, 'y' has 4"),
+    "empty": (squares, {"x": np.zeros((0, 4)), "y": np.zeros(0)}, ValueError, "'x' is empty"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("name", BAD)
+def test_a_batch_is_refused_by_one_sentence(name, tool):
+    loss_fn, batch, kind, words = BAD[name]
+    with pytest.raises(kind, match=words):
+        TOOLS[tool](loss_fn, batch)
+
+
+@pytest.mark.parametrize("tool", [*MANY, "sharpness"])
+def test_a_list_that_may_be_one_batch_or_several_is_refused(tool):
+    """The loss takes ``[x, y]`` as a batch, and ``x`` too."""
+    with pytest.raises(ValueError, match="as one batch and as 2 batches. Use a tuple for one batch, or a list of tup"):
+        TOOLS[tool](by_index, [np.ones((16, 4), np.float32)] * 2)
+
+
+@pytest.mark.parametrize("tool", ["probe", "range_test", "sweep"])
+def test_an_iterator_that_ends_is_told(tool):
+    with pytest.raises(ValueError, match="ended after 1 batches; more are needed. Use a list, or a longer iterator"):
+        TOOLS[tool](squares, iter([regression(0)]))
+
+
+@pytest.mark.parametrize("tool", ONE)
+def test_a_loader_in_place_of_a_batch_is_told(tool):
+    with pytest.raises(TypeError, match=r"Use .*next\(iter\(...\)\)"):
+        TOOLS[tool](of_pair, Loader())
+
+
+RETURNS = {
+    "too much": (lambda p, b, key: (squares(p, b, key), 1, 2), "returns a tuple of 3; loss or .loss, aux. is needed"),
+    "a dict": (lambda p, b, key: {"loss": squares(p, b, key)}, "returns a dict"),
+    "nothing": (lambda p, b, key: None, "returns a NoneType"),
+    "each example's": (lambda p, b, key: (b["x"] @ p["w"]) ** 2, "a scalar is needed"),
+    "an integer": (lambda p, b, key: jnp.ones((), jnp.int32), "the loss is int32; a real floating scalar is needed"),
+}
+
+
+@pytest.mark.parametrize("tool", ["noise_scale", "sharpness", "accumulate_gradients"])
+@pytest.mark.parametrize("name", RETURNS)
+def test_a_loss_that_returns_something_else_is_refused(name, tool):
+    loss_fn, words = RETURNS[name]
+    with pytest.raises(ValueError, match=words):
+        TOOLS[tool](loss_fn, regression(0))
+
+
+@pytest.mark.parametrize("tool", MANY)
+def test_a_loss_of_other_arguments_is_refused(tool):
+    if tool == "sweep":
+        pytest.skip("a step takes its loss before")
+    with pytest.raises(TypeError, match="it takes 4. Use a jaxsgd.TrainState with model_state="):
+        TOOLS[tool](lambda params, held, batch, key: 0.0, regression(0))
+
+
+@pytest.mark.parametrize("weight", [lambda b: b["x"].sum(0), lambda b: b["y"][:1]])
+def test_a_weight_that_is_no_scalar_is_refused(weight):
+    with pytest.raises(ValueError, match="weight: it has the shape .*; a scalar is needed. Use its sum"):
+        jaxsgd.accumulate_gradients(squares, 2, weight=weight)(WEIGHTS, regression(0))
+
+
+# -- losses with a model state ---------------------------------------------------------------------
+
+
+class Normalised(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.BatchNorm(use_running_average=False, momentum=0.5)(linen.Dense(3)(x))
+        return linen.Dense(1)(jnp.tanh(x))[:, 0]
+
+
+def of_state(params, held, batch, key):
+    variables = {"params": params, "batch_stats": held}
+    out, new = Normalised().apply(variables, batch["x"], mutable=["batch_stats"])
+    return jnp.mean((out - batch["y"]) ** 2), (new["batch_stats"], {"size": jnp.abs(out).max()})
+
+
+def start_normalised(key):
+    variables = Normalised().init(key, jnp.ones((4, 4)))
+    tx = optax.identity()
+    return jaxsgd.TrainState.create(variables["params"], tx, model_state=variables["batch_stats"])
+
+
+def test_every_tool_takes_a_loss_with_a_model_state():
+    state, batch = start_normalised(jax.random.key(0)), regression(0)
+    flat, back = ravel_pytree(state.params)
+    stateless = lambda params, batch, key: of_state(params, state.model_state, batch, key)[0]  # noqa: E731
+    hessian = jax.jit(jax.hessian(lambda x: stateless(back(x), batch, None)))(flat)
+    found = jaxsgd.sharpness(of_state, state, batch)
+    np.testing.assert_allclose(found.hessian.largest, np.linalg.eigvalsh(hessian)[-1], rtol=1e-4)
+
+    noise = [jaxsgd.noise_scale(fn, at, batch, small=4) for fn, at in ((of_state, state), (stateless, state.params))]
+    assert noise[0].variance == noise[1].variance and noise[0].gradient_norm_sq == noise[1].gradient_norm_sq
+
+    accumulated = jax.jit(jaxsgd.accumulate_gradients(of_state, 2))
+    (loss, (held, aux)), grads = accumulated(state.params, batch, None, state.model_state)
+    wanted, carried, differentiate = [], state.model_state, jax.jit(jax.value_and_grad(of_state, has_aux=True))
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        half = jax.tree.map(lambda x, part=part: x[part], batch)
+        (value, (carried, _)), grad = differentiate(state.params, carried, half, None)
+        wanted.append((value, grad))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), (loss, grads), mean)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), held, carried)
+    assert aux["size"].shape == ()
+
+    race = jaxsgd.pick(of_state, start_normalised, regression, steps=8, seeds=2, validation=batch, strategy="map")
+    assert all(np.isfinite(entry.scores).all() for entry in race.entries)
+    probed = jaxsgd.probe(of_state, state, regression, steps=40)
+    rising = jaxsgd.range_test(of_state, state, regression, steps=10)
+    assert np.isfinite(probed.losses[:, 0]).any() and len(rising.losses) > 1
+    with pytest.raises(TypeError, match="with a model_state it needs the arguments"):
+        jaxsgd.sharpness(squares, state, batch)
+
+
+# -- seeds -----------------------------------------------------------------------------------------
+
+
+class Dropped(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.last = nnx.Linear(4, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(jnp.tanh(self.first(x))))[:, 0]
+
+
+def of_model(model, batch, key):
+    return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+
+def test_each_seed_has_its_own_dropout():
+    step = jaxsgd.make_step(of_model, ADAM)
+    state = jaxsgd.TrainState.create(Dropped(nnx.Rngs(0)), ADAM)
+    result = jaxsgd.sweep(step, state, regression, steps=4, seed=[0, 1, 2, 1], strategy="map")
+    assert len(set(result.final.tolist())) == 3 and result.losses[1].tolist() == result.losses[3].tolist()
+    assert len(set(result.losses[:, 0].tolist())) == 3, "from the first step on"
+    rows = jaxsgd.sweep(step, state, regression, steps=4, learning_rate=[0.1], seed=[0, 1, 2], strategy="map")
+    assert rows.over_seeds()[0]["sd"] > 0
+
+    def train(state, data):
+        return jax.lax.scan(step.fn, state, data)[1]["loss"]
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(regression(i) for i in range(4)))
+    whole = jaxsgd.sweep(train, state, stacked, seed=[0, 1, 2, 1])
+    np.testing.assert_allclose(whole.losses, result.losses, rtol=1e-5)
+
+    # A start that ignores its key: seeds differ by dropout alone.
+    race = jaxsgd.pick(of_model, lambda key: Dropped(nnx.Rngs(0)), regression, steps=8, seeds=3, strategy="map")
+    assert all(len(set(finals.tolist())) == 3 for finals in race["adamw"].finals.values())
+
+
+def test_the_parts_of_a_noise_scale_have_their_own_dropout():
+    """All examples are the same: without dropout there is no noise, with it there is."""
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], 32, axis=0), regression(0))
+    model = Dropped(nnx.Rngs(0))
+    noisy = jaxsgd.noise_scale(of_model, model, batch, small=1)
+    model.eval()
+    still = jaxsgd.noise_scale(of_model, model, batch, small=1)
+    assert noisy.variance > 1e-2 > 1e-6 > still.variance
+
+
+# -- several optimizers, and an aux that is named like a metric -------------------------------------
+
+
+def with_aux(params, batch, key):
+    """As of a VAE: aux holds a loss, a step and a rate of its own, all of them misleading."""
+    loss = squares(params, batch, key)
+    return loss, {"loss": -loss, "step": jnp.float32(-7), "learning_rate": -1 / loss, "update_norm": jnp.nan}
+
+
+def test_an_aux_named_like_a_metric_changes_no_tool():
+    for name in ("probe", "range_test", "sweep", "pick"):
+        np.testing.assert_array_equal(MANY[name](with_aux, regression), MANY[name](squares, regression), name)
+    result = sweep_step(with_aux, regression)
+    assert result.best == sweep_step(squares, regression).best
+    np.testing.assert_array_equal(result.metrics["aux/loss"], -result.losses)
+    state, step, recorder = (
+        jaxsgd.TrainState.create(WEIGHTS, ADAM),
+        jaxsgd.make_step(with_aux, ADAM),
+        jaxsgd.Recorder(2),
+    )
+    for i in range(4):
+        state, metrics = step(state, regression(i))
+        recorder.add(metrics)
+    assert [record["step"] for record in recorder.records] == [1, 2, 3, 4]
+    assert all(r["aux/loss"] == -r["loss"] and r["aux/step"] == -7 for r in recorder.records)
+
+
+def two_optimizers(learning_rate):
+    """A generator and a critic: two steps, two optimizers, one state."""
+    first, second = jaxsgd.adam(learning_rate), jaxsgd.sgd(0.1)
+    steps = jaxsgd.make_step(squares, first), jaxsgd.make_step(with_aux, second)
+
+    def step(states, batch):
+        one, metrics = steps[0].fn(states["one"], batch)
+        two, other = steps[1].fn(states["two"], batch)
+        return {"one": one, "two": two}, {"loss": metrics["loss"] + other["loss"], "one": metrics, "two": other}
+
+    states = {"one": jaxsgd.TrainState.create(WEIGHTS, first), "two": jaxsgd.TrainState.create(WEIGHTS, second)}
+    return step, states
+
+
+def test_two_optimizers_in_one_state():
+    data = [regression(i) for i in range(4)]
+    result = jaxsgd.sweep(two_optimizers, data=data, learning_rate=[0.01, 0.1], strategy="vmap")
+    step, states = two_optimizers(0.1)
+    recorder = jaxsgd.Recorder(4)
+    for batch in data:
+        states, metrics = jax.jit(step)(states, batch)
+        recorder.add(metrics)
+    for name in ("loss", "one/loss", "two/loss", "two/aux/loss"):
+        np.testing.assert_allclose(result.metrics[name][1], [r[name] for r in recorder.records], rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["loss"], result.metrics["one/loss"] + result.metrics["two/loss"])
+
+    def train(states, data):
+        return jax.lax.scan(step, states, data)[1]["loss"]
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *data)
+    whole = jaxsgd.sweep(train, two_optimizers(0.1)[1], stacked, seed=[0, 1])
+    np.testing.assert_allclose(whole.losses[0], result.losses[1], rtol=1e-5)
+
+
+def test_two_optimizers_in_one_loss():
+    labels = {"a": "adam", "b": "sgd"}
+    make = lambda rate: optax.partition({"adam": jaxsgd.adam(rate), "sgd": optax.sgd(0.01)}, labels)  # noqa: E731
+    both = lambda params, batch, key: squares(params["a"], batch, key) + squares(params["b"], batch, key)  # noqa: E731
+    params = {"a": WEIGHTS, "b": WEIGHTS}
+    found = jaxsgd.probe(both, params, regression, make, steps=120)
+    longest = max(found.rates, key=lambda r: r.steps)
+    wanted = losses_of(both, params, make(longest.learning_rate), regression, longest.steps)
+    np.testing.assert_allclose(found.losses[found.rates.index(longest)][: longest.steps], wanted, rtol=1e-4)
+    assert jaxsgd.range_test(both, params, regression, make, steps=10).steps == 10

@@ -286,7 +286,7 @@ def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any
     elif dataclasses.is_dataclass(batch):
         as_arrays(batch)
     else:
-        raise TypeError(f"batch={batch!r}: a batch or a list of batches is needed; of an iterator give a list")
+        raise TypeError(f"batch={batch!r}: a batch or a list of batches is needed. Use list(...), or next(iter(...))")
     if microbatches > 1:
         if several:
             raise ValueError(f"microbatches={microbatches}: a list of batches is split already. Use one of the two")

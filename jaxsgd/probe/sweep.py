@@ -130,7 +130,8 @@ def _check_runtime(state: Any, values: Mapping[str, Any]) -> None:
     for name, entries in values.items():
         for value in np.atleast_1d(np.asarray(entries)):
             if name == "seed":
-                if not isinstance(state, TrainState) or not np.issubdtype(value.dtype, np.integer):
+                states = jax.tree.leaves(state, is_leaf=_is_train_state)
+                if not any(map(_is_train_state, states)) or not np.issubdtype(value.dtype, np.integer):
                     raise ValueError(f"seed={value!r}: a whole number and a jaxsgd.TrainState are needed")
             elif not find_states(state):
                 raise ValueError(f"{name}: the state holds no jaxsgd rule; sweep a function that builds step and state")
@@ -146,10 +147,22 @@ def _with_values(state: Any, scalars: Mapping[str, Any]) -> Any:
     others = {name: value for name, value in scalars.items() if name != "seed"}
     if others:
         state = with_hyper(state, **others)
-    if "seed" not in scalars:
-        return state
-    seed = scalars["seed"]
-    return state.replace(key=jax.random.key(seed), model_state=fold_keys(state.model_state, seed))
+    return _seeded(state, scalars["seed"]) if "seed" in scalars else state
+
+
+def _is_train_state(node: Any) -> bool:
+    return isinstance(node, TrainState)
+
+
+def _seeded(states: Any, seed: Any) -> Any:
+    """A `TrainState`, or a tree of several, with the random numbers of a seed; each of several has its own."""
+    leaves, treedef = jax.tree.flatten(states, is_leaf=_is_train_state)
+    key, among = jax.random.key(seed), len(list(filter(_is_train_state, leaves)))
+    for i, state in enumerate(leaves):
+        if _is_train_state(state):
+            own = key if among == 1 else jax.random.fold_in(key, i)
+            leaves[i] = state.replace(key=own, model_state=fold_keys(state.model_state, seed))
+    return treedef.unflatten(leaves)
 
 
 # -- by steps -------------------------------------------------------------------------------------
@@ -258,7 +271,8 @@ def _whole(
     inside = set()
     if state is not None:
         refuse_deleted("state", state)
-        inside = {"seed"} if isinstance(state, TrainState) else set()
+        states = jax.tree.leaves(state, is_leaf=_is_train_state)
+        inside = {"seed"} if any(map(_is_train_state, states)) else set()
         inside |= {name for _, node in find_states(state) for name in node.hyper}
         inside -= {name for name in inspect.signature(train).parameters if name in members}
         _check_runtime(state, {name: members[name] for name in members if name in inside})

@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss
 from jaxsgd.numerics import differentiable, is_key, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, check_params
@@ -83,6 +83,7 @@ def accumulate_gradients(
         raise ValueError(f"steps={steps}: at least one microbatch is needed")
 
     def run(params: Any, batch: Any, key: Any = None, model_state: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
+        batch = as_arrays(batch)
         leaves, whole = differentiable(params)
 
         def carrying(leaves: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
