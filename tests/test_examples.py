@@ -23,6 +23,7 @@ def load(name):
 
 digits, paths, choose_lr = load("digits"), load("paths"), load("choose_lr")
 second_order, fits = load("second_order"), load("fits")
+fine_tune = load("fine_tune")
 
 
 def records(folder):
@@ -182,3 +183,16 @@ def test_fits_end_at_the_truth_and_the_penalty_improves(capsys):
     assert errors[-1] < errors[0]
     slope, difference = capsys.readouterr().out.split("0.135: ")[1].split("\n")[0].split("; by differences ")
     assert float(slope) == pytest.approx(float(difference), rel=1e-5)
+
+
+def test_fine_tune_adapts_a_checkpoints_weights(tmp_path, capsys):
+    """With so few steps 20% is chance; the frozen body keeps no state, and the adapters are all that is new."""
+    scores = fine_tune.main(["--steps", "60", "--out", str(tmp_path)])
+    assert scores.keys() == fine_tune.WAYS.keys() and min(scores.values()) > 0.6
+    said = capsys.readouterr().out
+    rows = {line[:14].strip(): int(line.split()[-3].replace(",", "")) for line in said.splitlines()[3:]}
+    assert rows == {"new head": 325, "LoRA": 325 + 2 * 2 * 64 * 4, "all weights": 8645, "from scratch": 8645}
+    assert "34,580 bytes of params are read" in said and (tmp_path / "60").is_dir()
+    with pytest.raises(SystemExit):
+        fine_tune.main(["--images", "3"])
+    assert "--images 3: a number from 5" in capsys.readouterr().err
