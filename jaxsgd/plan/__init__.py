@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxsgd.paths import is_function, leaf_names
-from jaxsgd.plan.accounts import arguments, int8_bytes, parts, state_buffers, tree_bytes
+from jaxsgd.plan.accounts import arguments, int8_bytes, parts, state_buffers, tree_bytes, unsplit_bytes
 from jaxsgd.plan.comparison import Comparison
 from jaxsgd.plan.devices import known
 from jaxsgd.plan.reading import Buffer, read, read_text
-from jaxsgd.plan.result import Bound, Plan, Suggestion
+from jaxsgd.plan.result import Bound, Plan, Suggestion, human
 from jaxsgd.plan.targets import DoesNotFit, Target, lookup
 from jaxsgd.sharding import check_axes, shard_batch
 from jaxsgd.train import Step, make_step
@@ -100,9 +101,11 @@ def plan(
     if specs is not None and param_spec is not None:
         raise TypeError("specs, param_spec: two names of one argument; give one")
     specs = param_spec if specs is None else specs
+    target = lookup(topology)
+    if specs is None and mesh_axes is None and len(target.devices) == 1:
+        specs = PartitionSpec()  # One device splits nothing, so axes that the model's annotations name need not exist.
     given: dict[str, Any] = {"topology": topology, "mesh_axes": mesh_axes, "specs": specs, "zero1": zero1}
     given |= {"batch_axes": batch_axes, "accumulate": accumulate, "model_state": model_state, "key": key}
-    target = lookup(topology)
     mesh = target.mesh(mesh_axes)
     step = _step(step_or_loss, tx, mesh, batch_axes, accumulate)
     if batch is None:
@@ -244,8 +247,11 @@ def _suggestions(
     saved["int8 state (storage=jaxsgd.int8())"] = int8_bytes(step.tx, state)
     how = "computed from the shapes of the state"
     helpful = {what: size for what, size in saved.items() if size > answer.needs // 1000}
+    whole = unsplit_bytes(state.opt_state, split.opt_state)
+    kept = f"; {human(whole)} of it cannot be split" if whole > answer.needs // 1000 else ""
     for what, size in helpful.items():
-        out.append(Suggestion(what, answer.needs - size, size >= -answer.headroom, how))
+        note = kept if split is not state and what.startswith("ZeRO-1") else ""
+        out.append(Suggestion(what, answer.needs - size, size >= -answer.headroom, how + note))
     if len(helpful) == 2 and split is not state:
         both = saved[next(iter(saved))] + int8_bytes(step.tx, split)
         out.append(Suggestion(" and ".join(helpful), answer.needs - both, both >= -answer.headroom, how))

@@ -19,11 +19,17 @@ from jaxsgd.plan.result import GRADIENTS, REST, SCRATCH
 from jaxsgd.sharding import local_bytes, local_shape, moment_sharding
 from jaxsgd.storage import accepts, of_kind
 
-__all__ = ["arguments", "int8_bytes", "parts", "slot_of", "state_buffers"]
+__all__ = ["arguments", "int8_bytes", "parts", "slot_of", "state_buffers", "tree_bytes", "unsplit_bytes"]
 
 
 def tree_bytes(tree: Any) -> int:
     return sum(map(local_bytes, jax.tree.leaves(tree)))
+
+
+def unsplit_bytes(whole: Any, split: Any) -> int:
+    """Bytes on a device of the leaves that take as much in ``split`` as in ``whole``."""
+    pairs = zip(map(local_bytes, jax.tree.leaves(whole)), map(local_bytes, jax.tree.leaves(split)), strict=True)
+    return sum(before for before, after in pairs if after == before)
 
 
 def slot_of(path: tuple[str, ...], parameter: tuple[str, ...] | None) -> str:
