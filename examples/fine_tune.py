@@ -6,7 +6,8 @@ The checkpoint holds AdamW's state too; `Checkpoints.restore_params` reads the w
 head and, for LoRA, with adapters that the checkpoint lacks. Groups freeze the body: a frozen leaf has no optimizer
 state and no backward pass. Compared are a new head on the frozen body, LoRA adapters, all weights, and a model that
 was not pre-trained. With the default arguments the accuracies are 0.877, 0.905, 0.950 and 0.950: five digits are so
-easy that pre-training saves optimizer state (2,612 of 69,172 bytes), not images. The 1,797 images of 8 x 8 pixels ship with scikit-learn.
+easy that pre-training saves optimizer state (2,612 of 69,172 bytes), not images. The 1,797 images of 8 x 8 pixels
+ship with scikit-learn.
 """
 
 from __future__ import annotations
