@@ -577,9 +577,11 @@ def test_a_run_whose_lock_was_taken_over_saves_nothing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(small(1), step=1, wait=True)
         os.replace(_written(tmp_path / "theirs", lock._myself()), tmp_path / lock.LOCK)
+        theirs = tmp_path / "5.orbax-checkpoint-tmp"
+        theirs.mkdir()
         with pytest.raises(DirectoryInUse, match="the lock of this run was taken over by process"):
             checkpoints.save(small(2), step=2)
-    assert checkpoints.saved == [1] and (tmp_path / lock.LOCK).exists()
+    assert checkpoints.saved == [1] and (tmp_path / lock.LOCK).exists() and theirs.exists()
 
 
 def _written(path: pathlib.Path, owner: dict) -> pathlib.Path:

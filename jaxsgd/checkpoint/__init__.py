@@ -271,7 +271,8 @@ class Checkpoints:
           state: any tree of arrays, typed PRNG keys included, usually a `jaxsgd.TrainState`.
           data: the position in the data: what JSON can hold, of several processes that of the first.
           step: completed steps, by default ``state.step``.
-          metric: a number by which ``keep_best`` and `best` judge, such as a validation loss. Default: None.
+          metric: a number by which ``keep_best`` and `best` judge, such as a validation loss; of several processes that
+            of the first. Default: None.
           wait: return when it is complete on the disk.
 
         Raises:
@@ -554,6 +555,8 @@ class Checkpoints:
                 raise self._error
             self._writer.wait_until_finished()  # type: ignore[union-attr]
             if jax.process_index() == 0:
+                assert self._lock is not None
+                self._lock.check()
                 serials = [each.serial for each in find(self.directory) if each.files is not None]
                 seal(self.directory / str(step), step, int(max(serials, default=0)) + 1, self._metric)
                 for each in self._retention.doomed(find(self.directory), self._bad):
@@ -591,7 +594,7 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._writer.close()  # type: ignore[union-attr]
         self._writer = _checkpointer(self._peers)
-        if jax.process_index() == 0:
+        if self._lock is not None and self._lock.is_mine:  # what is there may be a save of the run that took it
             clear_partial(self.directory)
             place = inspect(self.directory / str(self._saving))
             if place.files is None:

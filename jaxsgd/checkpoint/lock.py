@@ -77,10 +77,15 @@ class Lock:
             if alive or (alive is None and age < LIMIT):
                 raise DirectoryInUse(_refusal(self.path, owner, alive, age))
             os.replace(draft, self.path)
-            if (_read(self.path) or {}).get("token") == self.owner["token"]:
+            if self.is_mine:
                 return
             draft.write_text(json.dumps(self.owner))
         raise DirectoryInUse(f"{self.path.parent}: several runs start here at once. Use one directory a run")
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the file still names this run."""
+        return (_read(self.path) or {}).get("token") == self.owner["token"]
 
     def check(self) -> None:
         """Raise if the lock is no longer this run's.
@@ -101,7 +106,7 @@ class Lock:
         if os.getpid() != self.owner["pid"]:
             return
         self._stop.set()
-        if (_read(self.path) or {}).get("token") == self.owner["token"]:
+        if self.is_mine:
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
