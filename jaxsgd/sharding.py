@@ -354,6 +354,20 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
     return report
 
 
+def on_every_device(tree: Any, mesh: Mesh) -> Any:
+    """``tree`` on the mesh: arrays that are there stay as they are, of all others each device gets the whole."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(x: Any) -> Any:
+        if _present_spec(x, mesh) is not None:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        return put(strong(x), everywhere)
+
+    return jax.tree.map(place, tree)
+
+
 # -- batches ---------------------------------------------------------------------------------------
 
 

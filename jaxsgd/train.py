@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,11 +18,12 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.loss import call_loss, with_all_arguments
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
-from jaxsgd.paths import check_optimizer, leaf_names, owners
+from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
-from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, shard_batch
+from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, on_every_device, shard_batch
 from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
 from jaxsgd.transforms.accumulate import carrying_gradients
@@ -82,7 +84,9 @@ def make_step(
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, a mean over the batch. With an NNX model,
         ``params`` is the model itself, and the step carries its other variables (batch statistics, counters) along.
-        With a ``model_state``: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``.
+        With a ``model_state``: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``. Arrays that
+        are neither examples nor trained, such as a teacher's weights, come last where the call has them:
+        ``step(state, batch, constants)`` and ``loss_fn(params, batch, key, constants)``.
       tx: any optax gradient transformation. It sees the whole batch's gradients, so that `jaxsgd.guard` and
         `jaxsgd.clip_by_global_norm` in it decide alike on all devices. It receives the extra arguments ``value``, the
         loss, ``grad``, the gradients, and ``value_fn(params) -> loss``, the loss of the whole batch with the same
@@ -124,7 +128,7 @@ class Step:
     """One train step. Call it, or use the pure function ``step.fn`` under scan, vmap, pmap, shard_map or your own jit.
 
     Attributes:
-      fn: ``(state, batch) -> (state, metrics)``, pure and not compiled.
+      fn: ``(state, batch, constants=None) -> (state, metrics)``, pure and not compiled.
       jitted: ``fn`` compiled, donating the state (on a mesh: for the last state's sharding).
       compiles: the number of times ``fn`` was traced.
     """
@@ -159,13 +163,17 @@ class Step:
         self._sizes: set[int] = set()
         self.jitted = jax.jit(self._counted, donate_argnums=self._donated)
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def __call__(self, state: TrainState, batch: Any, constants: Any = None) -> tuple[TrainState, dict[str, Any]]:
         """One step.
 
         Args:
           state: a `TrainState`; on a mesh, one that was made there.
           batch: a tree of arrays that share their first axis. On a mesh this process's part of the batch (the whole
             batch if there is one process), or arrays that are sharded already, see `jaxsgd.shard_batch`.
+          constants: a tree of arrays that are neither examples nor trained: another network's parameters, a teacher's,
+            the weights of classes. The loss gets it as its last argument. It is never split into microbatches, never
+            differentiated and never donated. On a mesh it keeps its sharding there, else each device gets the whole;
+            put large arrays there once, before the loop. Default: None, and the loss has no such argument.
 
         Raises:
           ValueError: the batch is empty, its arrays disagree on their first axis, or it does not divide by the
@@ -176,7 +184,7 @@ class Step:
         """
         if self.axis_name is not None:
             try:
-                return self.fn(state, batch)
+                return self.fn(state, batch, constants)
             except NameError:
                 raise RuntimeError(
                     f"axis_name={self.axis_name!r}: call this step inside jax.pmap or jax.shard_map over that axis; "
@@ -198,33 +206,52 @@ class Step:
                 )
             self._sizes.add(size)
         if self.mesh is not None and any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
-            return self._traced(self.mesh, state, batch)
-        state, batch = self._settle(state, batch)  # first: it may replace self.jitted
+            return self._traced(self.mesh, state, batch, constants)
+        self._check_constants(state, constants)
+        state, batch, constants = self._settle(state, batch, constants)  # first: it may replace self.jitted
         with self._entered():
-            return self.jitted(state, batch)
+            return self.jitted(state, batch, constants)
 
-    def _traced(self, mesh: Mesh, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def _check_constants(self, state: TrainState, constants: Any) -> None:
+        """Check that ``constants`` can be read while the state is donated.
+
+        Raises:
+          ValueError: they share an array with the state.
+          RuntimeError: an earlier step took their memory.
+        """
+        if constants is None:
+            return
+        refuse_deleted("constants", constants)
+        mine = {id(x) for x in jax.tree.leaves(state)} if self._donated else set()
+        shared = [name for name, x in named_leaves(constants, "constants").items() if id(x) in mine]
+        if shared:
+            raise ValueError(
+                f"constants: {shared[0]!r} is an array of the state, whose memory the step reuses. "
+                "Use a copy of it, or make_step(..., donate=False)"
+            )
+
+    def _traced(self, mesh: Mesh, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, dict[str, Any]]:
         """The step in the caller's own jit, where arrays have no place yet."""
         if not is_explicit(mesh):
-            return self.fn(state, batch)
+            return self.fn(state, batch, constants)
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
         with in_mesh(mesh, abstract=True):
-            return on_auto_axes(self.fn, mesh, (specs, PartitionSpec()))(state, batch)
+            return on_auto_axes(self.fn, mesh, (specs, PartitionSpec()))(state, batch, constants)
 
     def _entered(self) -> AbstractContextManager[Any]:
         return in_mesh(self.mesh if is_explicit(self.mesh) else None)
 
-    def lower(self, state: TrainState, batch: Any) -> Any:
-        """The step lowered for this state and batch: a `jax.stages.Lowered` to compile or to print."""
+    def lower(self, state: TrainState, batch: Any, constants: Any = None) -> Any:
+        """The step lowered for these arguments of a call: a `jax.stages.Lowered` to compile or to print."""
         _check_kind(state)
-        state, batch = self._settle(state, batch)
+        state, batch, constants = self._settle(state, batch, constants)
         with self._entered():
-            return self.jitted.lower(state, batch)
+            return self.jitted.lower(state, batch, constants)
 
-    def _settle(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """The state and the batch on the mesh. The step is compiled for the state's sharding."""
+    def _settle(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, Any, Any]:
+        """The arguments on the mesh. The step is compiled for the state's sharding."""
         if self.mesh is None:
-            return state, batch
+            return state, batch, constants
         home = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
         if home != self._home:
             state, home = self._brought_home(self.mesh, state, home)
@@ -236,10 +263,11 @@ class Step:
             self.jitted = jax.jit(
                 on_auto_axes(self._counted, self.mesh, (specs, PartitionSpec())),
                 donate_argnums=self._donated,
-                in_shardings=(where, None),
+                in_shardings=(where, None, None),
                 out_shardings=(where, None),
             )
-        return state, shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
+        batch = shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
+        return state, batch, on_every_device(constants, self.mesh)
 
     def _brought_home(self, mesh: Mesh, state: TrainState, home: list[Any]) -> tuple[TrainState, list[Any]]:
         """The state with arrays that were put into it placed like those before them.
@@ -274,13 +302,15 @@ class Step:
                 leaves[i] = jax.device_put(leaf, where)
         return treedef.unflatten(leaves), [x.sharding for x in leaves]
 
-    def _counted(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def _counted(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, dict[str, Any]]:
         self.compiles += 1
-        return self.fn(state, batch)
+        return self.fn(state, batch, constants)
 
-    def fn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def fn(self, state: TrainState, batch: Any, constants: Any = None) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
         _check_kind(state)
+        stateful = state.graphdef is None and state.model_state is not None
+        user_loss = _with_constants(self.loss_fn, constants, stateful)
         _check_shapes(self.tx, state)
         key, carried = jax.random.fold_in(state.key, state.step), state.model_state
         if self.axis_name is not None:  # other random numbers on each device
@@ -288,12 +318,12 @@ class Step:
             key = jax.random.fold_in(key, index)
             carried = jax.tree.map(lambda x: jax.random.fold_in(x, index) if is_key(x) else x, carried)
         at = state.params if self.gradient_at is None else self.gradient_at(state.opt_state, state.params)
-        value_fn = self._value_fn(state, batch, key, carried)
+        value_fn = self._value_fn(user_loss, state, batch, key, carried)
         # Only what moves is differentiated; the others have gradients of zeros, as integers have.
         leaves, whole = differentiable(at, moving(self.tx.update, state.opt_state, state.params, value_fn))
 
         def loss_fn(leaves: Any, carried: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
-            return self._loss(state.graphdef, whole(leaves), carried, batch, key)
+            return call_loss(user_loss, state.graphdef, whole(leaves), carried, batch, key)
 
         gradients = carrying_gradients(loss_fn, self.accumulate, weight=self.weight, axis_name=self.axis_name)
         (loss, (carried, aux)), grads = gradients(leaves, carried, batch, key)
@@ -326,46 +356,50 @@ class Step:
         }
         return new, report if aux is None else {**report, "aux": aux}
 
-    def _value_fn(self, state: TrainState, batch: Any, key: jax.Array, carried: Any) -> Callable[[Any], jax.Array]:
+    def _value_fn(
+        self, user_loss: Loss, state: TrainState, batch: Any, key: jax.Array, carried: Any
+    ) -> Callable[[Any], jax.Array]:
         """The loss of this batch as a function of the parameters. Nothing is traced until it is called."""
         shared: dict[str, Any] = {"weight": self.weight, "axis_name": self.axis_name}
         rest = (self.accumulate, batch, key, carried)
-        if not isinstance(self.loss_fn, SplitLoss):
-            return mean_loss(functools.partial(self._loss, state.graphdef), *rest, **shared)
-        return split_mean_loss(functools.partial(self._outputs, state.graphdef), self.loss_fn.loss, *rest, **shared)
+        if not isinstance(user_loss, SplitLoss):
+            return mean_loss(functools.partial(call_loss, user_loss, state.graphdef), *rest, **shared)
+        outputs = functools.partial(_outputs, user_loss, state.graphdef)
+        return split_mean_loss(outputs, user_loss.loss, *rest, **shared)
 
-    def _outputs(self, graphdef: Any, params: Any, model_state: Any, batch: Any, key: jax.Array) -> tuple[Any, Any]:
-        """The outputs of a split loss in one form: ``outputs, model_state``."""
-        outputs_fn = self.loss_fn.outputs_fn  # type: ignore[attr-defined]  # of a SplitLoss, as its caller checked
-        if graphdef is not None:
-            model = nnx.merge(graphdef, params, model_state, copy=True)
-            outputs = outputs_fn(model, batch, key)
-            return outputs, nnx.state(model, nnx.Not(nnx.Param))
-        if model_state is not None:
-            return outputs_fn(params, model_state, batch, key)
-        return outputs_fn(params, batch, key), None
 
-    def _loss(
-        self, graphdef: Any, params: Any, model_state: Any, batch: Any, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Any]]:
-        """The user's loss in one form: ``loss, (model_state, aux)``."""
-        if graphdef is not None:
-            model = nnx.merge(graphdef, params, model_state, copy=True)
-            out = self.loss_fn(model, batch, key)
-            model_state = nnx.state(model, nnx.Not(nnx.Param))
-        elif model_state is not None:
-            out = self.loss_fn(params, model_state, batch, key)
-            try:
-                loss, (model_state, aux) = out
-            except (TypeError, ValueError):
-                raise ValueError("loss_fn: with a model_state it returns (loss, (model_state, aux))") from None
-            out = (loss, aux)
-        else:
-            out = self.loss_fn(params, batch, key)
-        loss, aux = out if isinstance(out, tuple) else (out, None)
-        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise ValueError(f"loss_fn: the loss is {jnp.result_type(loss).name}; a real floating scalar is needed")
-        return loss, (model_state, aux)
+def _with_constants(loss_fn: Loss, constants: Any, stateful: bool) -> Loss:
+    """``loss_fn`` as a function of ``(params, batch, key)``, or of ``(params, model_state, batch, key)``.
+
+    Raises:
+      TypeError: it takes no constants.
+    """
+    if constants is None:
+        return with_all_arguments(loss_fn, stateful)
+    if isinstance(loss_fn, SplitLoss):
+        return SplitLoss(lambda *args: loss_fn.outputs_fn(*args, constants), loss_fn.loss)
+    names = ["params", *["model_state"] * stateful, "batch", "key", "constants"]
+    try:
+        inspect.signature(loss_fn).bind(*names)
+    except TypeError:
+        wanted = ", ".join(names)
+        raise TypeError(f"loss_fn: the step was called with constants; it needs the arguments ({wanted})") from None
+    except ValueError:  # a builtin has no signature
+        pass
+    return lambda *args: loss_fn(*args, constants)
+
+
+def _outputs(
+    split: SplitLoss, graphdef: Any, params: Any, model_state: Any, batch: Any, key: jax.Array
+) -> tuple[Any, Any]:
+    """The outputs of a split loss in one form: ``outputs, model_state``."""
+    if graphdef is not None:
+        model = nnx.merge(graphdef, params, model_state, copy=True)
+        outputs = split.outputs_fn(model, batch, key)
+        return outputs, nnx.state(model, nnx.Not(nnx.Param))
+    if model_state is not None:
+        return split.outputs_fn(params, model_state, batch, key)
+    return split.outputs_fn(params, batch, key), None
 
 
 def _check_kind(state: Any) -> None:
@@ -404,12 +438,12 @@ def _check_shapes(tx: Any, state: TrainState) -> None:
             )
 
 
-def check_donation(step: Step, state: TrainState, batch: Any) -> str:
+def check_donation(step: Step, state: TrainState, batch: Any, constants: Any = None) -> str:
     """Check that the next state reuses the memory of the last one, and report the bytes of a step.
 
     Args:
       step: a step for one device or for a mesh. It is compiled once more, not run.
-      state, batch: the arguments of a call. They are not changed.
+      state, batch, constants: the arguments of a call. They are not changed.
 
     Returns:
       A line with the bytes per device: state, donated, temporaries, peak.
@@ -417,7 +451,7 @@ def check_donation(step: Step, state: TrainState, batch: Any) -> str:
     Raises:
       AssertionError: part of the state's memory is not donated; two states then exist at once.
     """
-    used = step.lower(state, batch).compile().memory_analysis()
+    used = step.lower(state, batch, constants).compile().memory_analysis()
     size, reused = sum(map(local_bytes, jax.tree.leaves(state))), used.alias_size_in_bytes
     text = (
         f"state {size:,} bytes on a device, {reused:,} of them donated; "

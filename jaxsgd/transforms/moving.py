@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxsgd.numerics import widest
-from jaxsgd.second_order.batch_loss import taken_by
+from jaxsgd.second_order.batch_loss import SplitLoss, taken_by
 
 __all__ = ["moving"]
 
@@ -42,7 +42,8 @@ def moving(update: Callable[..., Any], state: Any, params: Any, value_fn: Callab
     """
     try:
         # Tracing the loss is most of the work, and few rules call it.
-        return _moving(update, state, params, _refuse)
+        stand_in = SplitLoss(_refuse, _refuse) if isinstance(value_fn, SplitLoss) else _refuse
+        return _moving(update, state, params, stand_in)
     except _LossAsked:
         return _moving(update, state, params, value_fn)
 
