@@ -141,9 +141,10 @@ def probe(
       params: a tree of parameters, an ``nnx.Module`` or a `jaxsgd.TrainState`; left as it is. The optimizer
         begins anew.
       data: a list of batches, an iterator, a function of the step, or the one batch of all steps. As many batches as
-        the longest training takes are held on to.
+        the longest training takes are held on to. A list ``[x, y]`` of arrays is one batch where the loss takes only
+        the whole of it.
       rule: a rule, or a function of the learning rate that gives a gradient transformation, with clipping or a schedule
-        in it.
+        in it. Any schedule of optax will do, those that test their peak in Python too.
       steps: of the training that the rate is for.
       share: the part of them that the probe may take.
       around: where to begin; by default the rule's usual rate.

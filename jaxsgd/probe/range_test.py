@@ -27,6 +27,8 @@ from jaxsgd.train_state import TrainState
 
 __all__ = ["RangeTest", "range_test", "rising"]
 
+STAIRS = 32
+"""So many rates at most for a rule that is traced at each of them."""
 PIECE = 16
 """Steps between two looks at whether the loss has blown up."""
 
@@ -78,7 +80,8 @@ def range_test(
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``.
       params: a tree of parameters, an ``nnx.Module`` or a `jaxsgd.TrainState`; left as it is.
       data: see `jaxsgd.probe.feed.Feed`.
-      rule: a rule, or a function of the learning rate that gives a gradient transformation.
+      rule: a rule, or a function of the learning rate that gives a gradient transformation. For one that tests the
+        rate in Python (some schedules of optax) the rate rises in at most 32 stairs.
       steps: how many; that is what it costs.
       low, high: the first and the last rate; by default four decades below and three above the rule's usual value.
       key: of the random numbers in the loss.
@@ -106,6 +109,9 @@ def rising(given: Any, begin: Callable[..., Any], rule: Any, batches: Any, low: 
     steps = len(jax.tree.leaves(batches)[0])
     growth = math.log(high / low) / (steps - 1)
     rates = low * np.exp(growth * np.arange(steps))
+    stairs = np.arange(steps) * min(steps, STAIRS) // steps
+    levels = np.geomspace(low, high, min(steps, STAIRS))
+    in_stairs = False
 
     def build(given: Any, first: Any) -> tuple[Any, Any]:
         def rated(state: TrainState, batch: Any) -> Any:
@@ -113,7 +119,10 @@ def rising(given: Any, begin: Callable[..., Any], rule: Any, batches: Any, low: 
             try:
                 return at(rule(rate), state, batch)
             except TypeError:  # the rule asks a tracer for its value
-                return at(by_index(rule, rates.tolist(), jnp.minimum(state.step, steps - 1)), state, batch)
+                nonlocal in_stairs
+                in_stairs = True
+                index = jnp.asarray(stairs, jnp.int32)[jnp.minimum(state.step, steps - 1)]
+                return at(by_index(rule, levels.tolist(), index), state, batch)
 
         def at(tx: Any, state: TrainState, batch: Any) -> Any:
             # A transformation of its own each step. What its state holds as the rate is brought up to date.
@@ -133,6 +142,7 @@ def rising(given: Any, begin: Callable[..., Any], rule: Any, batches: Any, low: 
         taken = len(losses)
         losses = losses[: _blown(losses)]
     smoothed = _smoothed(losses, 0.9)
+    rates = levels[stairs] if in_stairs else rates
     seen = rates[: len(losses)]
     blown = None if len(losses) == taken else float(rates[len(losses)])
     return RangeTest(seen, losses, smoothed, _steepest(seen, smoothed), _valley(seen, smoothed), blown, taken)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsgd.batches import as_arrays, batch_size, check_divides
-from jaxsgd.loss import call_loss
+from jaxsgd.loss import call_loss, with_all_arguments
 from jaxsgd.numerics import differentiable, is_key, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, check_params
 from jaxsgd.state import plain
@@ -55,9 +55,9 @@ def accumulate_gradients(
     least float32. The optimizer then runs once.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, the loss being a mean over a microbatch.
-        With a model state: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``. Each microbatch
-        gets the state of the one before.
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``; a mean over a
+        microbatch. With a model state: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, aux))``. Each
+        microbatch gets the state of the one before.
       steps: the number of microbatches. It must divide the first axis of the batch's arrays; scalars go to every
         microbatch. Microbatch i has the examples i, i + steps, ..., so that splitting a sharded batch moves nothing
         between devices.
@@ -85,9 +85,10 @@ def accumulate_gradients(
     def run(params: Any, batch: Any, key: Any = None, model_state: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
         batch = as_arrays(batch)
         leaves, whole = differentiable(params)
+        whole_loss = with_all_arguments(loss_fn, model_state is not None)
 
         def carrying(leaves: Any, carried: Any, batch: Any, key: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-            return call_loss(loss_fn, None, whole(leaves), carried, batch, key)
+            return call_loss(whole_loss, None, whole(leaves), carried, batch, key)
 
         gradients = carrying_gradients(carrying, steps, weight=weight, axis_name=axis_name)
         (loss, (carried, aux)), grads = gradients(leaves, model_state, batch, key)
