@@ -685,8 +685,9 @@ def test_two_processes(tmp_path):
     _holds(state, TRUTH)
 
 
-def full_for_one(port: str, index: str, directory: str, full: str) -> None:
-    """One of two processes that train in step; in one of them no file may grow beyond a limit, as on a full disk."""
+def full_for_one(port: str, index: str, directory: str, full: str, what: str) -> None:
+    """One of two processes that train in step. In one of them no file may grow beyond a limit, as on a full disk; or
+    none can be made, as in a folder that is read-only (which it is not for root)."""
     import resource
 
     jax.config.update("jax_num_cpu_devices", 2)
@@ -698,23 +699,29 @@ def full_for_one(port: str, index: str, directory: str, full: str) -> None:
     advance = jax.jit(lambda x: x + x.mean())
     with Checkpoints(directory, every=10) as checkpoints:
         checkpoints.save({"w": rows}, step=1, wait=True)
-        if index == full:
+        if index == full and what == "folder":
+            jaxsgd.checkpoint.tempfile.TemporaryFile = _refused
+        elif index == full:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         for step in range(2, 10**5):
             rows = jax.block_until_ready(advance(rows))
-            checkpoints.after(step, {"w": rows})
             if step == 10:
                 print("full", flush=True)
+            checkpoints.after(step, {"w": rows})
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("full", [0, 1])
-def test_a_full_disk_of_one_process_ends_all(tmp_path, full):
+def _refused(**_):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(("full", "what"), [(0, "disk"), (1, "disk"), (1, "folder")])
+def test_a_full_disk_of_one_process_ends_all(tmp_path, full, what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    peers = [start("full_for_one", port, index, tmp_path, full) for index in range(2)]
+    peers = [start("full_for_one", port, index, tmp_path, full, what) for index in range(2)]
     try:
         lines = [peers[full].stdout.readline()]
         while lines[-1] not in ("full\n", ""):
