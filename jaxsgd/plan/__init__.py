@@ -69,7 +69,7 @@ def plan(
     compiler takes. That it does not fit is an answer, not an error.
 
     On the CPU `needs` was compared with the measured peak of eight programs, see docs/plan.md and
-    ``benchmarks/plan_memory.py``: all ratios are within 0.97 and 1.0. Small programs are not as close: packed copies
+    ``benchmarks/plan_memory.py``: the ratios were 0.98 to 1.00. Small programs are not as close: packed copies
     inside matrix products, of some MiB, are not counted.
 
     Args:
