@@ -58,6 +58,7 @@ from jaxsgd.second_order import (
 )
 from jaxsgd.sharding import assert_sharded, init_sharded, shard_batch, state_sharding
 from jaxsgd.state import State, metrics, with_hyper
+from jaxsgd.statistics import batch_statistics
 from jaxsgd.storage import Storage, cast, plain
 from jaxsgd.train import Step, check_donation, checked, make_step
 from jaxsgd.train_state import TrainState
@@ -82,6 +83,7 @@ __all__ = [
     "Sweep",
     "TrainState",
     "assert_sharded",
+    "batch_statistics",
     "cast",
     "check_donation",
     "checked",

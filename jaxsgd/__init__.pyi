@@ -42,6 +42,7 @@ from jaxsgd.transforms.accumulate import accumulate as accumulate
 from jaxsgd.transforms.accumulate import accumulate_gradients as accumulate_gradients
 from jaxsgd.rules.wrappers import adaptive_clip as adaptive_clip
 from jaxsgd.sharding import assert_sharded as assert_sharded
+from jaxsgd.statistics import batch_statistics as batch_statistics
 from jaxsgd.storage import cast as cast
 from jaxsgd.rules.wrappers import cautious as cautious
 from jaxsgd.rules.wrappers import cautious_decay as cautious_decay

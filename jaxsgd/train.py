@@ -17,7 +17,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsgd.batches import batch_size, check_divides
+from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, with_all_arguments
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
@@ -193,6 +193,7 @@ class Step:
         _check_kind(state)
         # On several devices jaxlib would end the process. On one it raises; looking at one array is enough there.
         refuse_deleted("state", state.step if self.mesh is None else state)
+        batch = as_arrays(batch)
         size = batch_size(batch)
         if size is not None and size not in self._sizes:
             if self.mesh is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsgd.annotations import unplaced
 from jaxsgd.numerics import strong
 from jaxsgd.paths import check_optimizer, check_params, is_function
-from jaxsgd.rules.averaging import eval_params
+from jaxsgd.rules.averaging import averages_in, eval_params
 from jaxsgd.sharding import compiled_init, param_sharding, put, state_sharding
 
 __all__ = ["TrainState", "refuse_deleted"]
@@ -163,11 +164,35 @@ class TrainState:
 
     @property
     def model(self) -> Any:
-        """The NNX model with the parameters to evaluate. Its arrays are copies: the next step donates its own."""
+        """The NNX model with the parameters to evaluate. Its arrays are copies: the next step donates its own.
+
+        Warns:
+          UserWarning: the parameters are averages, with the trained ones' batch statistics. Use `model_with`.
+        """
+        if self.graphdef is not None and _has_statistics(self.model_state) and any(averages_in(self.opt_state)):
+            warnings.warn(
+                "model: its weights are averages, its batch statistics those of the trained weights. "
+                "Use state.model_with(jaxsgd.batch_statistics(state, loss_fn, batches))",
+                stacklevel=2,
+            )
+        return self.model_with(self.model_state)
+
+    def model_with(self, model_state: Any) -> Any:
+        """The NNX model with the parameters to evaluate and this model state, such as new batch statistics.
+
+        Args:
+          model_state: a tree like ``state.model_state``, such as that of `jaxsgd.batch_statistics`.
+        """
         if self.graphdef is None:
             raise ValueError("model: this state was not made from an nnx.Module. Use state.eval_params")
-        parts = jax.tree.map(lambda x: jnp.array(x, copy=True), (self.eval_params, self.model_state))
+        parts = jax.tree.map(lambda x: jnp.array(x, copy=True), (self.eval_params, model_state))
         return nnx.merge(self.graphdef, *parts)
+
+
+def _has_statistics(model_state: Any) -> bool:
+    """Whether an NNX model carries batch statistics."""
+    nodes = jax.tree.leaves(model_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return any(isinstance(node, nnx.BatchStat) for node in nodes)
 
 
 def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:

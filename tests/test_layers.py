@@ -15,7 +15,7 @@ FLOORS = {
     "leaf": 2, "lift": 2, "call": 2, "rule": 2,
     "rules": 3,
     "torch": 4, "transforms": 4, "description": 4, "forms": 4, "second_order": 4,
-    "sharding": 5, "train_state": 5, "train": 5, "record": 5,
+    "sharding": 5, "train_state": 5, "train": 5, "record": 5, "statistics": 5,
     "checkpoint": 6, "migration": 6, "plan": 6, "probe": 6,
     "plot": 7, "catalog": 7, "testing": 7,
     "__init__": 8,

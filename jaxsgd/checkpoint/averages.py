@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsgd.numerics import wide
 from jaxsgd.paths import named_leaves
-from jaxsgd.rules.averaging import _averages, _extrapolated
+from jaxsgd.rules.averaging import averages_in, extrapolated
 
 __all__ = ["averaged", "find_averages"]
 
@@ -21,7 +21,7 @@ def find_averages(state: Any) -> dict[str, list[str]]:
         return {}
     names = {id(leaf): name for name, leaf in named_leaves(state, "state").items()}
     out: dict[str, list[str]] = {}
-    for tree, b1 in _averages(state.opt_state):
+    for tree, b1 in averages_in(state.opt_state):
         for name, leaf in named_leaves(tree, "state").items():
             out[f"params/{name}"] = [names[id(leaf)], *([] if b1 is None else [names[id(b1)]])]
     return out
@@ -33,5 +33,5 @@ def averaged(param: Any, *saved: Any) -> Any:
         return saved[0].astype(param.dtype)
     z, b1 = saved
     y = jnp.asarray(param)
-    x = _extrapolated(wide(y), wide(jnp.asarray(z)), jnp.asarray(b1, wide(y).real.dtype)).astype(y.dtype)
+    x = extrapolated(wide(y), wide(jnp.asarray(z)), jnp.asarray(b1, wide(y).real.dtype)).astype(y.dtype)
     return np.asarray(x) if isinstance(param, np.ndarray) else x

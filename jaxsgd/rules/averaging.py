@@ -111,13 +111,13 @@ def _schedule_free(
     r=0.0,
 ):
     after = inner(leaf.replace(learning_rate=leaf.learning_rate * stretch))
-    y, x = leaf.p, _extrapolated(leaf.p, z, b1)
+    y, x = leaf.p, extrapolated(leaf.p, z, b1)
     z = z + after.delta
     x = (1 - ck) * x + ck * z
     return after.replace(delta=b1 * x + (1 - b1) * z - y), z
 
 
-def _extrapolated(y: Any, z: Any, b1: Any) -> Any:
+def extrapolated(y: Any, z: Any, b1: Any) -> Any:
     """$x$ where $y$ lies between it and $z$."""
     return (y - (1 - b1) * z) / b1
 
@@ -260,7 +260,7 @@ def _of_transformation(
         def change(p: jax.Array, z_before: jax.Array, z: jax.Array) -> jax.Array:
             y = wide(p)
             b, ck = (x.astype(y.real.dtype) for x in (state.b1, now["ck"]))
-            x = (1 - ck) * _extrapolated(y, wide(z_before), b) + ck * wide(z)
+            x = (1 - ck) * extrapolated(y, wide(z_before), b) + ck * wide(z)
             return (b * x + (1 - b) * wide(z) - y).astype(p.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.step_count))
@@ -326,7 +326,7 @@ def eval_params(state: Any, params: Any) -> Any:
     Raises:
       ValueError: the state belongs to other parameters: a leaf has another name or shape.
     """
-    averages = list(_averages(state))
+    averages = list(averages_in(state))
     if not averages:
         return params
     trained = named_leaves(params, "params")
@@ -340,7 +340,7 @@ def eval_params(state: Any, params: Any) -> Any:
                 shapes = f"has the shape {jnp.shape(x)}, the parameter {jnp.shape(y)}"
                 raise ValueError(f"state: the average of {name!r} {shapes}. {_USE}")
             if b1 is not None:
-                x = _extrapolated(wide(y), wide(x), jnp.asarray(b1, wide(y).real.dtype))
+                x = extrapolated(wide(y), wide(x), jnp.asarray(b1, wide(y).real.dtype))
             out[name] = jnp.array(x, y.dtype, copy=True)  # a copy, because the next step donates its state
     return jax.tree.structure(params).unflatten(out.values())
 
@@ -351,7 +351,7 @@ schedule_free_eval_params = eval_params
 """optax's name of `eval_params`."""
 
 
-def _averages(state: Any) -> Iterator[tuple[Any, Any]]:
+def averages_in(state: Any) -> Iterator[tuple[Any, Any]]:
     """Each tree to evaluate, with ``b1`` where it is the z of an extrapolation."""
     for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, State) or _is_average(node)):
         if isinstance(node, State):
