@@ -191,7 +191,7 @@ class Step:
                     "on one device, or with mesh=, leave axis_name out"
                 ) from None
         _check_kind(state)
-        # On several devices jaxlib would end the process. On one it raises; looking at one array is enough there.
+        # On several devices jaxlib would end the process. On one it raises, and is asked why then.
         refuse_deleted("state", state.step if self.mesh is None else state)
         batch = as_arrays(batch)
         size = batch_size(batch)
@@ -211,7 +211,11 @@ class Step:
         self._check_constants(state, constants)
         state, batch, constants = self._settle(state, batch, constants)  # first: it may replace self.jitted
         with self._entered():
-            return self.jitted(state, batch, constants)
+            try:
+                return self.jitted(state, batch, constants)
+            except (RuntimeError, ValueError):
+                refuse_deleted("state", state)
+                raise
 
     def _check_constants(self, state: TrainState, constants: Any) -> None:
         """Check that ``constants`` can be read while the state is donated.

@@ -239,3 +239,14 @@ def test_bad_input_raises_a_clear_error():
         TrainState.create(Net(nnx.Rngs(0)), tx, model_state={})
     with pytest.raises(ValueError, match="was not made from an nnx.Module"):
         _ = TrainState.create(LINEAR, tx).model
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state", "key"])
+def test_a_state_of_which_a_part_was_donated_is_refused_in_words(part):
+    tx = jaxsgd.adam(1e-2)
+    old = TrainState.create({"w": jnp.ones(3)}, tx)
+    step = make_step(lambda p, batch, key: jnp.sum(p["w"] ** 2) * batch.mean(), tx)
+    new, _ = step(old, jnp.ones(4))
+    with pytest.raises(RuntimeError, match=r"state: an earlier step took this state's memory.*donate=False"):
+        step(new.replace(**{part: getattr(old, part)}), jnp.ones(4))
+    assert np.isfinite(step(new, jnp.ones(4))[1]["loss"])  # nothing is lost
