@@ -237,6 +237,32 @@ def test_what_it_takes():
     assert noise_scale(quadratic, params, draws(2, 256)).small == 8
 
 
+def test_parameters_that_rest_count_nothing():
+    """As if the frozen parameter were a number in the loss."""
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    params = {"a": jnp.ones(3), "b": jnp.full(3, 2.0)}
+
+    def loss(p, batch, key):
+        return jnp.mean((batch @ p["a"] + batch**2 @ p["b"] - 1) ** 2)
+
+    for tx in (
+        jaxsgd.adam(0.1, groups=[("b", {"frozen": True})]),
+        optax.partition({"a": optax.adam(0.1), "b": optax.set_to_zero()}, {"a": "a", "b": "b"}),
+    ):
+        found = jaxsgd.noise_scale(loss, params, x, small=4, tx=tx)
+        alone = jaxsgd.noise_scale(
+            lambda p, batch, key: loss({"a": p, "b": params["b"]}, batch, key), params["a"], x, small=4
+        )
+        np.testing.assert_allclose(
+            (found.scale, found.gradient_norm_sq), (alone.scale, alone.gradient_norm_sq), rtol=1e-5
+        )
+    assert abs(jaxsgd.noise_scale(loss, params, x, small=4).scale / found.scale - 1) > 0.01
+    with pytest.raises(ValueError, match="no floating or complex parameter that tx moves"):
+        jaxsgd.noise_scale(loss, params, x, tx=optax.set_to_zero())
+    with pytest.raises(TypeError, match="tx=.*gradient transformation"):
+        jaxsgd.noise_scale(loss, params, x, tx=jaxsgd.adam)
+
+
 def test_narrow_parameters_and_another_gradient():
     batches = draws(8, seed=3)
     want = noise_scale(quadratic, {"w": CENTER}, batches)

@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy
 
 from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.numerics import differentiable, sq, wide, widest, zeros
-from jaxsgd.paths import is_function
+from jaxsgd.paths import check_optimizer, is_function
 from jaxsgd.probe.feed import Feed, is_one_batch
 from jaxsgd.probe.losses import pure_loss, takes
 from jaxsgd.probe.scaling import Doubling, NoiseScale, scale_learning_rate
 from jaxsgd.progress import Bar
+from jaxsgd.transforms.moving import moving
 
 __all__ = ["Doubling", "NoiseScale", "noise_scale", "scale_learning_rate"]
 
@@ -38,6 +40,7 @@ def noise_scale(
     count: int | None = None,
     key: int | jax.Array = 0,
     gradient: Callable[[Callable[..., jax.Array]], Callable[..., Any]] = jax.grad,
+    tx: optax.GradientTransformation | None = None,
     progress: bool | None = None,
 ) -> NoiseScale:
     r"""Gradient noise scale (McCandlish et al. 2018, arXiv:1812.06162): $B = tr(\Sigma) / \lvert G \rvert^2$.
@@ -78,21 +81,25 @@ def noise_scale(
         too. Default: 0.
       gradient: a transformation from the loss to its gradient, both functions of ``(params, batch, key)``. Use it for
         steps that do not follow `jax.grad`, such as preconditioned ones. Default: `jax.grad`.
+      tx: the optimizer of the training. Parameters that it never moves, such as frozen ones, are left out. Default:
+        None, all count.
       progress: show a bar after two seconds. Default: on if stderr is a terminal.
 
     Returns:
       A `NoiseScale`.
 
     Raises:
-      ValueError: fewer than 4 parts; a batch that does not divide into parts; no floating parameter; a gradient that is
-        not finite.
-      TypeError: a leaf of ``params`` is no array and no number.
+      ValueError: fewer than 4 parts; a batch that does not divide into parts; no floating parameter that moves; a
+        gradient that is not finite.
+      TypeError: a leaf of ``params`` is no array and no number; ``tx`` is no gradient transformation.
     """
     taking = takes(loss_fn, params)
     fn, params = pure_loss(loss_fn, params, random=True)
-    points = differentiable(params)[0]
+    moves = None if tx is None else _moves(tx, params)
+    points = differentiable(params, moves)[0]
     if not points:
-        raise ValueError("params: there is no floating or complex parameter, so there is no gradient")
+        frozen = "" if tx is None else " that tx moves"
+        raise ValueError(f"params: there is no floating or complex parameter{frozen}, so there is no gradient")
     taken, sizes = _taken(batches, count, taking)
     if small is None:
         small = _usual(sizes)
@@ -118,7 +125,7 @@ def noise_scale(
     key = jax.random.key(key) if isinstance(key, int) else key
 
     grad = jax.grad(fn, allow_int=True) if gradient is jax.grad else gradient(fn)
-    take = jax.jit(_part(grad), donate_argnums=1)
+    take = jax.jit(_part(grad, moves), donate_argnums=1)
     about = [zeros(p) for p in points]
     rows: list[Any] = []
     with Bar("noise scale", 2 * len(taken), progress) as bar:
@@ -153,14 +160,20 @@ def _whole(batches: Any, taking: Callable[[Any], bool]) -> bool:
     return is_one_batch(batches, taking) or hasattr(batches, "__len__")
 
 
-def _part(grad: Callable[..., Any]) -> Callable[..., Any]:
+def _moves(tx: optax.GradientTransformation, params: Any) -> list[bool]:
+    check_optimizer(tx)
+    update = optax.with_extra_args_support(tx).update
+    return moving(update, jax.eval_shape(tx.init, params), params, None)
+
+
+def _part(grad: Callable[..., Any], moves: list[bool] | None) -> Callable[..., Any]:
     """``(params, total, about, part, key, index) -> (total + gradient, (|d|^2, <d, about>))``, d = gradient - about.
 
-    ``total`` and ``about`` are lists, without the integer parameters.
+    ``total`` and ``about`` are lists, without the integer parameters and those that rest.
     """
 
     def take(params: Any, total: Any, about: Any, part: Any, key: jax.Array, index: jax.Array) -> Any:
-        gradients = [wide(g) for g in differentiable(grad(params, part, jax.random.fold_in(key, index)))[0]]
+        gradients = [wide(g) for g in differentiable(grad(params, part, jax.random.fold_in(key, index)), moves)[0]]
         pairs = list(zip(gradients, about, strict=True))
         dtype = widest(g.dtype for g, _ in pairs)
         away = [jnp.sum(sq(g - a)).astype(dtype) for g, a in pairs]

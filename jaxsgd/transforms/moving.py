@@ -38,13 +38,16 @@ def moving(update: Callable[..., Any], state: Any, params: Any, value_fn: Callab
     Args:
       update: the ``update`` of a gradient transformation.
       state, params: its arguments, as arrays, tracers or shapes.
-      value_fn: the loss as a function of the parameters, one of the extra arguments of the train step.
+      value_fn: the loss as a function of the parameters, one of the extra arguments of the train step. With None, a
+        rule that calls it counts as one that moves all.
     """
     try:
         # Tracing the loss is most of the work, and few rules call it.
         stand_in = SplitLoss(_refuse, _refuse) if isinstance(value_fn, SplitLoss) else _refuse
         return _moving(update, state, params, stand_in)
     except _LossAsked:
+        if value_fn is None:
+            return [True] * len(jax.tree.leaves(params))
         return _moving(update, state, params, value_fn)
 
 
