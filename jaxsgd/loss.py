@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsgd.numerics import is_key
+from jaxsgd.paths import leaf_names
 
 __all__ = ["call_loss", "fold_keys", "loss_and_aux", "with_all_arguments"]
 
@@ -66,7 +67,51 @@ def loss_and_aux(out: Any) -> tuple[jax.Array, Any]:
         raise ValueError(f"loss_fn: the loss has the shape {jnp.shape(loss)}; a scalar is needed. Use its mean")
     if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(f"loss_fn: the loss is {jnp.result_type(loss).name}; a real floating scalar is needed")
+    for name, x in zip(leaf_names(aux), jax.tree.leaves(aux), strict=True):
+        if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
+            raise TypeError(
+                f"loss_fn: aux {name!r} is a {type(x).__name__}; arrays and numbers are needed. Leave it out"
+            )
     return jnp.asarray(loss), aux
+
+
+def _like(new: Any, old: Any) -> Any:
+    """``new``, the model's state after a call, in the dtypes of ``old``, the one before.
+
+    Raises:
+      ValueError: it has other leaves or shapes, or numbers of another kind.
+    """
+    names, treedef = leaf_names(old), jax.tree.structure(old)
+    found, leaves = leaf_names(new), jax.tree.leaves(new)
+    if found != names:
+        more, less = sorted({*found} - {*names}), sorted({*names} - {*found})
+        if more or less or len(found) != len(names):
+            said = [f"new: {', '.join(more[:3])}"] * bool(more) + [f"missing: {', '.join(less[:3])}"] * bool(less)
+            raise ValueError(
+                f"loss_fn: the model's state has other leaves after it ({'; '.join(said)}). Use the same tree; of an "
+                "NNX model take what it sows away: nnx.pop(model, nnx.Intermediate)"
+            )
+        by_name = dict(zip(found, leaves, strict=True))  # a container of another order, such as a FrozenDict
+        leaves = [by_name[name] for name in names]
+    triples = zip(names, leaves, jax.tree.leaves(old), strict=True)
+    return treedef.unflatten(_in_dtype(name, x, like) for name, x, like in triples)
+
+
+def _in_dtype(name: str, x: Any, like: Any) -> Any:
+    if jnp.shape(x) != jnp.shape(like):
+        raise ValueError(
+            f"loss_fn: the model's state {name!r} has the shape {jnp.shape(x)} after it, {jnp.shape(like)} before"
+        )
+    if is_key(x) or is_key(like) or x is like:
+        return x
+    dtype, wanted = jnp.result_type(x), jnp.result_type(like)
+    if dtype == wanted:
+        return x
+    if not jnp.can_cast(dtype, wanted, "same_kind"):
+        raise ValueError(
+            f"loss_fn: the model's state {name!r} is {dtype.name} after it, {wanted.name} before. Use one kind"
+        )
+    return jnp.asarray(x).astype(wanted)
 
 
 def call_loss(
@@ -82,21 +127,24 @@ def call_loss(
       batch, key: the examples, and the key for random numbers.
 
     Raises:
-      ValueError: it returns something else than a scalar loss, ``(loss, aux)`` or ``(loss, (model_state, aux))``.
+      ValueError: it returns something else than a scalar loss, ``(loss, aux)`` or ``(loss, (model_state, aux))``; the
+        model's state has other leaves, shapes or kinds of numbers after it. Floating numbers keep their dtypes.
+      TypeError: a leaf of aux is no array and no number.
     """
     if graphdef is not None:
         model = nnx.merge(graphdef, params, model_state, copy=True)
         loss, aux = loss_and_aux(loss_fn(model, batch, key))
-        return loss, (nnx.state(model, nnx.Not(nnx.Param)), aux)
+        return loss, (_like(nnx.state(model, nnx.Not(nnx.Param)), model_state), aux)
     if model_state is None:
         loss, aux = loss_and_aux(loss_fn(params, batch, key))
         return loss, (None, aux)
     out = loss_fn(params, model_state, batch, key)
     try:
-        loss, (model_state, aux) = out
+        loss, (carried, aux) = out
     except (TypeError, ValueError):
         raise ValueError("loss_fn: with a model_state it returns (loss, (model_state, aux))") from None
-    return loss_and_aux(loss)[0], (model_state, aux)
+    loss, aux = loss_and_aux((loss, aux))
+    return loss, (_like(carried, model_state), aux)
 
 
 def fold_keys(tree: Any, data: Any) -> Any:

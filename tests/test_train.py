@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import jaxsgd
 from jaxsgd import TrainState, make_step
@@ -250,3 +251,84 @@ def test_a_state_of_which_a_part_was_donated_is_refused_in_words(part):
     with pytest.raises(RuntimeError, match=r"state: an earlier step took this state's memory.*donate=False"):
         step(new.replace(**{part: getattr(old, part)}), jnp.ones(4))
     assert np.isfinite(step(new, jnp.ones(4))[1]["loss"])  # nothing is lost
+
+
+STATE_PARAMS = {"w": np.ones((3, 2), np.float32)}
+STATE_X = np.ones((4, 3), np.float32)
+
+
+def trained_with(change, given, accumulate=1):
+    """The model's state after a step whose loss changes it so."""
+
+    def loss_fn(params, carried, batch, key):
+        return jnp.mean((batch @ params["w"]) ** 2), (change(carried), None)
+
+    tx = jaxsgd.sgd(0.1)
+    state = TrainState.create(STATE_PARAMS, tx, model_state=jax.tree.map(jnp.copy, given))
+    step = make_step(loss_fn, tx, accumulate=accumulate)
+    for _ in range(2):
+        state, _ = step(state, STATE_X)
+    assert step.compiles == 1
+    return state.model_state
+
+
+GIVEN = {"mean": jnp.zeros(4), "seen": jnp.zeros((), jnp.int32)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_models_state_keeps_its_dtypes_and_containers(accumulate):
+    def change(carried):
+        new = {"seen": carried["seen"] + 1, "mean": (carried["mean"] + 1).astype(jnp.bfloat16)}
+        return freeze(new)
+
+    found = trained_with(change, GIVEN, accumulate)
+    assert found["mean"].dtype == jnp.float32 and found["seen"] == 2 * accumulate
+    assert jax.tree.structure(found) == jax.tree.structure(GIVEN)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {**s, "seen": s["seen"] + 1.0}, "state 'seen' is float32 after it, int32 before"),
+        (lambda s: {**s, "mean": jnp.zeros(5)}, r"state 'mean' has the shape \(5,\) after it, \(4,\) before"),
+        (lambda s: {"mean": s["mean"]}, r"other leaves after it \(missing: seen\)"),
+        (lambda s: {**s, "more": s["mean"]}, r"other leaves after it \(new: more\)"),
+    ],
+    ids=["kind", "shape", "missing", "new"],
+)
+def test_a_models_state_that_changes_its_form_is_refused(change, words, accumulate):
+    with pytest.raises(ValueError, match=words):
+        trained_with(change, GIVEN, accumulate)
+
+
+def test_a_model_that_makes_variables_says_what_to_take_away():
+    class Sowing(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.linear(x)
+            self.seen = nnx.Intermediate(x)
+            return x
+
+    def popped(model, batch, key):
+        loss = jnp.mean(model(batch) ** 2)
+        nnx.pop(model, nnx.Intermediate)
+        return loss
+
+    tx = jaxsgd.sgd(0.1)
+    with pytest.raises(ValueError, match=r"other leaves after it \(new: seen.*nnx.pop"):
+        make_step(lambda model, batch, key: jnp.mean(model(batch) ** 2), tx)(
+            TrainState.create(Sowing(nnx.Rngs(0)), tx), STATE_X
+        )
+    assert np.isfinite(make_step(popped, tx)(TrainState.create(Sowing(nnx.Rngs(0)), tx), STATE_X)[1]["loss"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_aux_that_is_no_array_is_named(accumulate):
+    step = make_step(
+        lambda p, batch, key: (jnp.sum(p["w"]) * batch.mean(), {"name": "x"}), jaxsgd.sgd(0.1), accumulate=accumulate
+    )
+    with pytest.raises(TypeError, match="aux 'name' is a str; arrays and numbers are needed"):
+        step(TrainState.create(STATE_PARAMS, jaxsgd.sgd(0.1)), STATE_X)
