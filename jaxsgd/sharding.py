@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -126,8 +127,10 @@ def _spread(specs: Any, params: Any) -> list[Any]:
     def is_spec(x: Any) -> bool:
         return x is None or isinstance(x, PartitionSpec)
 
+    # In a box, for None is an entry here, and no leaf of the parameters.
+    boxed = jax.tree.map(lambda spec: SimpleNamespace(spec=spec), specs, is_leaf=is_spec)
     try:
-        return jax.tree.leaves(jax.tree.broadcast(specs, params, is_leaf=is_spec), is_leaf=is_spec)
+        return [box.spec for box in jax.tree.leaves(jax.tree.broadcast(boxed, params))]
     except ValueError as error:
         raise ValueError(
             f"specs: {jax.tree.structure(specs, is_leaf=is_spec)} is no prefix of the parameters, which are "

@@ -418,3 +418,12 @@ def test_a_step_on_a_mesh_inside_the_callers_jit(mesh):
     inside, _ = jax.jit(step)(begin(), batch)
     outside, _ = step(begin(), BATCHES[0])
     assert apart(inside.params, outside.params) < 1e-6
+
+
+@pytest.mark.parametrize("specs", [P(), None, {"w": P("data"), "none": None}, {"w": None, "none": P()}])
+def test_parameters_with_none_among_them(mesh, specs):
+    state = TrainState.create(
+        {"w": np.ones((8, 2), np.float32), "none": None}, jaxsgd.adam(1e-2), mesh=mesh, specs=specs
+    )
+    split = isinstance(specs, dict) and specs["w"] is not None
+    assert state.params["w"].sharding.is_fully_replicated != split
