@@ -716,7 +716,10 @@ def _refused(**_):
     raise PermissionError(13, "Permission denied")
 
 
-@pytest.mark.parametrize(("full", "what"), [(0, "disk"), (1, "disk"), (1, "folder")])
+@pytest.mark.parametrize(
+    ("full", "what"),
+    [(0, "disk"), pytest.param(1, "disk", marks=pytest.mark.slow), pytest.param(1, "folder", marks=pytest.mark.slow)],
+)
 def test_a_full_disk_of_one_process_ends_all(tmp_path, full, what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
