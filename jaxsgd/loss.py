@@ -13,7 +13,12 @@ from flax import nnx
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import leaf_names
 
-__all__ = ["call_loss", "fold_keys", "loss_and_aux", "with_all_arguments"]
+__all__ = ["call_loss", "fold_keys", "is_stateful", "loss_and_aux", "with_all_arguments"]
+
+
+def is_stateful(graphdef: Any, model_state: Any) -> bool:
+    """Whether the loss takes and returns the model state: there is one, and no NNX model carries it."""
+    return graphdef is None and model_state is not None
 
 
 def with_all_arguments(loss_fn: Callable[..., Any], stateful: bool = False) -> Callable[..., Any]:

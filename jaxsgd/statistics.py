@@ -1,4 +1,4 @@
-"""Batch statistics made anew, for weights that no step has trained with."""
+"""Batch statistics of weights that no step has trained with, such as averages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.loss import call_loss, with_all_arguments
+from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
 from jaxsgd.numerics import is_key, wide
 from jaxsgd.train_state import TrainState
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3
 def batch_statistics(
     state: TrainState, loss_fn: Callable[..., Any], batches: Iterable[Any], *, params: Any = None, key: int = 0
 ) -> Any:
-    """Batch statistics of the weights to evaluate, from a few batches: the model's state with its averages made anew.
+    """Compute the batch statistics of the weights to evaluate, from a few batches.
 
     An average of weights (`jaxsgd.params_ema`, schedule-free) was never trained with, so the running statistics of
     batch norm are those of other weights. This call runs the loss, in training mode, on each batch, and takes the
@@ -55,8 +55,7 @@ def batch_statistics(
     """
     if state.model_state is None or not jax.tree.leaves(state.model_state):
         raise ValueError("state: its model carries no statistics; a model_state or an nnx.Module with some is needed")
-    stateful = state.graphdef is None
-    read = with_all_arguments(loss_fn, stateful)
+    read = with_all_arguments(loss_fn, is_stateful(state.graphdef, state.model_state))
     params = state.eval_params if params is None else params
     leaves, treedef = jax.tree.flatten(state.model_state)
     numbers = [not is_key(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import as_arrays, batch_size, check_divides
-from jaxsgd.loss import call_loss, with_all_arguments
+from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
 from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
@@ -314,8 +314,7 @@ class Step:
     def fn(self, state: TrainState, batch: Any, constants: Any = None) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
         _check_kind(state)
-        stateful = state.graphdef is None and state.model_state is not None
-        user_loss = _with_constants(self.loss_fn, constants, stateful)
+        user_loss = _with_constants(self.loss_fn, constants, is_stateful(state.graphdef, state.model_state))
         _check_shapes(self.tx, state)
         key, carried = jax.random.fold_in(state.key, state.step), state.model_state
         if self.axis_name is not None:  # other random numbers on each device

@@ -183,18 +183,25 @@ BAD = {
     "rename of nothing": ({"rename": str.upper}, ValueError, "rename=.*: it needs like"),
     "another model": ({"like": {"boddy": jnp.ones(2)}, "partial": True}, ValueError, "did you mean 'params/body/"),
     "a shape without a value": (
-        {"like": {"body": {"kernel": jax.ShapeDtypeStruct((4, 8), jnp.float32)}, "z": jax.ShapeDtypeStruct((), int)},
-         "partial": True},
-        ValueError, "'params/z' is only a shape.*Use initialised arrays",
+        {
+            "like": {"body": {"kernel": jax.ShapeDtypeStruct((4, 8), jnp.float32)}, "z": jax.ShapeDtypeStruct((), int)},
+            "partial": True,
+        },
+        ValueError,
+        "'params/z' is only a shape.*Use initialised arrays",
     ),
     "no number": (
-        {"like": {"body": {"kernel": jnp.ones((4, 8), int)}}, "partial": True}, ValueError, "no leaf of like fits"
+        {"like": {"body": {"kernel": jnp.ones((4, 8), int)}}, "partial": True},
+        ValueError,
+        "no leaf of like fits",
     ),
     "a name that is none": (
-        {"like": {"b": jnp.ones(2)}, "rename": lambda _: None}, TypeError, r"rename\('params/b'\) returned None"
+        {"like": {"b": jnp.ones(2)}, "rename": lambda _: None},
+        TypeError,
+        r"rename\('params/b'\) returned None",
     ),
     "a step that is not there": ({"step": 9}, FileNotFoundError, "no checkpoint of step 9"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

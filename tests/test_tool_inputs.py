@@ -57,10 +57,12 @@ SCHEDULES = {
     "onecycle": lambda r: optax.cosine_onecycle_schedule(30, r),
     "linear_onecycle": lambda r: optax.linear_onecycle_schedule(30, r),
     "sgdr": lambda r: optax.sgdr_schedule([c | {"peak_value": r / (i + 1)} for i, c in enumerate(CYCLES)]),
-    "joined": lambda r: optax.join_schedules([optax.linear_schedule(0.0, r, 3), optax.cosine_decay_schedule(r, 9)], [3]),  # noqa: E501
+    "joined": lambda r: optax.join_schedules(
+        [optax.linear_schedule(0.0, r, 3), optax.cosine_decay_schedule(r, 9)], [3]
+    ),
     "by hand": lambda r: lambda count: r * jnp.minimum(count, 3) if r > 0 else 0.0,
     "from a list": lambda r: lambda count: jnp.asarray([0.1 * r, float(r), min(r, 0.02)])[jnp.minimum(count, 2)],
-}  # fmt: skip
+}
 RATES, STEPS = [1e-3, 1e-2, 0.1], 12
 
 

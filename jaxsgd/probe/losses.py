@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxsgd.loss import call_loss, fold_keys, with_all_arguments
+from jaxsgd.loss import call_loss, fold_keys, is_stateful, with_all_arguments
 from jaxsgd.numerics import strong
 from jaxsgd.paths import check_params, is_function
 from jaxsgd.train_state import TrainState, refuse_deleted
 
-__all__ = ["apart", "is_stateful", "pure_loss", "takes"]
+__all__ = ["apart", "pure_loss", "takes"]
 
 
 def apart(model: Any) -> tuple[Any, Any, Any]:
@@ -81,8 +81,3 @@ def takes(loss_fn: Callable[..., Any], model: Any) -> Callable[[Any], bool]:
 
 def _is_model(model: Any) -> bool:
     return isinstance(model, nnx.Module | TrainState)
-
-
-def is_stateful(graphdef: Any, model_state: Any) -> bool:
-    """Whether the loss takes and returns the model state: it has one, and no NNX model carries it."""
-    return graphdef is None and model_state is not None

@@ -17,10 +17,10 @@ import scipy
 from flax import nnx
 
 from jaxsgd.batches import as_arrays, batch_size
-from jaxsgd.loss import with_all_arguments
+from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.paths import aligned, is_function
 from jaxsgd.probe.feed import is_one_batch
-from jaxsgd.probe.losses import apart, is_stateful, takes
+from jaxsgd.probe.losses import apart, takes
 from jaxsgd.probe.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
 from jaxsgd.probe.trainings import checked_rule, usual_rate
 from jaxsgd.progress import Bar

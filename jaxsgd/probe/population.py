@@ -24,7 +24,7 @@ from jaxsgd.record import flat_metrics
 from jaxsgd.train import Step
 from jaxsgd.transforms.skipping import skipped_now
 
-__all__ = ["STRATEGIES", "Population"]
+__all__ = ["STRATEGIES", "Population", "padded"]
 
 STRATEGIES = ("auto", "vmap", "map", "loop")
 MEMBERS = PartitionSpec("members")
@@ -44,6 +44,11 @@ class Fate(NamedTuple):
     alive: jax.Array
     steps: jax.Array
     diverged_at: jax.Array
+
+
+def padded(x: np.ndarray, more: int) -> np.ndarray:
+    """``x`` with its last row repeated ``more`` times."""
+    return np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)], mode="edge")
 
 
 class Population:
@@ -198,8 +203,7 @@ class Population:
     def _deal(self, tree: Any) -> Any:
         """Arrays ``(members,)``, padded to a multiple of the devices and sharded over them."""
         more = self._rows * len(self.devices) - self.members
-        pad = lambda x: np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)], mode="edge")  # noqa: E731
-        return jax.tree.map(lambda x: jax.device_put(pad(x), self._split), tree)
+        return jax.tree.map(lambda x: jax.device_put(padded(x, more), self._split), tree)
 
     def _dealt_out(self, fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
         """``fn`` on the members of each device; the first ``shared`` arguments are the same for all."""

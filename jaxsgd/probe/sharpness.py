@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from jaxsgd.batches import as_arrays, batch_size, check_divides
-from jaxsgd.loss import with_all_arguments
+from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.probe.feed import is_one_batch
 from jaxsgd.probe.lanczos import Curvature, Spectrum, spectrum
-from jaxsgd.probe.losses import apart, is_stateful, takes
+from jaxsgd.probe.losses import apart, takes
 from jaxsgd.probe.stability import Response, read_rule
 from jaxsgd.progress import Bar
 from jaxsgd.train_state import TrainState

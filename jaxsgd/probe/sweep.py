@@ -19,7 +19,7 @@ from jaxsgd.paths import is_function
 from jaxsgd.probe.concrete import merged
 from jaxsgd.probe.feed import Feed, is_one_batch
 from jaxsgd.probe.limits import IN_A_ROW, least_losses, risen, without_skipped
-from jaxsgd.probe.population import STRATEGIES, Population
+from jaxsgd.probe.population import STRATEGIES, Population, padded
 from jaxsgd.probe.swept import Sweep
 from jaxsgd.progress import Bar
 from jaxsgd.state import find_states, with_hyper
@@ -305,6 +305,10 @@ def _at(one: Callable[..., Any], scalars: Mapping[str, Any], inputs: Any) -> Any
     return one(inputs, scalars)
 
 
+def _swapped(fn: Callable[..., Any], inputs: Any, row: Any) -> Any:
+    return fn(row, inputs)
+
+
 def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: list[Any], limit: float) -> Sweep:
     count = len(next(iter(members.values())))
     mesh = Mesh(np.asarray(devices), ("members",))
@@ -316,9 +320,8 @@ def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: l
     except TypeError:  # it asks a tracer for its value: it gets the numbers of each run
         numbers = [{name: x[i].item() for name, x in members.items()} for i in range(count)]
         fn, rows = merged((functools.partial(_at, one, scalars) for scalars in numbers), inputs)
-        one = lambda inputs, row: fn(row, inputs)  # noqa: E731
-    padded = lambda x: np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)], mode="edge")  # noqa: E731
-    rows = jax.tree.map(lambda x: jax.device_put(padded(x), split), rows)
+        one = functools.partial(_swapped, fn)
+    rows = jax.tree.map(lambda x: jax.device_put(padded(x, more), split), rows)
 
     def run(inputs: Any, rows: Any) -> Any:
         each = lambda row: one(inputs, row)  # noqa: E731

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import scipy
 
-from jaxsgd.loss import with_all_arguments
+from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.probe.asking import rules_in
 from jaxsgd.probe.feed import Feed, stacked
-from jaxsgd.probe.losses import apart, is_stateful
+from jaxsgd.probe.losses import apart
 from jaxsgd.probe.population import Population
 from jaxsgd.progress import Bar
 from jaxsgd.rule import RULES, Rule
