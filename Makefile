@@ -36,8 +36,8 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
-	$(RUN) -m jaxsgd.catalog --check
-	$(RUN) -m jaxsgd.plan.ledger --check
+	$(RUN) tools/catalog.py --check
+	$(RUN) tools/ledger.py --check
 	$(RUN) tools/stubs.py --check
 
 test: lint
@@ -62,7 +62,7 @@ format: $(VENV)/.test
 
 tables: $(VENV)/.test
 	$(RUN) tests/agreement.py
-	$(RUN) -m jaxsgd.catalog --write
+	$(RUN) tools/catalog.py --write
 	$(RUN) tools/stubs.py
 
 clean:

@@ -31,7 +31,7 @@ import optax
 from flax import nnx
 
 import jaxsgd
-from jaxsgd.plan import Plan, plan
+from jaxsgd.planning.plan import Plan, plan
 
 MIB = 2**20
 ROWS, LENGTH, WIDTH, HEADS, LAYERS, VOCABULARY = 16, 256, 512, 8, 4, 512

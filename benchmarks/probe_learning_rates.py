@@ -24,8 +24,8 @@ import optax
 from learning_rate_tasks import DESIGN, HELD_OUT, TASKS, Task
 
 from jaxsgd.paths import aligned
-from jaxsgd.probe.probing import Probe, probe
-from jaxsgd.probe.range_test import range_test
+from jaxsgd.tuning.probe import Probe, probe
+from jaxsgd.tuning.range_test import range_test
 
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "learning_rates"
 RATES = 10.0 ** (np.arange(-36, 19) / 6)

@@ -26,7 +26,7 @@ import optax
 from sklearn.datasets import load_digits
 
 import jaxsgd
-from jaxsgd.probe.population import Population
+from jaxsgd.ensemble.population import Population
 
 
 def mlp_loss(params: Any, batch: Any, key: Any) -> jax.Array:

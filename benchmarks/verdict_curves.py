@@ -1,4 +1,4 @@
-"""Labelled loss curves from real trainings, and how well `jaxsgd.probe.diagnose` names what is wrong with them.
+"""Labelled loss curves from real trainings, and how well `jaxsgd.diagnosis.diagnose` names what is wrong with them.
 
     python benchmarks/verdict_curves.py            # the table, from the recorded curves
     python benchmarks/verdict_curves.py --check    # the same; fails where docs/verdicts.md says something else
@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import jaxsgd
-from jaxsgd.probe.diagnose import VERDICTS, Diagnosis, diagnose
+from jaxsgd.diagnosis.diagnose import VERDICTS, Diagnosis, diagnose
 
 VOCABULARY = 48
 CURVES = pathlib.Path(__file__).parent.parent / "tests/data/verdict_curves.npz"

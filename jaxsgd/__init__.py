@@ -7,29 +7,15 @@ A family of rules lists its public names in its own ``__all__``, so that adding 
 # ruff: noqa: F403, F405
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
+from jaxsgd.curvature.sharpness import Sharpness, sharpness
 from jaxsgd.description import describe
+from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
 from jaxsgd.eightbit import int8
+from jaxsgd.ensemble.sweep import Sweep, sweep
 from jaxsgd.migration import migrate
-from jaxsgd.plan import plan
-from jaxsgd.probe import (
-    Diagnosis,
-    NoiseScale,
-    Pick,
-    Probe,
-    RangeTest,
-    Sharpness,
-    Sweep,
-    diagnose,
-    noise_scale,
-    pick,
-    probe,
-    range_test,
-    scale_learning_rate,
-    sharpness,
-    sweep,
-)
+from jaxsgd.planning.plan import plan
 from jaxsgd.record import Recorder
-from jaxsgd.rule import RULES, Rule, rule, wrapper
+from jaxsgd.registry import RULES, Rule, rule, wrapper
 from jaxsgd.rules import FAMILIES
 from jaxsgd.rules.adam_variants import *
 from jaxsgd.rules.adaptive import *
@@ -63,6 +49,10 @@ from jaxsgd.storage import Storage, cast, plain
 from jaxsgd.train import Step, check_donation, checked, make_step
 from jaxsgd.train_state import TrainState
 from jaxsgd.transforms import *
+from jaxsgd.tuning.noise import NoiseScale, noise_scale, scale_learning_rate
+from jaxsgd.tuning.pick import Pick, pick
+from jaxsgd.tuning.probe import Probe, probe
+from jaxsgd.tuning.range_test import RangeTest, range_test
 
 __version__ = "0.1.0"
 

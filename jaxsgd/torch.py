@@ -34,7 +34,7 @@ from optax import ScalarOrSchedule
 from jaxsgd.hyper import is_constant, is_off
 from jaxsgd.lift import Transformation
 from jaxsgd.paths import Groups, leaf_names, resolve_groups
-from jaxsgd.rule import Rule
+from jaxsgd.registry import Rule
 from jaxsgd.rules.adaptive import adadelta, adam, adamax
 from jaxsgd.rules.torch import (
     torch_adafactor,

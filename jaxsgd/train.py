@@ -26,7 +26,7 @@ from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, on_every_device, shard_batch
 from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, refuse_deleted
-from jaxsgd.transforms.accumulate import carrying_gradients
+from jaxsgd.transforms.accumulation import carrying_gradients
 from jaxsgd.transforms.clip import AxisName
 from jaxsgd.transforms.moving import moving
 from jaxsgd.transforms.skipping import kept_where_skipped, skipped_now, skipped_steps

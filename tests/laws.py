@@ -22,7 +22,7 @@ from twins import TWINS
 
 from jaxsgd import testing
 from jaxsgd.hyper import Bounds
-from jaxsgd.rule import Rule
+from jaxsgd.registry import Rule
 from jaxsgd.testing import SHAPES, draw_gradients, draw_params, loss_of
 
 STEPS = 50

@@ -181,7 +181,7 @@ class Tally:
 
 def stand_in(name: str, theirs: Callable, ours: Callable, tally: Tally) -> Callable:
     """What takes the place of ``theirs``: ours itself if it is a rule, and ours counted if not."""
-    from jaxsgd.rule import Rule
+    from jaxsgd.registry import Rule
 
     if name in DEPRECATED:
         return _warning(ours, DEPRECATED[name])
@@ -204,7 +204,7 @@ def install() -> Tally:
     import optax
 
     from jaxsgd.lift import Lift
-    from jaxsgd.rule import Rule
+    from jaxsgd.registry import Rule
 
     for module in pkgutil.walk_packages(optax.__path__, "optax."):
         if not module.name.endswith("_test"):

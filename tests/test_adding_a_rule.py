@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 
+import catalog
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,12 +13,12 @@ from cases import CASES
 from laws import LAWS
 
 import jaxsgd
-from jaxsgd import RULES, catalog
+from jaxsgd import RULES
 from jaxsgd.forms import forms
 from jaxsgd.hyper import Decay
 from jaxsgd.numerics import ema
-from jaxsgd.probe.trainings import usual_rate
 from jaxsgd.slots import Mean
+from jaxsgd.tuning.short_runs import usual_rate
 
 SOURCE = '''
 @jaxsgd.rule(usual_rate=0.3, batch_scaling="sqrt")

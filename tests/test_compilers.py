@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsgd import RULES
-from jaxsgd.plan import plan
-from jaxsgd.plan.targets import available, lookup
+from jaxsgd.planning.plan import plan
+from jaxsgd.planning.targets import available, lookup
 from jaxsgd.sharding import state_sharding
 
 TARGETS = {

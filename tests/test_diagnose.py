@@ -1,4 +1,4 @@
-"""`jaxsgd.probe.diagnose`: real curves, what does not change a verdict, every shape of history, layers."""
+"""`jaxsgd.diagnosis.diagnose`: real curves, what does not change a verdict, every shape of history, layers."""
 
 import pathlib
 import sys
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsgd
-from jaxsgd.probe import curves, layers
-from jaxsgd.probe.diagnose import VERDICTS, Diagnosis, diagnose
+from jaxsgd.diagnosis import layers, loss_curve
+from jaxsgd.diagnosis.diagnose import VERDICTS, Diagnosis, diagnose
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 import verdict_curves  # noqa: E402
@@ -242,16 +242,16 @@ def test_a_dead_layer_of_a_real_training():
 
 def test_measurements():
     y = np.array([3.0, 1.0, 2.0, 0.0])
-    assert curves.monotone(y).tolist() == [3.0, 1.5, 1.5, 0.0]
-    assert curves.smooth(np.arange(9.0))[:-1].tolist() == list(range(8))
-    assert 0.9 < curves.noise(RNG.standard_normal(4000)) < 1.1
-    slope, error = curves.trend(0.1 * T + RNG.standard_normal(200))
+    assert loss_curve.monotone(y).tolist() == [3.0, 1.5, 1.5, 0.0]
+    assert loss_curve.smooth(np.arange(9.0))[:-1].tolist() == list(range(8))
+    assert 0.9 < loss_curve.noise(RNG.standard_normal(4000)) < 1.1
+    slope, error = loss_curve.trend(0.1 * T + RNG.standard_normal(200))
     assert abs(slope - 0.1) < 4 * error < 0.02
-    assert curves.autocorrelation(np.tile([1.0, -1.0], 20), 2).round(6).tolist() == [1, -1, 1]
-    (spike,) = curves.spikes(np.where(T == 60, 5.0, SHAPES["good"]))
+    assert loss_curve.autocorrelation(np.tile([1.0, -1.0], 20), 2).round(6).tolist() == [1, -1, 1]
+    (spike,) = loss_curve.spikes(np.where(T == 60, 5.0, SHAPES["good"]))
     assert spike.index == 60 and spike.width == 1
-    assert curves.spikes(SHAPES["good"]) == []
-    assert abs(curves.shape(SHAPES["too slow"]).late_share - 0.5) < 0.05
+    assert loss_curve.spikes(SHAPES["good"]) == []
+    assert abs(loss_curve.shape(SHAPES["too slow"]).late_share - 0.5) < 0.05
 
 
 def test_the_page_is_up_to_date():

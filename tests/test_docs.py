@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import catalog
 import jax
 import jax.numpy as jnp
 import nbformat
@@ -13,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 import jaxsgd
-from jaxsgd import RULES, catalog
+from jaxsgd import RULES
 from jaxsgd.testing import check_rule
 
 ROOT = pathlib.Path(__file__).parent.parent

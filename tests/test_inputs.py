@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsgd
 from jaxsgd import TrainState, make_step, sweep
+from jaxsgd.ensemble.feed import Feed
 from jaxsgd.numerics import conjugated, differentiable, global_norm, strong, wide
 from jaxsgd.paths import check_params, find_nodes, is_function, leaf_names, leaf_paths, owners
-from jaxsgd.probe.feed import Feed
 
 STEPS = 3
 HALVING = 0.25

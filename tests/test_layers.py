@@ -12,13 +12,14 @@ FLOORS = {
     "numerics": 0, "paths": 0, "matrices": 0, "progress": 0,
     "state": 1, "storage": 1, "eightbit": 1, "hyper": 1, "slots": 1, "rounding": 1, "batches": 1,
     "meshes": 1, "annotations": 1, "loss": 1,
-    "leaf": 2, "lift": 2, "call": 2, "rule": 2,
+    "leaf": 2, "lift": 2, "call": 2, "registry": 2,
     "rules": 3,
     "torch": 4, "transforms": 4, "description": 4, "forms": 4, "second_order": 4,
     "sharding": 5, "train_state": 5, "train": 5, "record": 5, "statistics": 5,
-    "checkpoint": 6, "migration": 6, "plan": 6, "probe": 6,
-    "plot": 7, "catalog": 7, "testing": 7,
-    "__init__": 8,
+    "checkpoint": 6, "migration": 6, "planning": 6, "ensemble": 6,
+    "curvature": 7, "tuning": 7, "diagnosis": 7,
+    "plot": 8, "testing": 8,
+    "__init__": 9,
 }  # fmt: skip
 FILES = sorted(HOUSE.rglob("*.py"))
 

@@ -1,18 +1,16 @@
 """The ledger: every rule is in it, what is beyond a bar is explained, and the compilers still say the same."""
 
-import importlib
 import json
 import pathlib
 
 import jax
+import ledger as book
+import ledger_rows
 import pytest
 
 import jaxsgd
-from jaxsgd.plan import ledger_rows
-from jaxsgd.plan.hlo import Program
-from jaxsgd.plan.targets import available
-
-book = importlib.import_module("jaxsgd.plan.ledger")  # the package may offer its function by the same name
+from jaxsgd.planning.hlo import Program
+from jaxsgd.planning.targets import available
 
 ROOT = pathlib.Path(__file__).parent.parent
 JSON, PAGE = ROOT / "docs" / "ledger.json", ROOT / "docs" / "ledger.md"
@@ -95,7 +93,7 @@ def test_what_is_measured_is_not_measured_again(on_cpu, tmp_path):
     assert again("sgd", "plain", bytes=1.0)["bytes"] == 1
     assert book.ledger(path, rules=["sgd"], fresh=True)["rows"]["sgd"]["plain"]["cpu"]["bytes"] == 12
     with pytest.raises(KeyError, match="adam"):  # by its public name
-        jaxsgd.plan.ledger(path, rules=["adma"])
+        book.ledger(path, rules=["adma"])
     with pytest.raises(ValueError, match="devices: 'v9'"):
         book.ledger(path, rules=["sgd"], devices=["v9"])
 

@@ -15,8 +15,8 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import jaxsgd
-from jaxsgd.probe.losses import pure_loss
-from jaxsgd.probe.noise import NoiseScale, _estimate, _fieller, noise_scale, scale_learning_rate
+from jaxsgd.ensemble.losses import pure_loss
+from jaxsgd.tuning.noise import NoiseScale, _estimate, _fieller, noise_scale, scale_learning_rate
 
 CENTER = jnp.array([0.6, -0.8, 0.0])
 

@@ -15,9 +15,9 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import jaxsgd
-from jaxsgd.probe.pick import compare, good_range, held_out
-from jaxsgd.probe.pick import pick as race
-from jaxsgd.probe.race import Sources, plan, plans
+from jaxsgd.tuning.pick import compare, good_range, held_out
+from jaxsgd.tuning.pick import pick as race
+from jaxsgd.tuning.race import Sources, plan, plans
 
 pick = functools.partial(race, strategy="map")  # half the compiling
 TRUTH = jnp.array([1.0, -2.0, 0.5])

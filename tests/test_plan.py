@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec
 from test_inputs import CONTAINERS
 
 import jaxsgd
-from jaxsgd.plan import compare, plan
-from jaxsgd.plan.__main__ import main
-from jaxsgd.plan.accounts import int8_bytes
-from jaxsgd.plan.devices import known
-from jaxsgd.plan.devices import lookup as describe
-from jaxsgd.plan.hlo import Program
-from jaxsgd.plan.reading import read, read_text
-from jaxsgd.plan.targets import DoesNotFit, _does_not_fit, available, lookup
+from jaxsgd.planning.__main__ import main
+from jaxsgd.planning.accounts import int8_bytes
+from jaxsgd.planning.devices import known
+from jaxsgd.planning.devices import lookup as describe
+from jaxsgd.planning.hlo import Program
+from jaxsgd.planning.plan import compare, plan
+from jaxsgd.planning.reading import read, read_text
+from jaxsgd.planning.targets import DoesNotFit, _does_not_fit, available, lookup
 
 GIB = 2**30
 adam = jaxsgd.adam(1e-3)
@@ -392,7 +392,7 @@ import ctypes, gc, json, sys
 libc = ctypes.CDLL("libc.so.6")
 libc.mallopt(-3, 65536)  # large blocks are mapped, and given back when they are freed
 import jax, jaxsgd, numpy as np
-from jaxsgd.plan import plan
+from jaxsgd.planning.plan import plan
 sys.path.insert(0, sys.argv[2])
 if sys.argv[1] == "digits":
     import digits

@@ -8,8 +8,8 @@ import pytest
 
 import jaxsgd
 from jaxsgd import plot
-from jaxsgd.probe.pick import Entry
-from jaxsgd.probe.probing import Rate
+from jaxsgd.tuning.pick import Entry
+from jaxsgd.tuning.probe import Rate
 
 
 def test_a_path_is_the_loop_by_hand():

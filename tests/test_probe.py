@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 
 import jaxsgd
-from jaxsgd.probe.probing import probe
-from jaxsgd.probe.range_test import range_test
-from jaxsgd.probe.trainings import manner, usual_rate
+from jaxsgd.tuning.probe import probe
+from jaxsgd.tuning.range_test import range_test
+from jaxsgd.tuning.short_runs import manner, usual_rate
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 

@@ -11,8 +11,8 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import jaxsgd
-from jaxsgd.probe.sharpness import sharpness
-from jaxsgd.probe.stability import read_rule
+from jaxsgd.curvature.linear_response import read_rule
+from jaxsgd.curvature.sharpness import sharpness
 
 DIGITS = load_digits()
 

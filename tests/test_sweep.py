@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jaxsgd
-from jaxsgd.probe import population
-from jaxsgd.probe.feed import Feed
-from jaxsgd.probe.population import STRATEGIES, Population
-from jaxsgd.probe.sweep import sweep
+from jaxsgd.ensemble import population
+from jaxsgd.ensemble.feed import Feed
+from jaxsgd.ensemble.population import STRATEGIES, Population
+from jaxsgd.ensemble.sweep import sweep
 
 STEPS = 20
 RATES = [1e-3, 1e-2, 1e-1, 1e4]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxsgd
 from jaxsgd import RULES, testing
-from jaxsgd.rule import make_rule
+from jaxsgd.registry import make_rule
 from jaxsgd.slots import Mean
 from jaxsgd.testing import check_draw, check_laws, check_rule, compare, each_law, laws_broken, strategies
 

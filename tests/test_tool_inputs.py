@@ -14,7 +14,7 @@ from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
 
 import jaxsgd
-from jaxsgd.probe.concrete import Merged
+from jaxsgd.ensemble.concrete import Merged
 
 WEIGHTS = {"w": jnp.zeros(4)}
 

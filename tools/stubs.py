@@ -14,7 +14,7 @@ from typing import Any
 
 import jaxsgd
 from jaxsgd.call import type_text
-from jaxsgd.rule import Rule
+from jaxsgd.registry import Rule
 
 FILE = pathlib.Path(jaxsgd.__file__).with_suffix(".pyi")
 HEAD = '''"""Made by `python tools/stubs.py` from the rules' signatures; not written by hand."""

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxsgd.curvature.sharpness import Sharpness
+from jaxsgd.diagnosis.diagnose import Diagnosis
+from jaxsgd.ensemble.sweep import Sweep
 from jaxsgd.plot.style import COLORS, INK, Figure, averaged, blank, labelled, shades, styled
-from jaxsgd.probe.diagnose import Diagnosis
-from jaxsgd.probe.noise import NoiseScale
-from jaxsgd.probe.pick import Pick
-from jaxsgd.probe.probing import Probe
-from jaxsgd.probe.range_test import RangeTest
-from jaxsgd.probe.sharpness import Sharpness
-from jaxsgd.probe.sweep import Sweep
+from jaxsgd.tuning.noise import NoiseScale
+from jaxsgd.tuning.pick import Pick
+from jaxsgd.tuning.probe import Probe
+from jaxsgd.tuning.range_test import RangeTest
 
 __all__ = ["diagnosis", "noise_scale", "pick", "probe", "range_test", "sharpness", "sweep"]
 

@@ -58,8 +58,8 @@ def memory_bars(plans: Iterable[Any], *, title: str = "Memory of a device") -> F
     """The bytes that plans take on a device, as stacked bars against what the device has.
 
     Args:
-      plans: what `jaxsgd.plan` gives, or a `jaxsgd.plan.Comparison`. The parts of all are stacked in one order; those
-        below a thousandth of every bar are drawn as one, "other". A bar of what does not fit is hatched.
+      plans: what `jaxsgd.plan` gives, or a `jaxsgd.planning.Comparison`. The parts of all are stacked in one order;
+        those below a thousandth of every bar are drawn as one, "other". A bar of what does not fit is hatched.
       title: above the picture.
 
     Raises:

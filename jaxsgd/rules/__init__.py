@@ -6,7 +6,7 @@ A family lists its public names in its own ``__all__``, so that adding a rule to
 import importlib
 import pkgutil
 
-from jaxsgd.rule import RULES
+from jaxsgd.registry import RULES
 
 FAMILIES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
 """The modules that rules are written in."""

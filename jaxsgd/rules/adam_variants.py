@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsgd.hyper import Decay, within
 from jaxsgd.numerics import debias, ema, sq, zeros
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.rules.adaptive import Accumulator, FirstMoment, adam, adamax, mean_hat
 from jaxsgd.slots import Iterate, Mean, Square, kept_in, start
 

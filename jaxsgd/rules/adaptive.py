@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsgd.hyper import Decay
 from jaxsgd.numerics import debias, ema, real_zeros, sq
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.slots import Mean, Square, kept_in, start, unless
 
 __all__ = ["adadelta", "adagrad", "adam", "adamax", "adamw", "amsgrad", "nadam", "rmsprop"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsgd.hyper import Decay, Positive, Real, is_off, one_of
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.slots import Iterate, Mean, Square, start
 
 __all__ = ["cocob", "dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "polyak_sgd", "prodigy"]

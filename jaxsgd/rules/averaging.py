@@ -13,7 +13,7 @@ from optax import lookahead as optax_lookahead
 from jaxsgd.hyper import Count, Decay, in_state, is_constant, scheduled
 from jaxsgd.numerics import debias, ema, filled, sq, wide, wide_dtype, widest
 from jaxsgd.paths import named_leaves
-from jaxsgd.rule import Rule, make_rule, titled, wrapped
+from jaxsgd.registry import Rule, make_rule, titled, wrapped
 from jaxsgd.rules.adaptive import adam
 from jaxsgd.rules.momentum import sgd
 from jaxsgd.slots import Iterate, Square, evaluated, kept_in

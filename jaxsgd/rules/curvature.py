@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jaxsgd.hyper import Decay, Seed, Static, Whole, WholeFrom, checked, is_off
 from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq, wide
 from jaxsgd.paths import leaf_names
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.slots import Mean, kept_in, start, unless
 
 __all__ = ["gauss_newton_bartlett", "hutchinson", "sophia"]

@@ -19,7 +19,7 @@ import numpy as np
 from jaxsgd.hyper import Decay, Static, is_off
 from jaxsgd.numerics import debias, ema, real_dtype, real_zeros, sq
 from jaxsgd.paths import leaf_names, resolve_groups
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.rules.layerwise import norm
 from jaxsgd.slots import Mean, Square, kept_in, start, unless
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsgd.hyper import Decay
 from jaxsgd.numerics import debias, ema, real_dtype, sq
 from jaxsgd.paths import is_function
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.rules.adaptive import FirstMoment
 from jaxsgd.slots import Mean, Square, start, unless
 

@@ -32,7 +32,7 @@ from jaxsgd.matrices import (
 )
 from jaxsgd.numerics import ema, filled, real_dtype, real_zeros, sq, zeros
 from jaxsgd.paths import is_function, leaf_names
-from jaxsgd.rule import Inner, Rule, make_rule, register, rule, titled, wrapped
+from jaxsgd.registry import Inner, Rule, make_rule, register, rule, titled, wrapped
 from jaxsgd.rules.adaptive import adam
 from jaxsgd.rules.matrix import (
     LAST_TWO,

@@ -36,7 +36,7 @@ from jaxsgd.matrices import (
 )
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq
 from jaxsgd.paths import is_function, leaf_names, nearest
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.rules.adaptive import adam
 from jaxsgd.slots import Basis, Mean, Square, kept_in, start
 

@@ -17,7 +17,7 @@ from jaxsgd.eightbit import Packed, decode
 from jaxsgd.hyper import Decay, Seed, in_state, scheduled
 from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.slots import Mean, kept_in, unless
 from jaxsgd.state import find_states
 

@@ -25,7 +25,7 @@ from jaxsgd.matrices import (
     partitioned,
 )
 from jaxsgd.numerics import ema, real_zeros, sq
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.rules.adaptive import adam
 from jaxsgd.rules.matrix import LAST_TWO, adam_zeros, hidden_matrices, matrix_axes, orthogonalized
 from jaxsgd.slots import Basis, Mean, Square, start

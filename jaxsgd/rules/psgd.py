@@ -17,7 +17,7 @@ import numpy as np
 from jaxsgd.hyper import Decay, Fraction, Seed, one_of
 from jaxsgd.matrices import adjoint, frobenius, known, partitioned
 from jaxsgd.numerics import debias, ema, sq
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.slots import Basis, Mean, start, unless
 
 __all__ = ["kron"]

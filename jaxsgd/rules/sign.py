@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxsgd.hyper import Decay
 from jaxsgd.numerics import ema, real_zeros
-from jaxsgd.rule import rule
+from jaxsgd.registry import rule
 from jaxsgd.slots import Mean, Other, kept_in, start, unless
 
 __all__ = ["lion", "rprop", "sign_sgd", "signum"]

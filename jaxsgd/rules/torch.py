@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxsgd.hyper import Count, Decay, Static, one_of, within
 from jaxsgd.matrices import JORDAN, frobenius, newton_schulz
 from jaxsgd.numerics import debias, ema, filled, real_zeros, sq
-from jaxsgd.rule import make_rule, rule
+from jaxsgd.registry import make_rule, rule
 from jaxsgd.rules.adaptive import Accumulator
 from jaxsgd.rules.layerwise import norm
 from jaxsgd.slots import Iterate, Mean, Other, Square, evaluated, start, unless

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsgd.hyper import Decay
 from jaxsgd.numerics import sq
-from jaxsgd.rule import wrapper
+from jaxsgd.registry import wrapper
 from jaxsgd.slots import Mean
 
 __all__ = ["adaptive_clip", "cautious", "cautious_decay", "centralized", "grokfast"]

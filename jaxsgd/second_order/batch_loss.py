@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.numerics import wide
-from jaxsgd.transforms.accumulate import over, split_microbatches, weight_of, weighted
+from jaxsgd.transforms.accumulation import over, split_microbatches, weight_of, weighted
 from jaxsgd.transforms.clip import AxisName, varying_over
 
 __all__ = ["SplitLoss", "mean_loss", "split_loss", "split_mean_loss", "taken_by"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.second_order.descent import Limits, Move
-from jaxsgd.second_order.lbfgs import Pairs, empty, remember
+from jaxsgd.second_order.limited_memory import Pairs, empty, remember
 from jaxsgd.second_order.objective import Vector
 
 __all__ = ["LBFGSB"]

@@ -15,9 +15,9 @@ from jaxsgd.paths import leaf_names, nearest
 from jaxsgd.second_order.bfgs import BFGS, ConjugateGradient
 from jaxsgd.second_order.descent import End, Limits, Setting, descend
 from jaxsgd.second_order.implicit import differentiable
-from jaxsgd.second_order.lbfgs import LBFGS
 from jaxsgd.second_order.lbfgsb import LBFGSB
-from jaxsgd.second_order.newton import Newton, trust_region
+from jaxsgd.second_order.limited_memory import LBFGS
+from jaxsgd.second_order.newton_methods import Newton, trust_region
 from jaxsgd.second_order.objective import Space, Vector, check_fun, check_start, hoist, is_concrete, is_split
 from jaxsgd.second_order.result import Result
 

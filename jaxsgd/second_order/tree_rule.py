@@ -1,4 +1,4 @@
-"""Rules that see the whole tree and the loss itself, where a `jaxsgd.rule.Rule` sees one array and its gradient."""
+"""Rules that see the whole tree and the loss itself, where a `jaxsgd.registry.Rule` sees one array and its gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import optax
 from jaxsgd.hyper import NOT_NEGATIVE, checked, first_values, is_array, scheduled
 from jaxsgd.numerics import wide, wide_dtype, widest
 from jaxsgd.paths import check_params, leaf_names, nearest, same_structure
-from jaxsgd.rule import RULES, UnknownRule
+from jaxsgd.registry import RULES, UnknownRule
 from jaxsgd.second_order.batch_loss import SplitLoss
 from jaxsgd.state import State, unpinned
 

@@ -20,7 +20,7 @@ import optax
 from jaxsgd.eightbit import int8
 from jaxsgd.forms import forms
 from jaxsgd.paths import leaf_names
-from jaxsgd.rule import Rule
+from jaxsgd.registry import Rule
 from jaxsgd.state import find_states, metrics, with_hyper
 from jaxsgd.storage import Storage, accepts, cast, of_kind
 from jaxsgd.testing.walks import SHAPES, draw_params, loss_of

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from jaxsgd.hyper import Bounds, Choice, SeedOf
-from jaxsgd.rule import Rule
+from jaxsgd.registry import Rule
 from jaxsgd.testing.walks import GRADIENTS, SHAPES, draw_gradients, draw_params
 
 __all__ = ["dtypes", "gradients", "hyperparameters", "param_trees", "problems", "shapes"]

@@ -4,14 +4,14 @@ All are `optax.GradientTransformationExtraArgs` for `optax.chain`. The structure
 never change, so that they can be scanned and vmapped, and compile once.
 """
 
-from jaxsgd.transforms.accumulate import Accumulate, AccumulateState, accumulate, accumulate_gradients
+from jaxsgd.transforms.accumulation import Accumulate, AccumulateState, accumulate, accumulate_gradients
+from jaxsgd.transforms.averages import EmaState, ParamsEmaState, ema, params_ema
 from jaxsgd.transforms.clip import GlobalNormState, clip_by_global_norm
-from jaxsgd.transforms.ema import EmaState, ParamsEmaState, ema, params_ema
-from jaxsgd.transforms.guard import GuardState, guard, guard_report, resume
-from jaxsgd.transforms.mechanize import MechanizeState, mechanize
-from jaxsgd.transforms.monitor import LeafMonitorState, monitor, monitor_report
+from jaxsgd.transforms.guarding import GuardState, guard, guard_report, resume
+from jaxsgd.transforms.mechanic import MechanizeState, mechanize
+from jaxsgd.transforms.monitoring import LeafMonitorState, monitor, monitor_report
 from jaxsgd.transforms.plateau import PlateauState, reduce_on_plateau
-from jaxsgd.transforms.sam import SamState, normalize, sam
+from jaxsgd.transforms.sharpness_aware import SamState, normalize, sam
 
 __all__ = [
     "Accumulate",

@@ -1,0 +1,6 @@
+"""What a history of a training shows.
+
+- diagnose.py: `jaxsgd.diagnose`;
+- history.py: the histories that people keep, read into arrays;
+- loss_curve.py: noise, levels, spikes and oscillation of one curve; layers.py: the same question of single layers.
+"""

@@ -1,0 +1,401 @@
+"""Which rule to take: a small race on the user's own task, under a budget, with error bars.
+
+"Adam when unsure; gradient descent with momentum when tuned for the last point" is what people say. This
+runs it: every candidate has the same number of steps to find its learning rate, then trains in full on fresh seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import scipy
+from flax import nnx
+
+from jaxsgd.batches import as_arrays, batch_size
+from jaxsgd.ensemble.feed import is_one_batch
+from jaxsgd.ensemble.losses import apart, takes
+from jaxsgd.loss import is_stateful, with_all_arguments
+from jaxsgd.paths import aligned, is_function
+from jaxsgd.progress import Bar
+from jaxsgd.registry import RULES, Rule
+from jaxsgd.tuning.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
+from jaxsgd.tuning.short_runs import checked_rule, usual_rate
+
+__all__ = ["Comparison", "Entry", "Pick", "pick"]
+
+DEFAULT = ("adamw", "momentum")
+SAFE = "adamw"
+REACHED = 0.95
+"""A rate is good that reaches this part of the best one's decrease."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one candidate fared.
+
+    Attributes:
+      name: the candidate's.
+      learning_rate: the best of those it trained in full with, over all seeds.
+      scores: ``(seeds,)``, the final loss of each seed, at the rate that the *other* seeds chose: no seed is judged at
+        a rate that it helped to choose. A seed that diverged scores its first loss.
+      start: the mean of the first losses.
+      mean, standard_error: of ``scores``.
+      low, high: the rates between which 95% of the best decrease is reached in the short trainings; the grid's end
+        where nothing bounded them.
+      bounded: whether the grid went beyond ``low``, and beyond ``high``.
+      edge: whether the best rate of the short trainings is the grid's last.
+      rates, losses: the short trainings, in rising order of the rate; a rate that diverged has its first loss.
+      finals: rate -> the final losses of its seeds.
+      diverged: full trainings that diverged.
+      steps, tuning: steps taken in all, and those of them in short trainings.
+      compiles: how often its training step was compiled.
+    """
+
+    name: str
+    learning_rate: float
+    scores: np.ndarray
+    start: float
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    bounded: tuple[bool, bool]
+    edge: bool
+    rates: np.ndarray = field(repr=False)
+    losses: np.ndarray = field(repr=False)
+    finals: Mapping[float, np.ndarray] = field(repr=False)
+    diverged: int
+    steps: int
+    tuning: int
+    compiles: int
+
+    @property
+    def decades(self) -> float:
+        """The width of the range of good rates; how forgiving the rule is of a wrong one."""
+        return math.log10(self.high / self.low)
+
+
+class Comparison(NamedTuple):
+    """The candidate of the lowest mean and another, seed by seed: same beginning, same batches.
+
+    Attributes:
+      best, other: names.
+      difference: the mean of the other's loss minus the best's.
+      low, high: its t-interval, at 95% for all comparisons together.
+    """
+
+    best: str
+    other: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval is clear of 0."""
+        return self.low > 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.other}'s loss less {self.best}'s: {self.difference:.3g} (95%: {self.low:.3g} to {self.high:.3g}), "
+            f"{'clear of 0' if self.decided else 'which holds 0'}"
+        )
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What came of a race, made by `pick`.
+
+    Attributes:
+      winner: the candidate whose loss is lower than every other's by more than chance; None where there is none.
+      choice: what to take: the winner; of those that tie AdamW, or the lowest mean where it is not among them; None
+        where none lowered the loss.
+      learning_rate: of the choice.
+      verdict: in words, with the numbers.
+      entries: an `Entry` for each candidate, the lowest mean first.
+      comparisons: the first of them with each other one.
+      score: what the losses are of.
+      steps, seeds, budget: as asked for.
+      used: steps taken by all; ``tuning_share`` of them to find learning rates.
+    """
+
+    winner: str | None
+    choice: str | None
+    learning_rate: float | None
+    verdict: str
+    entries: tuple[Entry, ...]
+    comparisons: tuple[Comparison, ...]
+    score: str
+    steps: int
+    seeds: int
+    budget: int
+    used: int
+    tuning_share: float
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of a candidate."""
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def __str__(self) -> str:
+        rows = [["", "loss", "rate", "good rates", "decades", "steps", "diverged"]]
+        for e in self.entries:
+            span = f"{'' if e.bounded[0] else '<= '}{e.low:.2g} to {'' if e.bounded[1] else '>= '}{e.high:.2g}"
+            loss = f"{e.mean:.4g} +- {e.standard_error:.2g}"
+            rows.append(
+                [e.name, loss, f"{e.learning_rate:.2g}", span, f"{e.decades:.2g}", f"{e.steps:,}", str(e.diverged)]
+            )
+        lines = [self.verdict, "", aligned(rows), ""]
+        lines += [str(comparison) for comparison in self.comparisons]
+        lines += [
+            f"losses are {self.score} after {self.steps} steps, mean and standard error over {self.seeds} seeds",
+            f"{self.used:,} of {self.budget:,} steps used, {self.tuning_share:.0%} of them to find learning rates",
+        ]
+        edges = [e.name for e in self.entries if e.edge]
+        if edges:
+            lines.append(f"the best rate of {', '.join(edges)} is the last that was tried: it may do better beyond")
+        return "\n".join(lines)
+
+
+def pick(
+    loss_fn: Callable[..., Any],
+    init: Callable[[jax.Array], Any],
+    data: Any,
+    *,
+    candidates: Mapping[str, Any] | Iterable[str | Rule] | None = None,
+    steps: int = 300,
+    budget: int | None = None,
+    seeds: int = 3,
+    validation: Any = None,
+    window: int | None = None,
+    strategy: str = "auto",
+    progress: bool | None = None,
+) -> Pick:
+    """Race rules on your own task: by default AdamW against gradient descent with momentum 0.9.
+
+    Each candidate gets the same steps. First a grid of learning rates around the rule's usual one, trained for a part
+    of ``steps`` with one seed, then refined around the best. Then full trainings on fresh seeds, in the middle of the
+    rates that did well (the best alone is the luck of a short training, and often too high for a long one) and, if the
+    budget allows, a factor of 1.8 below and above it. Candidates share beginnings, batches and random numbers seed by
+    seed, and are compared so.
+
+    A candidate wins only where the interval of the difference is clear of 0, whoever it is compared with. With few
+    seeds that takes a large difference: a tie says that these seeds cannot tell, not that the rules are the same.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, or of ``(params, batch)``.
+      init: ``init(key)`` makes the parameters or an ``nnx.Module``; another for each seed. Or a `jaxsgd.TrainState`
+        with a model state, whose optimizer state is not used; the loss is then as in `jaxsgd.make_step`. The random
+        keys of an NNX model are folded with the seed.
+      data: a list of batches, which each seed goes through in an order of its own, anew on each pass; an iterator, of
+        which the first ``steps`` batches are kept as such a list; a function ``(step, seed) -> batch``, or of the
+        step, which is then the same for all seeds; or the one batch of every step.
+      candidates: names of rules, rules, or ``{name: rule}``, a rule being a jaxsgd one or any function of the learning
+        rate that gives a gradient transformation, or ``(rule, rate)`` with the rate to search around.
+      steps: of a full training. A schedule in a candidate should be as long.
+      budget: training steps over everything; by default 12.25 times ``steps`` a candidate. With less the short
+        trainings become fewer and shorter and full ones are run at one rate only.
+      seeds: full trainings at a rate, at least 2.
+      validation: a batch, or a list of them, to score on; by default the training loss over the last ``window`` steps
+        counts. Rules that average their parameters are validated at the average.
+      window: steps at the end of a training over which its loss is averaged; a tenth of them by default.
+      strategy: how trainings are run side by side, see `jaxsgd.sweep`.
+      progress: show a bar after two seconds; by default where the standard error is a terminal.
+
+    Returns:
+      A `Pick`.
+
+    Raises:
+      ValueError: a budget too small (the least is named); fewer than 2 seeds or candidates.
+      TypeError: ``init`` is no function; a candidate is no rule.
+    """
+    if isinstance(init, nnx.Module) or not is_function(init):
+        raise TypeError("init: a function of a key is needed that makes the parameters: seeds begin differently")
+    loss_fn, shapes = _looked_at(loss_fn, init)
+    entrants = _candidates(candidates, shapes)
+    for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: a whole number is needed, at least {least}")
+    if window is not None and not 1 <= window <= steps:
+        raise ValueError(f"window={window}: from 1 to {steps} steps are needed")
+    possible = plans(steps, seeds)
+    if budget is None:
+        budget = len(entrants) * plan(steps, seeds).cost
+    chosen = next((p for p in possible if p.cost <= budget // len(entrants)), None)
+    if chosen is None:
+        least = len(entrants) * possible[-1].cost
+        raise ValueError(
+            f"budget={budget}: too few for {len(entrants)} candidates of {seeds} seeds and {steps} steps; "
+            f"the least is {least}"
+        )
+    taking = takes(loss_fn, init)
+    sources = Sources(data, steps, seeds, taking)
+    scored = _listed(validation, taking)
+    races = []
+    with Bar("pick", len(entrants) * chosen.cost, progress) as bar:
+        for name, (make, usual) in entrants.items():
+            race = Race(name, make, usual, loss_fn, init, sources, scored, window, strategy, bar)
+            races.append(_entry(race, chosen))
+    return _picked(races, steps, seeds, budget, "training losses" if validation is None else "validation losses")
+
+
+def _listed(validation: Any, taking: Callable[[Any], bool]) -> list[Any]:
+    """The batches to score on; none if the training loss counts."""
+    if validation is None:
+        return []
+    if not is_function(validation) and is_one_batch(validation, taking):
+        batch_size(validation)
+        return [as_arrays(validation)]
+    if is_function(validation) or isinstance(validation, Iterator) or not isinstance(validation, Iterable):
+        raise TypeError(f"validation={validation!r}: a batch, or a list of batches, is needed")
+    if not (batches := [as_arrays(batch) for batch in validation]):
+        raise ValueError("validation: it is empty; a batch, or a list of them, is needed")
+    return batches
+
+
+def _looked_at(loss_fn: Callable[..., Any], init: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    """The loss with all its arguments, and the shapes of the parameters."""
+    stateful = False
+
+    def look(key: jax.Array) -> Any:
+        nonlocal stateful
+        graphdef, params, model_state = apart(init(key))
+        stateful = is_stateful(graphdef, model_state)
+        return params
+
+    shapes = jax.eval_shape(look, jax.random.key(0))
+    return with_all_arguments(loss_fn, stateful), shapes
+
+
+def _candidates(given: Any, params: Any) -> dict[str, tuple[Callable[..., Any], float]]:
+    """Name -> rule and usual rate; ``params`` may be shapes."""
+    if given is None:
+        given = DEFAULT
+    if isinstance(given, str | Rule) or not isinstance(given, Iterable):
+        raise TypeError(f"candidates={given!r}: a list of rules, or a dict of them by name, is needed")
+    if not isinstance(given, Mapping):
+        listed = [RULES[rule] if isinstance(rule, str) else rule for rule in given]
+        if not all(isinstance(rule, Rule) for rule in listed):
+            raise TypeError("candidates: functions need names: give a dict {name: function of the learning rate}")
+        given = {rule.name: rule for rule in listed}
+    if len(given) < 2:
+        raise ValueError(f"candidates={list(given)}: at least two different ones are needed to compare")
+    out = {}
+    for name, rule in given.items():
+        rule, rate = rule if type(rule) is tuple else (RULES[rule] if isinstance(rule, str) else rule, None)
+        rule = checked_rule(rule)
+        rate = usual_rate(rule, params)[0] if rate is None else rate
+        if not 0 < rate < math.inf:
+            raise ValueError(f"candidates: {name}: the rate to search around is {rate}; one above 0 is needed")
+        out[name] = rule, float(rate)
+    return out
+
+
+# -- judging -----------------------------------------------------------------------------------------
+
+
+def _entry(race: Race, plan: Plan) -> Entry:
+    """Run one candidate's trainings and sum them up."""
+    rates, losses, start = race.tune(plan)
+    low, high, bounded = good_range(rates, losses, start)
+    finals, starts, diverged = race.finish(plan, math.sqrt(low * high))
+    table = np.stack(list(finals.values()))
+    scores = held_out(table)
+    return Entry(
+        name=race.name, learning_rate=list(finals)[int(np.argmin(table.mean(1)))], scores=scores,
+        start=float(starts.mean()), mean=float(scores.mean()),
+        standard_error=float(scores.std(ddof=1) / math.sqrt(len(scores))),
+        low=low, high=high, bounded=bounded, edge=int(np.argmin(losses)) in (0, len(rates) - 1),
+        rates=rates, losses=losses, finals=finals, diverged=diverged,
+        steps=race.used, tuning=race.tuning, compiles=race.compiles,
+    )  # fmt: skip
+
+
+def held_out(table: np.ndarray) -> np.ndarray:
+    """``(rates, seeds)`` -> for each seed its loss at the rate that is best in the mean of the others."""
+    others = (table.sum(1, keepdims=True) - table) / (table.shape[1] - 1)
+    return table[np.argmin(others, axis=0), np.arange(table.shape[1])]
+
+
+def good_range(rates: np.ndarray, losses: np.ndarray, start: float) -> tuple[float, float, tuple[bool, bool]]:
+    """The rates around the best that reach `REACHED` of its decrease, between grid points by a line in log rate."""
+    best = int(np.argmin(losses))
+    target = start - REACHED * (start - losses[best])
+    if not losses[best] < start:
+        return float(rates[best]), float(rates[best]), (True, True)
+    ends, bounded = [], []
+    for way in (-1, 1):
+        at = best
+        while 0 <= at + way < len(rates) and losses[at + way] <= target:
+            at += way
+        beyond = at + way
+        bounded.append(0 <= beyond < len(rates))
+        if bounded[-1]:
+            part = (target - losses[at]) / (losses[beyond] - losses[at])
+            ends.append(float(rates[at] * (rates[beyond] / rates[at]) ** part))
+        else:
+            ends.append(float(rates[at]))
+    return ends[0], ends[1], (bounded[0], bounded[1])
+
+
+def compare(best: str, other: str, a: np.ndarray, b: np.ndarray, comparisons: int = 1) -> Comparison:
+    """The paired t-interval of ``b - a``, wide enough for so many comparisons at 95% together (Bonferroni)."""
+    difference = b - a
+    mean, count = float(difference.mean()), len(difference)
+    half = (
+        float(scipy.special.stdtrit(count - 1, 1 - 0.025 / comparisons))
+        * float(difference.std(ddof=1))
+        / math.sqrt(count)
+    )
+    return Comparison(best, other, mean, mean - half, mean + half)
+
+
+def _picked(entries: list[Entry], steps: int, seeds: int, budget: int, score: str) -> Pick:
+    entries = sorted(entries, key=lambda e: e.mean)
+    best, others = entries[0], entries[1:]
+    comparisons = tuple(compare(best.name, o.name, best.scores, o.scores, len(others)) for o in others)
+    tied = [best, *(o for o, c in zip(others, comparisons, strict=True) if not c.decided)]
+    same = all(np.ptp(e.scores) == 0 for e in entries)
+    winner = choice = None
+    if not best.mean < best.start:
+        verdict = f"no candidate lowered the loss: it was {best.start:.4g} and is {best.mean:.4g} with {best.name}"
+    elif same:
+        choice = _safer(entries)
+        verdict = (
+            "cannot tell: all seeds ended alike, so there is no error bar; let init use its key, or data its seed; "
+            f"until then {_why(choice, entries)}"
+        )
+    elif len(tied) == 1:
+        winner, choice = best.name, best
+        closest = min(comparisons, key=lambda c: c.low)
+        verdict = (
+            f"{best.name} wins, with learning rate {best.learning_rate:.2g}: its loss is lower than "
+            f"{closest.other}'s by {closest.difference:.3g} (95%: {closest.low:.3g} to {closest.high:.3g})"
+        )
+    else:
+        choice = _safer(tied)
+        undecided = [c for c in comparisons if not c.decided]
+        verdict = f"a tie between {' and '.join(e.name for e in tied)}: {undecided[0]}; {_why(choice, tied)}"
+    used, tuning = sum(e.steps for e in entries), sum(e.tuning for e in entries)
+    return Pick(
+        winner, None if choice is None else choice.name, None if choice is None else choice.learning_rate, verdict,
+        tuple(entries), comparisons, score, steps, seeds, budget, used, tuning / used,
+    )  # fmt: skip
+
+
+def _safer(tied: list[Entry]) -> Entry:
+    """Of those that tie AdamW, if it is among them, else the lowest mean."""
+    return next((e for e in tied if e.name == SAFE), tied[0])
+
+
+def _why(choice: Entry, tied: list[Entry]) -> str:
+    spans = " and ".join(f"{e.name}'s {e.decades:.2g}" for e in tied if e is not choice)
+    reason = "the safer one when unsure" if choice.name == SAFE else "whose mean is the lowest"
+    return (
+        f"take {choice.name} at {choice.learning_rate:.2g}, {reason} "
+        f"(its good rates span {choice.decades:.2g} decades, {spans})"
+    )

@@ -1,0 +1,200 @@
+"""What follows from a gradient's noise: batch sizes, and learning rates for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsgd.paths import aligned
+from jaxsgd.registry import RULES, Rule
+
+__all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
+
+WAYS = {"linear": "linear", "sqrt": "square_root"}
+"""A rule's `batch_scaling` -> the name of it here."""
+
+
+class Doubling(NamedTuple):
+    """What twice the batch buys, to get equally far.
+
+    Attributes:
+      batch_size: before.
+      steps_saved: share of the steps, 0 to 0.5.
+      examples_added: share of the examples, 0 to 1.
+      known: False where the first is the least and the second the most that it may be.
+    """
+
+    batch_size: int
+    steps_saved: float
+    examples_added: float
+    known: bool
+
+    def __str__(self) -> str:
+        least, most = ("", "") if self.known else ("at least ", "at most ")
+        return (
+            f"doubling the batch from {self.batch_size} to {2 * self.batch_size} saves {least}{self.steps_saved:.0%} "
+            f"of the steps and costs {most}{self.examples_added:.0%} more examples"
+        )
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """The noise scale of a gradient at one point of training, made by `noise_scale`.
+
+    Attributes:
+      scale: examples, the estimate of tr(Sigma) / |G|^2; inf where that of |G|^2 is not above 0. Not to be relied on
+        where ``known`` is False.
+      standard_error: of ``scale``, by the jackknife; inf where ``known`` is False.
+      low, high: the 95% interval (Fieller's); ``high`` is inf where ``known`` is False.
+      known: whether |G|^2 is told from 0; else ``low`` is all that one can say.
+      gradient_norm_sq, gradient_norm_sq_error: |G|^2 of the gradient without noise; its standard error.
+      variance, variance_error: tr(Sigma), the variance of one example's gradient, added over parameters; its error.
+      small: examples in a part.
+      parts: how many parts were compared.
+      population: examples in the data set; inf where they are fresh, None where that is not known.
+      as_sample: the scale, if the batches are a sample of more data than they hold.
+      batch_size: of the first batch.
+    """
+
+    scale: float
+    standard_error: float
+    low: float
+    high: float
+    known: bool
+    gradient_norm_sq: float
+    gradient_norm_sq_error: float
+    variance: float
+    variance_error: float
+    small: int
+    parts: int
+    population: float | None
+    as_sample: float
+    batch_size: int
+
+    @property
+    def critical_batch_size(self) -> float:
+        """The batch size at which steps and examples are each twice their least: ``scale``, or ``low`` if not known.
+
+        An approximation: what counts is tr(H Sigma) / G^T H G with the Hessian H, which is the noise scale only where
+        H is a multiple of the identity. It grows as the loss falls, so measure it again later in training.
+        """
+        return self.scale if self.known else self.low
+
+    def steps(self, batch_size: float) -> float:
+        """Steps with this batch size over the fewest possible: S / S_min = 1 + B_crit / B."""
+        return 1 + self.critical_batch_size / _positive("batch_size", batch_size)
+
+    def examples(self, batch_size: float) -> float:
+        """Examples with this batch size over the fewest possible: E / E_min = 1 + B / B_crit."""
+        size = _positive("batch_size", batch_size)
+        return 1 + size / self.critical_batch_size if self.critical_batch_size > 0 else math.inf
+
+    def doubling(self, batch_size: int | None = None) -> Doubling:
+        """What twice the batch buys; by default from the batch size that was given."""
+        size = self.batch_size if batch_size is None else batch_size
+        saved = 1 - self.steps(2 * size) / self.steps(size)
+        return Doubling(size, saved, 1 - 2 * saved, self.known)
+
+    def learning_rate(self, batch_size: float, largest: float = 1.0) -> float:
+        """The best learning rate of gradient descent at a batch size: eps_max / (1 + B_noise / B).
+
+        Args:
+          batch_size: B.
+          largest: eps_max, the best rate at an endless batch. By default the answer is a share of it. To go from
+            one batch size to another see `scale_learning_rate`.
+        """
+        return largest / self.steps(batch_size)
+
+    def __str__(self) -> str:
+        if self.known:
+            first = f"noise scale {self.scale:,.4g} +- {self.standard_error:.2g} examples (95%: {_span(self)})"
+        else:
+            first = (
+                "noise scale: cannot tell, the gradient is lost in the noise; "
+                f"at least {self.low:,.4g} examples (95%): give more batches"
+            )
+        if self.population is None:
+            first += (
+                f"\n{self.scale:,.4g} if the batches are all the data (say population='all'), "
+                f"{self.as_sample:,.4g} if they are a sample (say population=)"
+            )
+        rows = [
+            ["|G|^2, gradient without noise", f"{self.gradient_norm_sq:.4g} +- {self.gradient_norm_sq_error:.2g}"],
+            ["tr(Sigma), noise of one example", f"{self.variance:.4g} +- {self.variance_error:.2g}"],
+            ["measured on", f"{self.parts:,} parts of {self.small}"],
+        ]
+        about = "about" if self.known else "at least"
+        critical = f"critical batch size: {about} {self.critical_batch_size:,.3g}"
+        return "\n".join([first, aligned(rows), critical, str(self.doubling())])
+
+
+def _span(found: NoiseScale) -> str:
+    return f"{found.low:,.4g} to {found.high:,.4g}"
+
+
+def scale_learning_rate(
+    learning_rate: float,
+    batch_size: float,
+    new_batch_size: float,
+    rule: str | Rule = "linear",
+    *,
+    noise_scale: float | NoiseScale | None = None,
+) -> float:
+    """The learning rate for another batch size, from one that works.
+
+    Args:
+      learning_rate: what works at ``batch_size``.
+      batch_size: before.
+      new_batch_size: after.
+      rule: how the rate goes with the batch:
+
+        - ``"linear"``, for gradient descent with or without momentum (Goyal et al. 2017, arXiv:1706.02677): k small
+          steps go as far as one of k times the rate. It ends where the rate is no longer stable, and wants warmup.
+        - ``"square_root"``, for Adam, RMSprop and their kin (Malladi et al. 2022, arXiv:2205.10287): they divide by
+          the gradient's size, which for small batches is its noise, and so shrinks by the root of k.
+        - ``"noise_scale"``, for gradient descent near its critical batch size (McCandlish et al. 2018,
+          arXiv:1812.06162): eps_max / (1 + B_noise / B), linear far below the noise scale and constant far above.
+        - a `Rule` or its name, ``"adamw"``: whichever of the first two is made for it.
+      noise_scale: for ``"noise_scale"``, examples or a `NoiseScale`.
+
+    Raises:
+      ValueError: an unknown way; a rule for which none is known (one whose step is neither in proportion to the
+        gradient nor divided by its root mean square); a noise scale missing or not needed.
+    """
+    rate = _positive("learning_rate", learning_rate)
+    before, after = _positive("batch_size", batch_size), _positive("new_batch_size", new_batch_size)
+    way = rule if rule in ("linear", "square_root", "noise_scale") else _way(rule)
+    if (noise_scale is None) == (way == "noise_scale"):
+        wanted = "one is needed" if noise_scale is None else "it counts nothing; leave it out"
+        raise ValueError(f"noise_scale={noise_scale!r}: with rule={rule!r}, {wanted}")
+    if way == "linear":
+        return rate * after / before
+    if way == "square_root":
+        return rate * math.sqrt(after / before)
+    scale = noise_scale
+    if isinstance(scale, NoiseScale):
+        if not scale.known:
+            raise ValueError("noise_scale: it is not known, only that it is large; measure it on more batches")
+        scale = scale.critical_batch_size
+    scale = _positive("noise_scale", scale)
+    return rate * (1 + scale / before) / (1 + scale / after)
+
+
+def _way(rule: Any) -> str:
+    if not isinstance(rule, Rule | str):
+        raise TypeError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
+    if isinstance(rule, str) and rule not in RULES:
+        raise ValueError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
+    known = RULES[rule] if isinstance(rule, str) else rule
+    if known.batch_scaling is None:
+        raise ValueError(f"rule={known.name!r}: no way of scaling is known for it. Use rule='linear' or 'square_root'")
+    return WAYS[known.batch_scaling]
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}={value!r}: a number above 0 is needed")
+    return float(value)

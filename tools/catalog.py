@@ -1,0 +1,231 @@
+"""The documents made from `RULES`: the table of the README and the page of rules, with measured agreement.
+
+``python tools/catalog.py`` prints the table, ``--write`` writes both documents, ``--check`` lists each rule
+with its measured agreement and fails where a document says something else, where a rule has no measurement or where
+one misses its bar. The measurements are in docs/agreement.json, which ``python tests/agreement.py`` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd import rules as _rules
+from jaxsgd import torch
+from jaxsgd.call import FRAME
+from jaxsgd.registry import Rule
+from jaxsgd.rules import RULES
+
+__all__ = ["BARS", "Agreement", "entry", "main", "page", "table"]
+
+BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
+TITLE = re.compile(r"(?P<name>.+?) \((?P<source>[^$]+)\): (?P<equation>[^$]*\$.+?\$([^$.]*\$.+?\$)*)\.?( |$)")
+BARS = {"optax": 1e-12, "NumPy twin": 1e-12}
+"""How close a rule has to be to each package; to all others 1e-9."""
+
+Agreement = Mapping[str, Mapping[str, float]]
+"""Rule -> package -> largest relative error of 50 steps in float64."""
+
+
+def entry(rule: Rule, agreement: Agreement) -> dict[str, str]:
+    """One row: rule, what it is, where it comes from, what it keeps, who agrees.
+
+    Raises:
+      ValueError: the docstring's first line is not ``Name (Authors Year, source): $equation$.``
+    """
+    name, source, equation = titled(rule.name, rule.title)
+    return {
+        "rule": f"[`{rule.name}`](docs/rules.md#{rule.name})",
+        "name": name,
+        "update": equation,
+        "source": source,
+        "state": ", ".join(f"`{slot}`" for slot in _kept(rule)) or "nothing",
+        "agrees with": ", ".join(agreement.get(rule.name, {})) or "not measured",
+    }
+
+
+def titled(where: str, title: str) -> tuple[str, str, str]:
+    """Name, source and equation of a docstring's first line."""
+    match = TITLE.match(title)
+    if match is None:
+        raise ValueError(f"{where}: the docstring begins 'Name (Authors Year, arXiv:id): $equation$.', not {title!r}")
+    return match["name"], match["source"], match["equation"].replace("|", r"\vert ")
+
+
+def _kept(rule: Rule) -> dict[str, int]:
+    """Slot -> bytes that it keeps for a float32 kernel of 256 x 512, 0 where such a kernel has none of it."""
+    tx = rule(1e-3)
+    state = jax.eval_shape(tx.init, {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros((512,))})
+    sizes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    return {slot: sizes(held["kernel"]) for slot, held in state.slots.items()}
+
+
+def _digits(error: float) -> str:
+    return "exactly" if error == 0 else f"{-math.ceil(math.log10(error))} digits ({error:.0e})"
+
+
+def table(agreement: Agreement) -> str:
+    """All rules as a Markdown table, in alphabetical order."""
+    rows = [entry(RULES[name], agreement) for name in sorted(RULES)]
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def page(agreement: Agreement) -> str:
+    """Every rule at length, family by family: equation, paper, arguments, state, who agrees."""
+    lines = [
+        "# The rules",
+        "",
+        "Made from `jaxsgd.RULES` by `python tools/catalog.py --write`; not written by hand.",
+        "",
+        "Agreement is the largest difference over 50 steps in float64, relative to the largest value of the leaf's",
+        "trajectory, the worst of four kinds of gradients (normal, sparse, heavy-tailed, constant) and of leaves with",
+        "the shapes `()`, `(7,)`, `(5, 3)` and `(4, 3, 2)`. The tests hold it below 1e-12 for optax and the NumPy",
+        "twins and below 1e-9 for everybody else. What differs on purpose is in [divergences.md](divergences.md).",
+        "State is what a float32 kernel of 256 x 512 keeps, in bytes a parameter. Beside its own arguments every rule",
+        "takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`: see",
+        "`help(jaxsgd.Rule.__call__)`.",
+    ]
+    for family, members in _families().items():
+        lines += ["", f"## {family}"]
+        for rule in members:
+            lines += ["", *_section(rule, agreement)]
+    lines += [
+        "",
+        "## Rules of rules",
+        "",
+        "Each takes a rule and gives one: `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`.",
+        "",
+    ]
+    lines += ["| rule of a rule | update | source | agrees |", "| --- | --- | --- | --- |"]
+    for name, title in _wrappers().items():
+        _, source, equation = titled(name, title)
+        lines.append(f"| `{name}` | {equation} | {source} | {_wrapped(name, agreement)} |")
+    lines += ["", "## torch.optim's names", "", "`jaxsgd.torch` has torch's arguments and defaults.", ""]
+    lines += ["| class | what it is |", "| --- | --- |"]
+    for name in torch.__all__:
+        first = " ".join((inspect.getdoc(getattr(torch, name)) or "").split("\n\n")[0].split())
+        lines.append(f"| `jaxsgd.torch.{name}` | {first} |")
+    return "\n".join(lines) + "\n"
+
+
+def _families() -> dict[str, list[Rule]]:
+    """A family's title -> its rules; the title is the first line of the file that they are written in."""
+    out: dict[str, list[Rule]] = {}
+    for name in sorted(RULES, key=lambda name: (RULES[name].module, name)):
+        module = sys.modules.get(RULES[name].module)
+        title = (inspect.getdoc(module) or RULES[name].module).split("\n")[0].rstrip(".")
+        out.setdefault(title, []).append(RULES[name])
+    return out
+
+
+def _section(rule: Rule, agreement: Agreement) -> list[str]:
+    name, source, equation = titled(rule.name, rule.title)
+    kept = {slot: size / (256 * 512) for slot, size in _kept(rule).items()}
+    slots = ", ".join(f"`{slot}` {size:.3g}" for slot, size in kept.items())
+    rest = rule.doc.split("\n\n", 1)[1:]
+    own = {n: d for n, d in rule.defaults.items() if n not in FRAME or n == "weight_decay" and d != FRAME[n]}
+    arguments = ", ".join(n if d is inspect.Parameter.empty else f"{n}={d!r}" for n, d in own.items())
+    agrees = "; ".join(f"{package} to {_digits(error)}" for package, error in agreement.get(rule.name, {}).items())
+    lines = [f"### {rule.name}", "", f"{name} ({source})", "", equation, "", *rest, *([""] if rest else [])]
+    lines += [f"- Call: `{rule.name}({arguments})`", f"- State: {sum(kept.values()):.3g} bytes a parameter"]
+    lines[-1] += f": {slots}" if slots else ""
+    return [*lines, f"- Agrees with {agrees or 'nobody yet'}"]
+
+
+def _wrappers() -> dict[str, str]:
+    """The functions that make a rule of a rule -> the first line of their docstrings."""
+    modules = (getattr(_rules, name) for name in _rules.__all__ if inspect.ismodule(getattr(_rules, name)))
+    made = {name: getattr(module, name) for module in modules for name in module.__all__}
+    functions = {name: fn for name, fn in sorted(made.items()) if inspect.isfunction(fn)}
+    titles = {name: " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split()) for name, fn in functions.items()}
+    return {name: title for name, title in titles.items() if TITLE.match(title)}
+
+
+def _wrapped(name: str, agreement: Agreement) -> str:
+    found = {rule: row for rule, row in agreement.items() if rule.startswith(f"{name}(")}
+    said = [f"`{rule}`: {p} to {_digits(error)}" for rule, row in found.items() for p, error in row.items()]
+    return "; ".join(said) or "NumPy twins (`tests/test_wrappers.py`)"
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def replaced(text: str, agreement: Agreement) -> str:
+    """``text`` with the table between its markers.
+
+    Raises:
+      ValueError: a marker is missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"the markers {BEGIN} and {END} are missing")
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{table(agreement)}\n{END}{rest.split(END, 1)[1]}"
+
+
+def faults(agreement: Agreement) -> list[str]:
+    """What is not measured, measured without being there, or measured beyond its bar."""
+    out = [f"{name}: not measured; run python tests/agreement.py" for name in sorted(RULES) if name not in agreement]
+    for name, row in agreement.items():
+        if name not in RULES and not re.fullmatch(r"torch\.\w+|\w+\(.+\)", name):
+            out.append(f"{name}: measured, but no rule")
+        bars = {package: BARS.get(package, 1e-9) for package in row}
+        out += [f"{name}: {e:.1e} from {p}, the bar is {bars[p]:.0e}" for p, e in row.items() if not e <= bars[p]]
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 1 where ``--check`` finds something wrong, 2 for unreadable files."""
+    parser = argparse.ArgumentParser(prog="python tools/catalog.py", description="The table and the page of rules.")
+    parser.add_argument("--readme", type=pathlib.Path, default=pathlib.Path("README.md"))
+    parser.add_argument("--page", type=pathlib.Path, default=pathlib.Path("docs/rules.md"))
+    parser.add_argument("--agreement", type=pathlib.Path, default=pathlib.Path("docs/agreement.json"))
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="list the measured agreement; fail if anything is stale")
+    action.add_argument("--write", action="store_true", help="write the README's table and the page")
+    args = parser.parse_args(argv)
+    try:
+        agreement = json.loads(args.agreement.read_text()) if args.check or args.write else {}
+        wanted = {}
+        if args.check or args.write:
+            wanted = {args.readme: replaced(args.readme.read_text(), agreement), args.page: page(agreement)}
+    except (OSError, ValueError) as error:
+        print(f"catalog: error: {error}", file=sys.stderr)
+        return 2
+    if args.write:
+        for path, text in wanted.items():
+            path.write_text(text)
+        print(f"catalog: {len(RULES)} rules in {args.readme} and {args.page}")
+        return 0
+    return _check(agreement, wanted) if args.check else print(table({})) or 0
+
+
+def _check(agreement: Agreement, wanted: Mapping[pathlib.Path, str]) -> int:
+    for name, row in agreement.items():
+        print(f"{name}: {'; '.join(f'{package} {_digits(error)}' for package, error in row.items())}")
+    wrong = faults(agreement)
+    for path, text in wanted.items():
+        if not path.exists() or path.read_text() != text:
+            wrong.append(f"{path} is out of date; run python tools/catalog.py --write")
+    for line in wrong:
+        print(f"catalog: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"catalog: {len(RULES)} rules, each measured and in {' and '.join(map(str, wanted))}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
