@@ -1,6 +1,7 @@
 """Shardings that a Flax model states of its own parameters.
 
-They come from `nnx.with_partitioning`, or from linen's `with_partitioning` and `with_logical_partitioning`.
+They come from `nnx.with_partitioning`, `flax.linen.with_partitioning` and
+`flax.linen.with_logical_partitioning`.
 """
 
 from __future__ import annotations

@@ -33,12 +33,14 @@ class Recorder:
         under ``aux/<name>`` where the step has a metric of that name.
     """
 
+    records: list[dict[str, float]]
+
     def __init__(self, every: int = 20) -> None:
         """Raises ValueError for ``every`` below 1."""
         if every < 1:
             raise ValueError(f"every={every}: at least 1 step is needed")
         self.every = every
-        self.records: list[dict[str, float]] = []
+        self.records = []
         self._waiting: list[dict[str, jax.Array]] = []
 
     def add(self, metrics: dict[str, Any]) -> list[dict[str, float]]:

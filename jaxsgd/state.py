@@ -1,7 +1,7 @@
 """The state of a lifted rule: what it is, how to read it, how to set it.
 
-Everything here finds `State` wherever it is: inside `optax.chain`, `partition`,
-`MultiSteps`, a Flax `TrainState`, so no caller needs to know how a transformation was built.
+Everything here finds `State` wherever it is: inside `optax.chain`, `optax.partition`,
+`optax.MultiSteps`, a Flax `TrainState`, so no caller needs to know how a transformation was built.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _is_state(node: Any) -> bool:
 
 
 def plain(tree: Any) -> Any:
-    """``tree`` with the array in place of each variable of Flax NNX, as in `nnx.Optimizer.opt_state`."""
+    """``tree`` with the array in place of each variable of Flax NNX, as in ``nnx.Optimizer.opt_state``."""
     variable = getattr(sys.modules.get("flax.nnx"), "Variable", None)
     if variable is None:
         return tree

@@ -59,7 +59,7 @@ def plan(
     Nothing of the model's size is allocated: a model of 70 billion parameters is planned in the memory that its
     compiler takes. That it does not fit is an answer, not an error.
 
-    On the CPU `needs` was compared with the measured peak of eight programs, see docs/plan.md and
+    On the CPU `Plan.needs` was compared with the measured peak of eight programs, see docs/plan.md and
     ``benchmarks/plan_memory.py``: the ratios were 0.98 to 1.00. Small programs are not as close: packed copies
     inside matrix products, of some MiB, are not counted.
 

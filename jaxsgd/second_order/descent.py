@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
 
 class End(NamedTuple):
-    """The end of a search: the best point and what `Result` says about it."""
+    """The end of a search: the best point and what `jaxsgd.second_order.Result` says about it."""
 
     x: Vector
     f: Any

@@ -52,7 +52,8 @@ def differentiable(
     Parameters at a bound move with the bound. The start has no influence.
 
     Args:
-      solve: ``(start, bounds, data) -> Result``. It may close over no tracer: pass arrays in ``data``, see `hoist`.
+      solve: ``(start, bounds, data) -> Result``. It may close over no tracer: pass arrays in ``data``, see
+        `jaxsgd.second_order.objective.hoist`.
       fun: ``(params, data) -> value``, or ``(value, aux)``.
       has_aux: whether ``fun`` returns an aux. Default: False.
 

@@ -270,7 +270,7 @@ class Accumulate(optax.GradientTransformationExtraArgs):
         """End a partial window, such as the last one of a run: ``updates, state = tx.flush(state, params)``.
 
         Args:
-          state: the `AccumulateState`. It may hold Flax variables, as `nnx.Optimizer.opt_state` does.
+          state: the `AccumulateState`. It may hold Flax variables, as ``nnx.Optimizer.opt_state`` does.
           params: the parameters, arrays or Flax variables. Default: None.
           **extra_args: for the wrapped transformation.
 

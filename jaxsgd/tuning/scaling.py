@@ -14,7 +14,7 @@ from jaxsgd.registry import RULES, Rule
 __all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
 
 WAYS = {"linear": "linear", "sqrt": "square_root"}
-"""A rule's `batch_scaling` -> the name of it here."""
+"""A rule's `Rule.batch_scaling` -> the name of it here."""
 
 
 class Doubling(NamedTuple):
