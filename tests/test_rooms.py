@@ -63,9 +63,6 @@ def found(owner, parts):
         else:
             return part in fields or part in own
     return True
-        else:
-            return False
-    return True
 
 
 def resolves(name, module, classes):
