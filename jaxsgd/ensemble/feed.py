@@ -57,6 +57,8 @@ class Feed:
         - one batch for every step: a dict, a tuple, an array or another pytree. A list ``[x, y]`` of arrays is one
           batch where the loss takes only the whole of it; see `is_one_batch`.
       takes: whether the loss takes a batch. Default: unknown.
+      replay: keep the batches of an iterator, or of an iterable that may give others on its next walk, on the host, so
+        that `rewind` can give them again. Default: False.
 
     Attributes:
       taken: the number of batches taken so far.
@@ -66,9 +68,11 @@ class Feed:
       ValueError: it is empty.
     """
 
-    def __init__(self, data: Any, takes: Callable[[Any], bool] | None = None) -> None:
+    def __init__(self, data: Any, takes: Callable[[Any], bool] | None = None, *, replay: bool = False) -> None:
         self.taken = 0
+        self._kept: list[Any] | None = [] if replay and not isinstance(data, list | tuple) else None
         self._data = data
+        self._ahead: Any = None
         self._walk: Iterator[Any] | None = None
         self._at: Callable[[int], Any] | None = None
         self._shape: Any = None
@@ -93,6 +97,13 @@ class Feed:
         Raises:
           ValueError: there is none left, or its arrays have other shapes than those of the first batch.
         """
+        if self._ahead is not None:
+            batch, self._ahead = self._ahead, None
+            self.taken += 1
+            return batch
+        if self._kept is not None and self.taken < len(self._kept):
+            self.taken += 1
+            return self._kept[self.taken - 1]
         batch = as_arrays(self._next())
         shape = jax.tree.map(jnp.shape, batch), jax.tree.structure(batch)
         if self._shape is None:
@@ -104,7 +115,30 @@ class Feed:
                 "all batches must be alike: drop or pad the odd one"
             )
         self.taken += 1
+        if self._kept is not None and self._walk is not None:
+            self._kept.append(batch)
         return batch
+
+    def peek(self) -> Any:
+        """The next batch, which `next` will return."""
+        if self._ahead is None:
+            self._ahead = self.next()
+            self.taken -= 1
+        return self._ahead
+
+    def skip(self, count: int) -> None:
+        """Pass over batches. A function of the step is not called for them."""
+        if self._at is not None:
+            self.taken, self._ahead = self.taken + count, None
+            return
+        for _ in range(count):
+            self.next()
+
+    def rewind(self) -> None:
+        """Start over with the first batch. An iterator has to be made with ``replay``."""
+        if self._walk is not None and self._kept is None:
+            self._walk = iter(self._data)
+        self.taken, self._ahead = 0, None
 
     def _next(self) -> Any:
         if self._at is not None:

@@ -5,6 +5,7 @@ The engine of `jaxsgd.sweep`, `jaxsgd.probe` and `jaxsgd.pick`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.ensemble.concrete import Concrete
+from jaxsgd.ensemble.dealer import Dealer
 from jaxsgd.ensemble.divergence import EARLY, IN_A_ROW, least_losses, risen, without_skipped
 from jaxsgd.numerics import is_key, strong
 from jaxsgd.paths import is_function, leaf_names
@@ -24,10 +25,9 @@ from jaxsgd.record import flat_metrics
 from jaxsgd.train import Step
 from jaxsgd.transforms.skipping import skipped_now
 
-__all__ = ["STRATEGIES", "Population", "padded"]
+__all__ = ["STRATEGIES", "Population"]
 
 STRATEGIES = ("auto", "vmap", "map", "loop")
-MEMBERS = PartitionSpec("members")
 TIMED = 0.05
 """Seconds that ``strategy="auto"`` spends on the timing of each form, roughly."""
 
@@ -44,11 +44,6 @@ class Fate(NamedTuple):
     alive: jax.Array
     steps: jax.Array
     diverged_at: jax.Array
-
-
-def padded(x: np.ndarray, more: int) -> np.ndarray:
-    """``x`` with its last row repeated ``more`` times."""
-    return np.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)], mode="edge")
 
 
 class Population:
@@ -74,6 +69,7 @@ class Population:
         all members in a step, and the largest of the first eight such: with small batches the first loss alone says
         little. With inf, only numbers that are not finite are a divergence. Default: 10.
       chunk: steps per call of the program (1 for the loop). Default: 16.
+      memory: bytes of a device for states and temporaries, by which ``"auto"`` decides. Default: what is free.
 
     A member whose loss, gradient or update is not finite is frozen before that update, so its state stays finite. A
     member whose losses exceed the limit is frozen at the end of `advance`. The metrics of both are NaN from then on.
@@ -82,6 +78,7 @@ class Population:
       members: the number of members.
       strategy: the strategy in use (``"auto"`` before the first steps), and ``why``, the reason.
       compiles, compile_seconds: the number of compiles of a step, and their time.
+      names: the names of the metrics, once a batch was seen.
     """
 
     def __init__(
@@ -94,6 +91,7 @@ class Population:
         devices: Sequence[Any] | None = None,
         limit: float = 10.0,
         chunk: int = 16,
+        memory: float | None = None,
     ) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
@@ -108,23 +106,23 @@ class Population:
         self.members = len(next(iter(self.values.values())))
         self.strategy, self.why = strategy, "as asked"
         self.compiles, self.compile_seconds = 0, 0.0
-        self.devices = (list(devices) if devices else jax.devices()[:1])[: self.members]
-        self._rows = -(-self.members // len(self.devices))
-        mesh = Mesh(np.asarray(self.devices), ("members",))
-        self._split, self._everywhere = NamedSharding(mesh, MEMBERS), NamedSharding(mesh, PartitionSpec())
+        self._dealer = Dealer(list(devices) if devices else jax.devices()[:1], self.members)
+        self.devices, self._rows = self._dealer.devices, self._dealer.rows
+        self._memory = memory
         self._program: Any = None
         self._form = 0
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._step = jax.jit(self._stepped, inline=True)  # traced once for all forms
         if self._given is not None:
-            self._given = jax.device_put(jax.tree.map(strong, self._given), self._everywhere)
+            self._given = self._dealer.share(jax.tree.map(strong, self._given))
         self._concrete: Concrete | None = None
         self._gone_at = -np.ones(self.members, int)  # of members above the limit, the steps they had taken
         self._over = np.zeros((self.members, IN_A_ROW - 1), bool)
         self._least: list[float] = []
+        self._elsewhere: list[float] = []  # the least losses of runs that were trained before these
         self._last = np.zeros((0, 0), np.float32)  # the metrics of each member's last step
-        self._row = jax.jit(self._dealt_out(_row, 1))
-        self._with_row = jax.jit(self._dealt_out(_with_row, 1), donate_argnums=(2,))
+        self._row = jax.jit(self._dealer.on_each(_row, 1))
+        self._with_row = jax.jit(self._dealer.on_each(_with_row, 1), donate_argnums=(2,))
         self._inputs: Any = self.values
         self._carry: Any = None
         self._compile_starts()
@@ -136,39 +134,63 @@ class Population:
     @property
     def states(self) -> Any:
         """The members' states, stacked along a first axis."""
-        return jax.tree.map(lambda x: x[: self.members], self._carry[0])
+        return self._dealer.cut(self._carry[0])
+
+    @property
+    def host_states(self) -> Any:
+        """The members' states on the host."""
+        return self._dealer.host(self._carry[0])
+
+    def share(self, tree: Any) -> Any:
+        """Arrays on all devices of the members."""
+        return self._dealer.share(tree)
+
+    def fetch(self, x: jax.Array) -> np.ndarray:
+        """An array on the host, of several processes on each."""
+        return self._dealer.fetch(x)
 
     @property
     def alive(self) -> np.ndarray:
         """``(members,)`` bool: has not diverged."""
-        return np.asarray(self._carry[1].alive)[: self.members] & (self._gone_at < 0)
+        return self._dealer.fetch(self._carry[1].alive)[: self.members] & (self._gone_at < 0)
 
     @property
     def diverged_at(self) -> np.ndarray:
         """``(members,)`` int: the steps a member had taken when it diverged, or -1."""
-        return np.where(self._gone_at >= 0, self._gone_at, np.asarray(self._carry[1].diverged_at)[: self.members])
+        return np.where(
+            self._gone_at >= 0, self._gone_at, self._dealer.fetch(self._carry[1].diverged_at)[: self.members]
+        )
 
     @property
     def steps(self) -> np.ndarray:
         """``(members,)`` int: the steps a member has taken since its start."""
-        return np.asarray(self._carry[1].steps)[: self.members]
+        return self._dealer.fetch(self._carry[1].steps)[: self.members]
 
     def restart(self, mask: Any, values: Mapping[str, Any]) -> None:
         """Restart the members in ``mask`` ``(members,)`` with ``values`` ``(members,)``; the others continue."""
         mask = np.asarray(mask, bool)
         self.values = {name: np.where(mask, np.asarray(values[name]), old) for name, old in self.values.items()}
         self._gone_at, self._over = np.where(mask, -1, self._gone_at), self._over & ~mask[:, None]
-        self._last[mask[: len(self._last)]] = np.nan
+        if len(self._last):
+            self._last[mask] = np.nan
         self._read_values()
-        self._carry = self._restart(self._given, self._deal(self._inputs), self._deal(mask), self._carry)
+        self._carry = self._restart(self._given, self._dealer.deal(self._inputs), self._dealer.deal(mask), self._carry)
+
+    def renew(self, values: Mapping[str, Any]) -> None:
+        """Replace all members by new runs with ``values`` ``(members,)``; the compiled program is kept.
+
+        The usual loss, against which a divergence is judged, is that of the runs before and of the new ones.
+        """
+        self._elsewhere, self._least = _lower(self._least, self._elsewhere), []
+        self.restart(np.ones(self.members, bool), values)
 
     def _compile_starts(self) -> None:
         born, again = jax.vmap(self._born, in_axes=(None, 0)), jax.vmap(self._again, in_axes=(None, 0, 0, 0))
-        self._begin = jax.jit(self._dealt_out(born, 1))
-        self._restart = jax.jit(self._dealt_out(again, 1), donate_argnums=(3,))
+        self._begin = jax.jit(self._dealer.on_each(born, 1))
+        self._restart = jax.jit(self._dealer.on_each(again, 1), donate_argnums=(3,))
 
     def _start_all(self) -> None:
-        self._carry = self._begin(self._given, self._deal(self._inputs))
+        self._carry = self._begin(self._given, self._dealer.deal(self._inputs))
 
     def _try_concrete(self, call: Callable[[], Any]) -> Any:
         """``call()``, where need be with a builder that gets numbers instead of tracers: rates, or all values."""
@@ -200,20 +222,26 @@ class Population:
             self._step = jax.jit(self._stepped, inline=True)
             self._compile_starts()
 
-    def _deal(self, tree: Any) -> Any:
-        """Arrays ``(members,)``, padded to a multiple of the devices and sharded over them."""
-        more = self._rows * len(self.devices) - self.members
-        return jax.tree.map(lambda x: jax.device_put(padded(x, more), self._split), tree)
+    # -- resuming -----------------------------------------------------------------------------
 
-    def _dealt_out(self, fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
-        """``fn`` on the members of each device; the first ``shared`` arguments are the same for all."""
+    @property
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that changes in training, as arrays of fixed shapes; assign one to go on from it.
 
-        def call(*args: Any) -> Any:
-            specs = tuple(PartitionSpec() if i < shared else MEMBERS for i in range(len(args)))
-            mesh = self._split.mesh
-            return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=MEMBERS, check_vma=False)(*args)
+        After `look` only: the number of metrics is not known before.
+        """
+        least = np.full((2, EARLY), np.inf, np.float32)
+        for row, losses in zip(least, (self._least, self._elsewhere), strict=True):
+            row[: len(losses)] = losses
+        judged = {"gone_at": self._gone_at.astype(np.int32), "over": self._over, "least": least, "last": self._last}
+        return {"carry": self._carry, "judged": self._dealer.share(judged)}
 
-        return call
+    @snapshot.setter
+    def snapshot(self, saved: Mapping[str, Any]) -> None:
+        judged = jax.tree.map(lambda x: np.array(self._dealer.fetch(x)), saved["judged"])
+        self._carry, self._gone_at, self._over = saved["carry"], judged["gone_at"].astype(int), judged["over"]
+        self._least, self._elsewhere = ([x for x in row.tolist() if x < np.inf] for row in judged["least"])
+        self._last = judged["last"]
 
     # -- one member ---------------------------------------------------------------------------
 
@@ -240,7 +268,7 @@ class Population:
         else:
             new, report = self._concrete.move(given, inputs, state, batch)
         scalars = _scalars(report)
-        self._names = list(scalars)
+        self.names = list(scalars)
         sound = jnp.ones((), bool)
         for name in ("loss", "gradient_norm", "update_norm"):
             sound &= jnp.isfinite(scalars.get(name, scalars["loss"]))
@@ -261,7 +289,7 @@ class Population:
                 return self._step(given, batch, values, active, carry)
 
             def skip(carry: Any, batch: Any) -> Any:
-                return carry, jnp.full(len(self._names), jnp.nan, jnp.float32)
+                return carry, jnp.full(len(self.names), jnp.nan, jnp.float32)
 
             def body(carry: Any, x: tuple[Any, jax.Array]) -> Any:
                 batch, on = x
@@ -279,7 +307,7 @@ class Population:
             values, active, carry = jax.tree.map(lambda x: x[0], row)
             return jax.tree.map(lambda x: x[None], self._step(given, batch, values, active, carry))
 
-        return self._dealt_out(single if forms == ("loop",) else run, 4)
+        return self._dealer.on_each(single if forms == ("loop",) else run, 4)
 
     # -- the program --------------------------------------------------------------------------
 
@@ -290,8 +318,10 @@ class Population:
         self.compile_seconds += time.perf_counter() - begin
         return program
 
-    def _look(self, batches: Any) -> None:
-        """Trace a step of one member, to learn the names of its metrics and the form that suits it."""
+    def look(self, batches: Any) -> None:
+        """Trace a step of one member, to learn the names of its metrics and the form that suits it; once."""
+        if self.names:
+            return
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
         on, batch = jax.ShapeDtypeStruct((), jnp.bool_), jax.tree.map(one, batches)
 
@@ -299,10 +329,11 @@ class Population:
             if self._concrete is not None:
                 self._concrete.sees(batch)
                 self._read_values()
-            inputs, carry = (jax.tree.map(one, x) for x in (self._deal(self._inputs), self._carry))
+            inputs, carry = (jax.tree.map(one, x) for x in (self._dealer.deal(self._inputs), self._carry))
             return self._step.trace(self._given, batch, inputs, on, carry)
 
         traced = self._try_concrete(trace)
+        self._last = np.full((self.members, len(self.names)), np.nan, np.float32)
         if self.strategy != "auto":
             return
         if self.devices[0].platform == "cpu" and "conv_general_dilated" in str(traced.jaxpr):
@@ -314,7 +345,7 @@ class Population:
         """Compile for these arguments; under auto without vmap if it does not fit in memory."""
         if self.strategy != "auto":
             return self._compile((self.strategy,), *args)
-        room = _free_bytes(self.devices[0])
+        room = self._room()
         try:
             program = self._compile(("vmap", "map"), *args)
             needs = program.memory_analysis().temp_size_in_bytes
@@ -322,11 +353,18 @@ class Population:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             needs, room = math.inf, 0.0
-        if room is None or needs <= room:
+        if room is None or self._dealer.least(float(needs <= room)):
             return program
         self.why = f"vmap needs {needs / 2**30:.3g} GiB beside the states, {room / 2**30:.3g} GiB are free"
         self.strategy, self._form = "map", 0
         return self._compile(("map",), *args)
+
+    def _room(self) -> float | None:
+        """Bytes of a device that temporaries may take."""
+        if self._memory is None:
+            return free_bytes(self._dealer.local)
+        states = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(self._carry)) / len(self.devices)
+        return max(0.0, self._memory - states)
 
     # -- going forward ------------------------------------------------------------------------
 
@@ -343,28 +381,25 @@ class Population:
         """
         active = (np.ones(self.members, bool) if active is None else np.asarray(active, bool)) & (self._gone_at < 0)
         before = self.steps
-        if not self._names:
-            self._look(batches)
+        self.look(batches)
         if self.strategy == "loop":
             table = self._looped(batches, active)
         else:
             steps, tables = len(jax.tree.leaves(batches)[0]), []
-            rows, done = (self._deal(self._inputs), self._deal(active)), 0
+            rows, done = (self._dealer.deal(self._inputs), self._dealer.deal(active)), 0
             while done < steps:
                 for form, count in self._turns(steps - done):
                     row = self._run(batches, done, count, rows, form)
                     tables.append((count, row))
                     done += count
-            table = np.concatenate([np.asarray(row)[:, :count] for count, row in tables], axis=1)
+            table = np.concatenate([self._dealer.fetch(row)[:, :count] for count, row in tables], axis=1)
         table = table[: self.members].copy()
         self._fill(table, self.steps - before)
         self._judge(table, before)
-        return {name: table[:, :, i] for i, name in enumerate(self._names)}
+        return {name: table[:, :, i] for i, name in enumerate(self.names)}
 
     def _fill(self, table: np.ndarray, taken: np.ndarray) -> None:
         """Give the steps that an optimizer skipped the metrics of the step before, or of the first that it took."""
-        if len(self._last) != self.members:
-            self._last = np.full((self.members, table.shape[-1]), np.nan, np.float32)
         for rows, last, count in zip(table, self._last, taken, strict=True):
             rows[:count] = without_skipped(rows[:count], np.isnan(rows[:count]).all(axis=1), last)
             if count:
@@ -372,9 +407,10 @@ class Population:
 
     def _judge(self, table: np.ndarray, before: np.ndarray) -> None:
         """Freeze members whose losses are above the limit, and set their metrics to NaN from there on."""
-        losses = table[:, :, self._names.index("loss")]
+        losses = table[:, :, self.names.index("loss")]
         self._least += least_losses(losses, EARLY - len(self._least))
-        rises, self._over = risen(losses, self._least, self.limit, self._over)
+        least = _lower(self._least, self._elsewhere)
+        rises, self._over = risen(losses, least, self.limit, self._over)
         for member in np.flatnonzero((rises >= 0) & (self._gone_at < 0)):
             self._gone_at[member] = before[member] + rises[member]
             table[member, rises[member] :] = np.nan
@@ -384,11 +420,11 @@ class Population:
         index = np.minimum(np.arange(first, first + self.chunk), first + count - 1)
         cut = jax.tree.map(lambda x: x[first : first + count] if count == self.chunk else x[index], batches)
         on = np.arange(self.chunk) < count
-        cut, on, which = jax.device_put((cut, on, np.int32(form)), self._everywhere)
+        cut, on, which = self._dealer.share((cut, on, np.int32(form)))
         if self._program is None:
             self._program = self._prepare(which, self._given, cut, on, *rows, self._carry)
             if self.strategy != "auto":  # there may be one form only
-                which = jax.device_put(np.int32(self._form), self._everywhere)
+                which = self._dealer.share(np.int32(self._form))
         self._carry, row = self._program(which, self._given, cut, on, *rows, self._carry)
         return row
 
@@ -409,35 +445,42 @@ class Population:
                 seconds[name] = (time.perf_counter() - begin) / count
                 left -= count
             if not timed:
-                count = int(np.clip(TIMED / max(seconds.values()), 2, self.chunk))
-        self.strategy = min(seconds, key=lambda name: seconds[name])
-        self._form = ("vmap", "map").index(self.strategy)
+                count = int(self._dealer.least(int(np.clip(TIMED / max(seconds.values()), 2, self.chunk))))
+        self._form = int(self._dealer.least(float(seconds["map"] < seconds["vmap"])))
+        self.strategy = ("vmap", "map")[self._form]
         self.why = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items()) + " a step of all members"
 
     def _looped(self, batches: Any, active: np.ndarray) -> np.ndarray:
         """Steps of single members, one on each device, called in turn: ``(members, steps, names)``."""
-        index = [jax.device_put(np.int32(r), self._everywhere) for r in range(self._rows)]
-        whole = (self._deal(self._inputs), self._deal(active), self._carry)
+        index = [self._dealer.share(np.int32(r)) for r in range(self._rows)]
+        whole = (self._dealer.deal(self._inputs), self._dealer.deal(active), self._carry)
         rows = [self._row(r, whole) for r in index]
         steps, left = len(jax.tree.leaves(batches)[0]), []
-        form, on = jax.device_put((np.int32(0), np.bool_(True)), self._everywhere)
+        form, on = self._dealer.share((np.int32(0), np.bool_(True)))
         carry = [row[2] for row in rows]
         for i in range(steps):
             batch = jax.tree.map(lambda x, i=i: x[i], batches)
-            shared = (form, self._given, jax.device_put(batch, self._everywhere), on)
+            shared = (form, self._given, self._dealer.share(batch), on)
             if self._program is None:
                 self._program = self._prepare(*shared, *rows[0])
             if i % self.chunk == 0:  # looking waits for the device
-                going = [bool(np.any(np.asarray(h[1].alive & row[1]))) for h, row in zip(carry, rows, strict=True)]
+                going = [
+                    bool(np.any(self._dealer.fetch(h[1].alive & row[1]))) for h, row in zip(carry, rows, strict=True)
+                ]
             for r in np.flatnonzero(going):
                 carry[r], metrics = self._program(*shared, *rows[r][:2], carry[r])
                 left.append((r, i, metrics))
         for r, member in zip(index, carry, strict=True):
             self._carry = self._with_row(r, member, self._carry)
-        table = np.full((len(self.devices), self._rows, steps, len(self._names)), np.nan, np.float32)
+        table = np.full((len(self.devices), self._rows, steps, len(self.names)), np.nan, np.float32)
         for r, i, metrics in left:
-            table[:, r, i] = metrics
-        return table.reshape(-1, steps, len(self._names))
+            table[:, r, i] = self._dealer.fetch(metrics)
+        return table.reshape(-1, steps, len(self.names))
+
+
+def _lower(some: list[float], others: list[float]) -> list[float]:
+    """The lower of two lists in each place; a list that ends has nothing to say."""
+    return [min(pair) for pair in itertools.zip_longest(some, others, fillvalue=math.inf)]
 
 
 def _refuse_narrow(states: Any) -> None:
@@ -472,7 +515,7 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _free_bytes(device: Any) -> float | None:
+def free_bytes(device: Any) -> float | None:
     """The free memory of a device, or None if it is unknown."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

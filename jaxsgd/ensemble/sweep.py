@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import os
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,13 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxsgd.ensemble.concrete import merged
-from jaxsgd.ensemble.divergence import IN_A_ROW, least_losses, risen, without_skipped
+from jaxsgd.ensemble.dealer import Dealer
+from jaxsgd.ensemble.divergence import without_skipped
 from jaxsgd.ensemble.feed import Feed, is_one_batch
-from jaxsgd.ensemble.population import STRATEGIES, Population, padded
+from jaxsgd.ensemble.population import STRATEGIES
 from jaxsgd.ensemble.sweep_result import Sweep
+from jaxsgd.ensemble.waves import described, gone, stacked_rows, train_in_waves, wave_size
 from jaxsgd.loss import fold_keys
 from jaxsgd.paths import is_function
 from jaxsgd.progress import Bar
@@ -39,6 +43,9 @@ def sweep(
     strategy: str = "auto",
     mesh: Mesh | Sequence[Any] | None = None,
     limit: float = 10.0,
+    memory: float | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    save_every: int = 1000,
     progress: bool | None = None,
     **values: Any,
 ) -> Sweep:
@@ -69,8 +76,14 @@ def sweep(
       paired: combine the n-th values of all names. Default: all combinations.
       strategy: ``"vmap"``, ``"map"``, ``"loop"`` (single steps), or ``"auto"``, which reports its choice and the
         reason; see `jaxsgd.ensemble.population.Population`. Default: ``"auto"``.
-      mesh: the devices to share the runs: a mesh with any axes, or a list. Default: all local devices.
+      mesh: the devices to share the runs: a mesh with any axes, or a list. They may belong to several processes, which
+        then all make this call with the same values and data. Default: all local devices.
       limit: three losses in a row so many times above the usual loss are a divergence, see `Population`. Default: 10.
+      memory: bytes of one device that the runs may take. Runs that do not fit are trained in waves, one after the
+        other, through the same compiled program, and their last states are on the host. Default: half of what is free.
+      directory: where to save the sweep, so that the same call continues after it was stopped. It needs
+        ``jaxsgd[checkpoint]`` and a `jaxsgd.Step` or a function that builds one. Default: None, nothing is saved.
+      save_every: steps from one save to the next; the end of a wave is always saved. Default: 1000.
       progress: show a bar. Default: on if stderr is a terminal.
       **values: a list of numbers for each name.
 
@@ -82,6 +95,7 @@ def sweep(
         a runtime value; a negative value; ``steps`` below 1 or unknown; `Feed` refuses the batches.
       TypeError: ``train`` is none of the three.
       RuntimeError: the state was donated to an earlier step.
+      ValueError: ``memory`` is too small for one run, ``directory`` holds another sweep.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
@@ -93,12 +107,18 @@ def sweep(
         _check_runtime(state, values)
         step = train
         build = lambda start, **scalars: (step, _with_values(start, scalars))  # noqa: E731
-        return _stepped(build, state, members, data, steps, strategy, devices, limit, progress)
+        return _stepped(
+            build, state, members, data, steps, strategy, devices, limit, progress, memory, directory, save_every
+        )
     if not callable(train):
         raise TypeError(f"train={train!r}: a jaxsgd.Step, or a function that builds one or trains, is needed")
     if state is None and _builds(train, members):
-        return _stepped(train, None, members, data, steps, strategy, devices, limit, progress)
-    return _whole(train, state, data, members, strategy, devices, limit)
+        return _stepped(
+            train, None, members, data, steps, strategy, devices, limit, progress, memory, directory, save_every
+        )
+    if directory is not None:
+        raise ValueError("directory: only a Step, or a function that builds one, can be saved. Use directory=None")
+    return _whole(train, state, data, members, strategy, devices, limit, memory)
 
 
 # -- values ----------------------------------------------------------------------------------------
@@ -197,15 +217,24 @@ def _stepped(
     devices: list[Any],
     limit: float,
     progress: bool | None,
+    memory: float | None,
+    directory: str | os.PathLike[str] | None,
+    save_every: int,
 ) -> Sweep:
     if data is None:
         raise ValueError("data=None: batches are needed")
 
+    def built(state: Any) -> Any:
+        numbers = {name: x[0].item() for name, x in members.items()}
+        return build(**numbers) if state is None else build(state, **numbers)
+
+    def first(state: Any) -> Any:
+        return built(state)[1]
+
     def takes(batch: Any) -> bool:
         def one(state: Any) -> Any:
-            numbers = {name: x[0].item() for name, x in members.items()}
-            step, first = build(**numbers) if state is None else build(state, **numbers)
-            return (step.fn if isinstance(step, Step) else step)(first, batch)[1]
+            step, start = built(state)
+            return (step.fn if isinstance(step, Step) else step)(start, batch)[1]
 
         try:
             jax.eval_shape(one, state)
@@ -222,30 +251,32 @@ def _stepped(
         steps = len(data)
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")
-    feed = Feed(data, takes)
-    population = Population(build, members, given=state, strategy=strategy, devices=devices, limit=limit)
-    parts: list[dict[str, np.ndarray]] = []
+    count = len(next(iter(members.values())))
+    shapes = jax.eval_shape(first, state)
+    size = wave_size(count, devices, _bytes(shapes), memory, _bytes(state))
+    if directory is not None:
+        about = {name: x.tolist() for name, x in members.items()} | {"steps": steps, "limit": limit}
+        size = described(pathlib.Path(directory), about, size)
+    feed = Feed(data, takes, replay=size < count)
     begin = time.perf_counter()
-    with Bar(f"{population.members} trainings", total=steps, show=progress) as bar:
-        while feed.taken < steps:
-            count = min(4 * population.chunk, steps - feed.taken)
-            parts.append(population.advance(feed.take(count)))
-            last = parts[-1]["loss"][:, -1]
-            least = f"{np.nanmin(last):.4g}" if np.any(np.isfinite(last)) else "none left"
-            bar.advance(count, f"least loss {least}, {int((~population.alive).sum())} diverged")
-            if not np.any(population.alive):
-                missing = steps - feed.taken
-                parts.append({n: np.full((population.members, missing), np.nan, x.dtype) for n, x in parts[0].items()})
-                break
-    metrics = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
-    window, final = _ends(metrics["loss"], population.diverged_at)
+    waves = -(-count // size)
+    with Bar(f"{count} runs", total=steps * waves, show=progress) as bar:
+        done = train_in_waves(
+            build, members, feed, steps, given=state, size=size, strategy=strategy, devices=devices, limit=limit,
+            memory=memory, directory=directory, save_every=save_every, bar=bar,
+        )  # fmt: skip
+    window, final = _ends(done.metrics["loss"], done.diverged_at)
+    runs = done.population
     return Sweep(
-        values=dict(members), metrics=metrics, diverged_at=population.diverged_at, final=final, window=window,
-        states=population.states,
-        strategy=population.strategy, why=population.why, compiles=population.compiles,
-        compile_seconds=population.compile_seconds,
-        seconds=time.perf_counter() - begin - population.compile_seconds,
+        values=dict(members), metrics=done.metrics, diverged_at=done.diverged_at, final=final, window=window,
+        states=done.states, strategy=runs.strategy, reason=runs.why, compiles=runs.compiles,
+        compile_seconds=runs.compile_seconds, seconds=time.perf_counter() - begin - runs.compile_seconds,
+        waves=done.waves,
     )  # fmt: skip
+
+
+def _bytes(tree: Any) -> float:
+    return float(sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(tree) if hasattr(x, "dtype")))
 
 
 def _ends(losses: np.ndarray, diverged_at: np.ndarray) -> tuple[int, np.ndarray]:
@@ -266,6 +297,7 @@ def _whole(
     strategy: str,
     devices: list[Any],
     limit: float,
+    memory: float | None,
 ) -> Sweep:
     """The user's own runs, from beginning to end."""
     inside = set()
@@ -298,7 +330,7 @@ def _whole(
         why = "your own run: map on CPU, vmap elsewhere"
     if way == "loop":
         raise ValueError("strategy='loop': only a Step has single steps. Use 'map' or 'vmap' for your own run")
-    return _trained(one, (state, data), members, way, why, chosen, limit)
+    return _trained(one, (state, data), members, way, why, chosen, limit, memory)
 
 
 def _at(one: Callable[..., Any], scalars: Mapping[str, Any], inputs: Any) -> Any:
@@ -309,11 +341,10 @@ def _swapped(fn: Callable[..., Any], inputs: Any, row: Any) -> Any:
     return fn(row, inputs)
 
 
-def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: list[Any], limit: float) -> Sweep:
+def _trained(
+    one: Any, inputs: Any, members: Any, way: str, why: str, devices: list[Any], limit: float, memory: float | None
+) -> Sweep:
     count = len(next(iter(members.values())))
-    mesh = Mesh(np.asarray(devices), ("members",))
-    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("members",), ()))
-    more = -count % len(devices)
     try:
         jax.eval_shape(one, inputs, {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in members.items()})
         rows: Any = dict(members)
@@ -321,34 +352,40 @@ def _trained(one: Any, inputs: Any, members: Any, way: str, why: str, devices: l
         numbers = [{name: x[i].item() for name, x in members.items()} for i in range(count)]
         fn, rows = merged((functools.partial(_at, one, scalars) for scalars in numbers), inputs)
         one = functools.partial(_swapped, fn)
-    rows = jax.tree.map(lambda x: jax.device_put(padded(x, more), split), rows)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
+    size = wave_size(count, devices, _bytes(jax.eval_shape(one, inputs, row)), memory, _bytes(inputs))
+    dealer = Dealer(devices, size)
 
     def run(inputs: Any, rows: Any) -> Any:
         each = lambda row: one(inputs, row)  # noqa: E731
         return jax.vmap(each)(rows) if way == "vmap" else jax.lax.map(each, rows)
 
-    parts = PartitionSpec("members")
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), parts), out_specs=parts, check_vma=False)
-    inputs = jax.device_put(inputs, everywhere)
-    begin = time.perf_counter()
-    program = jax.jit(sharded).lower(inputs, rows).compile()
-    compiled = time.perf_counter()
-    states, metrics = jax.block_until_ready(program(inputs, rows))
+    inputs, program, parts = dealer.share(inputs), None, []
+    begin = compiled = time.perf_counter()
+    for start in range(0, count, size):
+        index = np.minimum(np.arange(start, start + size), count - 1)
+        wave = dealer.deal(jax.tree.map(lambda x, i=index: x[i], rows))
+        if program is None:
+            program = jax.jit(dealer.on_each(run, 1)).lower(inputs, wave).compile()
+            compiled = time.perf_counter()
+        states, metrics = program(inputs, wave)
+        metrics = {name: dealer.fetch(x)[:size] for name, x in metrics.items()}
+        states = dealer.cut(states) if size == count else dealer.host(states)
+        parts.append(jax.tree.map(lambda x, n=count - start: x[:n], (states, metrics)))
     seconds = time.perf_counter() - compiled
-    states, metrics = jax.tree.map(lambda x: x[:count], (states, metrics))
+    states, metrics = parts[0] if len(parts) == 1 else jax.tree.map(lambda *xs: stacked_rows(xs), *parts)
     metrics = {name: np.asarray(x, np.float32) for name, x in metrics.items()}
     if "skipped" in metrics:  # of a guard, as `make_step` reports it
         skipped = np.diff(metrics["skipped"], prepend=0) > 0
         pairs = {name: zip(x, skipped, strict=True) for name, x in metrics.items() if x.shape == skipped.shape}
         metrics |= {name: np.stack([without_skipped(*pair) for pair in rows]) for name, rows in pairs.items()}
     losses = metrics["loss"]
-    rose, _ = risen(losses, least_losses(losses), limit, np.zeros((count, IN_A_ROW - 1), bool))
-    gone = ~np.isfinite(losses) | (rose[:, None] >= 0) & (np.arange(losses.shape[1]) >= rose[:, None])
-    gone = np.maximum.accumulate(gone, axis=1)
-    diverged_at = np.where(gone.any(axis=1), gone.argmax(axis=1), -1)
-    metrics = {name: np.where(gone, np.nan, x) for name, x in metrics.items()}
+    dead = gone(losses, limit)
+    diverged_at = np.where(dead.any(axis=1), dead.argmax(axis=1), -1)
+    metrics = {name: np.where(dead, np.nan, x) for name, x in metrics.items()}
     window, final = _ends(metrics["loss"], diverged_at)
     return Sweep(
         values=dict(members), metrics=metrics, diverged_at=diverged_at, final=final, window=window, states=states,
-        strategy=way, why=why, compiles=1, compile_seconds=compiled - begin, seconds=seconds,
+        strategy=way, reason=why, compiles=1, compile_seconds=compiled - begin, seconds=seconds,
+        waves=len(parts),
     )  # fmt: skip
