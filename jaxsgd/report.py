@@ -166,17 +166,17 @@ class Table:
         marked = ["*" if i == self.best else "" for i in range(len(rows))]
         gutter = 2 if self.best is not None else 0
         blocks = []
+        start = " " * gutter
         for index, widths in _blocks(self.columns, heads, units, rows, width - gutter):
-            lines = [_line([heads[i] for i in index], widths, self._aligned(index), " " * gutter)]
-            if any(units[i] for i in index):
-                said = [f"({units[i]})" if units[i] else "" for i in index]
-                lines += [_line(said, widths, self._aligned(index), " " * gutter)]
+            tops = [_top(heads[i], units[i], widths[i]) for i in index]
+            lines = []
+            for k in range(max(map(len, tops))):
+                lines += [_line([top[k] if k < len(top) else "" for top in tops], widths, self._aligned(index), start)]
             for row, mark in zip(rows, marked, strict=True):
                 wrapped = [textwrap.wrap(row[i], w, break_long_words=True) or [""] for i, w in widths.items()]
                 for k in range(max(map(len, wrapped))):
                     cells = [part[k] if k < len(part) else "" for part in wrapped]
-                    start = f"{mark if k == 0 else '':<{gutter}}"
-                    lines += [_line(cells, widths, self._aligned(index), start)]
+                    lines += [_line(cells, widths, self._aligned(index), f"{mark if k == 0 else '':<{gutter}}")]
             blocks.append("\n".join(lines))
         out = "\n\n".join(blocks)
         if self.title:
@@ -252,14 +252,11 @@ def _blocks(
     columns: Sequence[Column], heads: list[str], units: list[str], rows: list[list[str]], width: int
 ) -> list[tuple[list[int], dict[int, int]]]:
     """Columns that fit side by side, with their widths; each block begins with the first column."""
-    natural = [
-        max([len(heads[i]), len(units[i]) + 2 if units[i] else 0, *(len(row[i]) for row in rows)])
-        for i in range(len(columns))
-    ]
-    least = [
-        min(n, max(NARROWEST, len(h))) if c.kind == "text" else n
-        for n, h, c in zip(natural, heads, columns, strict=True)
-    ]
+    sizes = [max(len(units[i]) + 2 if units[i] else 0, *(len(row[i]) for row in rows), 0) for i in range(len(columns))]
+    natural = [max(n, len(head)) for n, head in zip(sizes, heads, strict=True)]
+    if sum(natural) + GAP * (len(columns) - 1) > width:  # heads of several words take several lines
+        natural = [max(n, *map(len, head.split())) for n, head in zip(sizes, heads, strict=True)]
+    least = [min(n, NARROWEST) if c.kind == "text" else n for n, c in zip(natural, columns, strict=True)]
     blocks: list[list[int]] = []
     for i in range(len(columns)):
         if blocks and sum(least[k] + GAP for k in blocks[-1]) + least[i] <= width:
@@ -276,6 +273,11 @@ def _blocks(
             widths[wide] -= 1
         out.append((index, widths))
     return out
+
+
+def _top(head: str, unit: str, width: int) -> list[str]:
+    """The lines above a column."""
+    return [*textwrap.wrap(head, width), *([f"({unit})"] if unit else [])]
 
 
 def _line(cells: Sequence[str], widths: Mapping[int, int], left: Sequence[bool], start: str) -> str:

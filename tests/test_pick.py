@@ -51,7 +51,7 @@ def test_says_who_wins_and_what_it_took():
     assert found.winner == found.choice == "sgd" and found.learning_rate == found["sgd"].learning_rate
     (comparison,) = found.comparisons
     assert comparison.decided and 0 < comparison.low < comparison.difference < comparison.high
-    assert found.verdict.startswith("sgd wins") and "95%" in found.verdict
+    assert found.summary.startswith("sgd wins") and "95%" in found.summary
     expected = found["lazy"].mean - found["sgd"].mean
     assert comparison.difference == pytest.approx(expected)
     for entry in found.entries:
@@ -60,8 +60,9 @@ def test_says_who_wins_and_what_it_took():
         assert np.all(np.diff(entry.rates) > 0) and entry.low / 2 < entry.learning_rate < 2 * entry.high
         assert entry.steps <= plan(48, 3).cost and entry.tuning <= 13 * 12
     assert found.used <= found.budget == 2 * plan(48, 3).cost
-    text = str(found)
+    text = " ".join(found.why)
     assert f"{found.used:,} of {found.budget:,} steps used" in text and "over 3 seeds" in text
+    assert all(line in str(found) for line in found.summary.split()) and max(map(len, str(found).splitlines())) <= 80
     # The best that there is: the noise of y, 0.09.
     assert 0.05 < found["sgd"].mean < 0.2
 
@@ -72,7 +73,7 @@ def test_the_same_rule_twice_ties_exactly():
     np.testing.assert_array_equal(found["one"].scores, found["two"].scores)
     assert found.comparisons[0][2:] == (0, 0, 0)
     assert found.winner is None and found.choice in ("one", "two")
-    assert found.verdict.startswith("a tie between") and "holds 0" in found.verdict and "take one at" in found.verdict
+    assert " tie: " in found.summary and "not significant" in found.summary and "take one at" in found.summary
     assert len(found["one"].rates) == 5 and list(found["one"].finals) == [found["one"].learning_rate]
 
 
@@ -82,7 +83,7 @@ def test_without_seeds_that_differ_there_is_no_error_bar():
     budget = 2 * plans(16, 2)[-1].cost
     rules = {"sgd": jaxsgd.sgd, "lazy": (lazy, 0.1)}
     found = pick(regression, still, full, candidates=rules, steps=16, seeds=2, budget=budget)
-    assert found.winner is None and found.verdict.startswith("cannot tell: all seeds ended alike")
+    assert found.winner is None and found.summary.startswith("cannot tell: all seeds ended alike")
     frozen = dict.fromkeys(("one", "two"), lambda rate: optax.set_to_zero())
     found = pick(regression, begin, full, candidates=frozen, steps=8, seeds=2, budget=2 * plans(8, 2)[-1].cost)
     assert found.winner is found.choice is found.learning_rate is None
@@ -125,7 +126,7 @@ def test_interval_of_a_paired_difference():
     a, b = np.array([1.0, 2.0, 4.0]), np.array([1.5, 2.1, 4.9])
     found, want = compare("a", "b", a, b), ttest_rel(b, a).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((want.low, want.high))
-    assert not found.decided and "holds 0" in str(found)
+    assert not found.decided and "not significant" in str(found)
 
 
 def test_no_seed_is_judged_at_a_rate_it_chose():
@@ -222,4 +223,4 @@ def test_adam_when_unsure():
     assert adam.decades > momentum.decades > 0.1
     assert all(e.mean < 0.4 * e.start and e.diverged == 0 for e in found.entries)
     if found.winner is None:
-        assert found.choice == "adamw" and "the safer one when unsure" in found.verdict
+        assert found.choice == "adamw" and "the safer one when unsure" in found.summary

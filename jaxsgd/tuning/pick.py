@@ -20,9 +20,10 @@ from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
-from jaxsgd.paths import aligned, is_function
+from jaxsgd.paths import is_function
 from jaxsgd.progress import Bar
 from jaxsgd.registry import RULES, Rule
+from jaxsgd.report import Column, Report, Table, number, span
 from jaxsgd.tuning.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
 from jaxsgd.tuning.short_runs import checked_rule, usual_rate
 
@@ -101,22 +102,23 @@ class Comparison(NamedTuple):
         return self.low > 0
 
     def __str__(self) -> str:
+        said = "significant" if self.decided else "not significant"
         return (
-            f"{self.other}'s loss less {self.best}'s: {self.difference:.3g} (95%: {self.low:.3g} to {self.high:.3g}), "
-            f"{'clear of 0' if self.decided else 'which holds 0'}"
+            f"{self.other} ends {number(self.difference)} above {self.best} "
+            f"(95% CI {span(self.low, self.high)}): {said}"
         )
 
 
-@dataclass(frozen=True)
-class Pick:
-    """What came of a race, made by `pick`.
+@dataclass(frozen=True, repr=False)
+class Pick(Report):
+    """The result of `pick`.
 
     Attributes:
       winner: the candidate whose loss is lower than every other's by more than chance; None where there is none.
       choice: what to take: the winner; of those that tie AdamW, or the lowest mean where it is not among them; None
         where none lowered the loss.
       learning_rate: of the choice.
-      verdict: in words, with the numbers.
+      summary: the answer in a sentence.
       entries: an `Entry` for each candidate, the lowest mean first.
       comparisons: the first of them with each other one.
       score: what the losses are of.
@@ -124,10 +126,12 @@ class Pick:
       used: steps taken by all; ``tuning_share`` of them to find learning rates.
     """
 
+    picture = "pick"
+
     winner: str | None
     choice: str | None
     learning_rate: float | None
-    verdict: str
+    summary: str
     entries: tuple[Entry, ...]
     comparisons: tuple[Comparison, ...]
     score: str
@@ -141,24 +145,45 @@ class Pick:
         """The entry of a candidate."""
         return next(entry for entry in self.entries if entry.name == name)
 
-    def __str__(self) -> str:
-        rows = [["", "loss", "rate", "good rates", "decades", "steps", "diverged"]]
-        for e in self.entries:
-            span = f"{'' if e.bounded[0] else '<= '}{e.low:.2g} to {'' if e.bounded[1] else '>= '}{e.high:.2g}"
-            loss = f"{e.mean:.4g} +- {e.standard_error:.2g}"
-            rows.append(
-                [e.name, loss, f"{e.learning_rate:.2g}", span, f"{e.decades:.2g}", f"{e.steps:,}", str(e.diverged)]
-            )
-        lines = [self.verdict, "", aligned(rows), ""]
-        lines += [str(comparison) for comparison in self.comparisons]
-        lines += [
+    @property
+    def why(self) -> tuple[str, ...]:
+        return (
+            *map(str, self.comparisons),
             f"losses are {self.score} after {self.steps} steps, mean and standard error over {self.seeds} seeds",
             f"{self.used:,} of {self.budget:,} steps used, {self.tuning_share:.0%} of them to find learning rates",
-        ]
-        edges = [e.name for e in self.entries if e.edge]
-        if edges:
-            lines.append(f"the best rate of {', '.join(edges)} is the last that was tried: it may do better beyond")
-        return "\n".join(lines)
+        )
+
+    @property
+    def next(self) -> tuple[str, ...]:
+        if self.choice is None or self.learning_rate is None:
+            return ("check the data, the loss and the budget: a rule that works lowers the loss",)
+        out = [f"train with {self.choice} at learning rate {number(self.learning_rate)}"]
+        if self.winner is None:
+            out.append(f"more than {self.seeds} seeds can tell smaller differences: seeds={2 * self.seeds}")
+        if edges := [e.name for e in self.entries if e.edge]:
+            which = ", ".join(edges)
+            out.append(f"the best rate of {which} is the last that was tried: search around it with (rule, rate)")
+        return tuple(out)
+
+    @property
+    def table(self) -> Table:
+        """A row for each candidate, the lowest mean first."""
+        columns = (
+            Column("rule", kind="text"), Column("loss"), Column("standard error"), Column("rate"),
+            Column("good rates"), Column("width", "decades"), Column("steps"), Column("diverged"),
+        )  # fmt: skip
+        rows = tuple(
+            (e.name, e.mean, e.standard_error, e.learning_rate, _good(e), e.decades, e.steps, e.diverged)
+            for e in self.entries
+        )
+        best = next((i for i, e in enumerate(self.entries) if e.name == self.choice), None)
+        return Table(columns, rows, best, "the choice")
+
+
+def _good(e: Entry) -> str:
+    """The range of good rates; an end that nothing bounded is marked."""
+    low, high = "" if e.bounded[0] else "<= ", "" if e.bounded[1] else ">= "
+    return f"{low}{number(e.low)} to {high}{number(e.high)}"
 
 
 def pick(
@@ -362,27 +387,26 @@ def _picked(entries: list[Entry], steps: int, seeds: int, budget: int, score: st
     same = all(np.ptp(e.scores) == 0 for e in entries)
     winner = choice = None
     if not best.mean < best.start:
-        verdict = f"no candidate lowered the loss: it was {best.start:.4g} and is {best.mean:.4g} with {best.name}"
+        summary = (
+            f"no candidate lowered the loss: it was {number(best.start)} and is {number(best.mean)} with {best.name}"
+        )
     elif same:
         choice = _safer(entries)
-        verdict = (
+        summary = (
             "cannot tell: all seeds ended alike, so there is no error bar; let init use its key, or data its seed; "
             f"until then {_why(choice, entries)}"
         )
     elif len(tied) == 1:
         winner, choice = best.name, best
         closest = min(comparisons, key=lambda c: c.low)
-        verdict = (
-            f"{best.name} wins, with learning rate {best.learning_rate:.2g}: its loss is lower than "
-            f"{closest.other}'s by {closest.difference:.3g} (95%: {closest.low:.3g} to {closest.high:.3g})"
-        )
+        summary = f"{best.name} wins, with learning rate {number(best.learning_rate)}: {closest}"
     else:
         choice = _safer(tied)
         undecided = [c for c in comparisons if not c.decided]
-        verdict = f"a tie between {' and '.join(e.name for e in tied)}: {undecided[0]}; {_why(choice, tied)}"
+        summary = f"{' and '.join(e.name for e in tied)} tie: {undecided[0]}; {_why(choice, tied)}"
     used, tuning = sum(e.steps for e in entries), sum(e.tuning for e in entries)
     return Pick(
-        winner, None if choice is None else choice.name, None if choice is None else choice.learning_rate, verdict,
+        winner, None if choice is None else choice.name, None if choice is None else choice.learning_rate, summary,
         tuple(entries), comparisons, score, steps, seeds, budget, used, tuning / used,
     )  # fmt: skip
 
@@ -393,9 +417,9 @@ def _safer(tied: list[Entry]) -> Entry:
 
 
 def _why(choice: Entry, tied: list[Entry]) -> str:
-    spans = " and ".join(f"{e.name}'s {e.decades:.2g}" for e in tied if e is not choice)
+    spans = " and ".join(f"{e.name}'s {number(e.decades, 2)}" for e in tied if e is not choice)
     reason = "the safer one when unsure" if choice.name == SAFE else "whose mean is the lowest"
     return (
-        f"take {choice.name} at {choice.learning_rate:.2g}, {reason} "
-        f"(its good rates span {choice.decades:.2g} decades, {spans})"
+        f"take {choice.name} at {number(choice.learning_rate)}, {reason} "
+        f"(its good rates span {number(choice.decades, 2)} decades, {spans})"
     )

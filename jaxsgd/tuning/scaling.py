@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsgd.paths import aligned
 from jaxsgd.registry import RULES, Rule
+from jaxsgd.report import Column, Report, Table, number, plus_minus, span
 
 __all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
 
@@ -40,8 +40,8 @@ class Doubling(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class NoiseScale:
+@dataclass(frozen=True, repr=False)
+class NoiseScale(Report):
     """The noise scale of a gradient at one point of training, made by `noise_scale`.
 
     Attributes:
@@ -58,6 +58,9 @@ class NoiseScale:
       as_sample: the scale, if the batches are a sample of more data than they hold.
       batch_size: of the first batch.
     """
+
+    picture = "noise_scale"
+    in_dict = ("critical_batch_size",)
 
     scale: float
     standard_error: float
@@ -108,31 +111,71 @@ class NoiseScale:
         """
         return largest / self.steps(batch_size)
 
-    def __str__(self) -> str:
+    # -- the report ---------------------------------------------------------------------------------
+
+    @property
+    def examples_measured(self) -> int:
+        """How many examples the gradient was measured on."""
+        return self.small * self.parts
+
+    @property
+    def bounded(self) -> bool:
+        """Whether ``low`` says something: at least one example."""
+        return self.low >= 1
+
+    @property
+    def summary(self) -> str:
         if self.known:
-            first = f"noise scale {self.scale:,.4g} +- {self.standard_error:.2g} examples (95%: {_span(self)})"
-        else:
-            first = (
-                "noise scale: cannot tell, the gradient is lost in the noise; "
-                f"at least {self.low:,.4g} examples (95%): give more batches"
+            interval = "" if self.low == self.high else f" (95% CI {span(self.low, self.high)})"
+            return f"the noise scale is {plus_minus(self.scale, self.standard_error)} examples{interval}"
+        on = f"{self.examples_measured:,} examples"
+        if self.bounded:
+            return (
+                f"the noise scale is not known, only that it is above {number(self.low)} examples (95%): "
+                f"the gradient is lost in the noise of {on}"
             )
+        return f"nothing is known of the noise scale: the gradient is lost in the noise of {on}"
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        out = []
         if self.population is None:
-            first += (
-                f"\n{self.scale:,.4g} if the batches are all the data (say population='all'), "
-                f"{self.as_sample:,.4g} if they are a sample (say population=)"
+            out.append(
+                f"it is {number(self.scale)} if the batches are all the data (population='all'), "
+                f"{number(self.as_sample)} if they are a sample of more (population=)"
             )
-        rows = [
-            ["|G|^2, gradient without noise", f"{self.gradient_norm_sq:.4g} +- {self.gradient_norm_sq_error:.2g}"],
-            ["tr(Sigma), noise of one example", f"{self.variance:.4g} +- {self.variance_error:.2g}"],
-            ["measured on", f"{self.parts:,} parts of {self.small}"],
-        ]
-        about = "about" if self.known else "at least"
-        critical = f"critical batch size: {about} {self.critical_batch_size:,.3g}"
-        return "\n".join([first, aligned(rows), critical, str(self.doubling())])
+        if self.known or self.bounded:
+            about = "about" if self.known else "at least"
+            out.append(
+                f"at the critical batch size, {about} {number(self.critical_batch_size)}, "
+                "steps and examples are each twice their fewest"
+            )
+            out.append(str(self.doubling()))
+        return tuple(out)
 
+    @property
+    def next(self) -> tuple[str, ...]:
+        if not self.known:
+            many = 4 * self.examples_measured
+            return (f"measure again on {many:,} examples or more, or later in training for a model that has moved",)
+        if self.batch_size < self.scale / 2:
+            return ("a larger batch saves steps at little cost in examples, if the hardware has room",)
+        if self.batch_size > 2 * self.scale:
+            return ("a smaller batch costs few steps and saves examples",)
+        return ("keep the batch size; measure again later, since the noise scale grows as the loss falls",)
 
-def _span(found: NoiseScale) -> str:
-    return f"{found.low:,.4g} to {found.high:,.4g}"
+    @property
+    def table(self) -> Table:
+        columns = (Column("quantity", kind="text"), Column("value"), Column("standard error"))
+        scale = [("noise scale, examples", self.scale, self.standard_error)] if self.known else []
+        return Table(columns, (
+            *scale,
+            ("|G|^2, gradient without noise", self.gradient_norm_sq, self.gradient_norm_sq_error),
+            ("tr(Sigma), noise of one example", self.variance, self.variance_error),
+            ("parts compared", self.parts, None),
+            ("examples in a part", self.small, None),
+            ("examples in a batch", self.batch_size, None),
+        ))  # fmt: skip
 
 
 def scale_learning_rate(
@@ -157,16 +200,19 @@ def scale_learning_rate(
           the gradient's size, which for small batches is its noise, and so shrinks by the root of k.
         - ``"noise_scale"``, for gradient descent near its critical batch size (McCandlish et al. 2018,
           arXiv:1812.06162): eps_max / (1 + B_noise / B), linear far below the noise scale and constant far above.
-        - a `Rule` or its name, ``"adamw"``: whichever of the first two is made for it.
+        - a `Rule` or its name, ``"adamw"``: the one that is published for it, `jaxsgd.registry.Rule.batch_scaling`.
       noise_scale: for ``"noise_scale"``, examples or a `NoiseScale`.
 
     Raises:
-      ValueError: an unknown way; a rule for which none is known (one whose step is neither in proportion to the
-        gradient nor divided by its root mean square); a noise scale missing or not needed.
+      ValueError: an unknown way; a rule for which no scaling is published, with what to do instead; a noise scale
+        missing or not needed.
+
+    >>> scale_learning_rate(1e-3, 64, 256, "adamw")
+    0.002
     """
     rate = _positive("learning_rate", learning_rate)
     before, after = _positive("batch_size", batch_size), _positive("new_batch_size", new_batch_size)
-    way = rule if rule in ("linear", "square_root", "noise_scale") else _way(rule)
+    way = rule if rule in ("linear", "square_root", "noise_scale") else _way(rule, rate)
     if (noise_scale is None) == (way == "noise_scale"):
         wanted = "one is needed" if noise_scale is None else "it counts nothing; leave it out"
         raise ValueError(f"noise_scale={noise_scale!r}: with rule={rule!r}, {wanted}")
@@ -177,20 +223,23 @@ def scale_learning_rate(
     scale = noise_scale
     if isinstance(scale, NoiseScale):
         if not scale.known:
-            raise ValueError("noise_scale: it is not known, only that it is large; measure it on more batches")
+            raise ValueError("noise_scale: it is not known. Use one that is measured on more examples")
         scale = scale.critical_batch_size
     scale = _positive("noise_scale", scale)
     return rate * (1 + scale / before) / (1 + scale / after)
 
 
-def _way(rule: Any) -> str:
+def _way(rule: Any, learning_rate: float) -> str:
     if not isinstance(rule, Rule | str):
         raise TypeError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
     if isinstance(rule, str) and rule not in RULES:
         raise ValueError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
     known = RULES[rule] if isinstance(rule, str) else rule
     if known.batch_scaling is None:
-        raise ValueError(f"rule={known.name!r}: no way of scaling is known for it. Use rule='linear' or 'square_root'")
+        raise ValueError(
+            f"rule={known.name!r}: no scaling of its learning rate with the batch size is published. Use jaxsgd.probe "
+            f"at a batch of the new size, around={learning_rate:g}"
+        )
     return WAYS[known.batch_scaling]
 
 
