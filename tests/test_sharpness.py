@@ -148,7 +148,7 @@ def test_restarts_and_says_when_it_has_not_converged(x64):
 def test_small_and_degenerate_hessians():
     flat = sharpness(lambda p, b: jnp.sum(p["a"] * b), {"a": jnp.ones(3), "none": None}, jnp.ones(3), eigenvalues=2)
     assert flat.eigenvalues == (0.0, 0.0) and flat.smallest == 0 and flat.threshold == np.inf and not flat.saddle
-    assert "no direction curves up" in flat.verdict
+    assert "no direction curves up" in flat.summary
     scalar = sharpness(lambda p, b: -3 * p**2 * b, jnp.asarray(0.5), jnp.asarray(1.0), eigenvalues=4)
     np.testing.assert_allclose((*scalar.eigenvalues, scalar.smallest), (-6, -6), rtol=1e-5)
     assert scalar.saddle and scalar.threshold == np.inf
@@ -280,7 +280,7 @@ def test_multipliers_frozen_leaves_and_decay_count(x64):
     np.testing.assert_allclose(coupled.threshold, 3.8 / 60, rtol=1e-5)
     plain = sharpness(loss, params, h, tx=jaxsgd.sgd(0.1, weight_decay=10.0))
     np.testing.assert_allclose(plain.threshold, 2 / 60, rtol=1e-5)
-    assert plain.verdict == "learning rate 0.1 is 3x beyond the threshold 0.03333"
+    assert plain.summary == "learning rate 0.1 is 3x beyond the threshold 0.0333 of sgd"
 
 
 def squared_loss(p, batch):

@@ -21,13 +21,14 @@ from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.progress import Bar
+from jaxsgd.report import Column, Report, Table, number, span
 from jaxsgd.train_state import TrainState
 
 __all__ = ["Sharpness", "sharpness"]
 
 
-@dataclass(frozen=True)
-class Sharpness:
+@dataclass(frozen=True, repr=False)
+class Sharpness(Report):
     """The curvature of a loss at a point.
 
     Attributes:
@@ -45,6 +46,9 @@ class Sharpness:
       tolerance: the residuals asked for, as a share of the largest eigenvalue's magnitude.
       notes: further remarks.
     """
+
+    picture = "sharpness"
+    in_dict = ("ratio", "saddle", "converged")
 
     hessian: Spectrum
     preconditioned: Spectrum | None
@@ -97,54 +101,86 @@ class Sharpness:
             return None
         return self.learning_rate / self.threshold if self.threshold > 0 else math.inf
 
+    # -- the report ---------------------------------------------------------------------------------
+
     @property
-    def verdict(self) -> str:
-        """The conclusion from the threshold, in a sentence."""
+    def summary(self) -> str:
         if not math.isfinite(self.threshold):
             return "no direction curves up: no learning rate is too large for the curvature here"
         if self.learning_rate is None:
-            named = ", ".join(f"{name} {value:.4g}" for name, value in self.thresholds.items())
-            return f"largest stable learning rates: {named}"
+            named = ", ".join(f"{name} {number(value)}" for name, value in self.thresholds.items())
+            return f"the largest stable learning rates are {named}"
         assert self.ratio is not None
+        ends = f"the threshold {number(self.threshold)} of {self.rule}"
         if self.ratio > 1:
-            return (
-                f"learning rate {self.learning_rate:.4g} is {self.ratio:.2g}x beyond the threshold {self.threshold:.4g}"
-            )
-        return f"learning rate {self.learning_rate:.4g} is {self.ratio:.2g}x the threshold {self.threshold:.4g}: stable"
+            return f"learning rate {number(self.learning_rate)} is {number(self.ratio)}x beyond {ends}"
+        return f"learning rate {number(self.learning_rate)} is {number(self.ratio)}x {ends}: stable"
 
-    def __str__(self) -> str:
-        lines = [
-            f"sharpness: loss {self.loss:.4g}, gradient norm {self.gradient_norm:.3g}, {self.parameters:,} parameters",
-            _words("Hessian", self.hessian),
+    @property
+    def why(self) -> tuple[str, ...]:
+        out = [
+            f"loss {number(self.loss)}, gradient norm {number(self.gradient_norm)}, {self.parameters:,} parameters, "
+            f"{self.iterations} products with the Hessian"
         ]
         if self.saddle:
-            lines.append(
-                f"  saddle: the smallest eigenvalue {self.smallest:.4g} is negative, some direction curves down"
+            out.append(
+                f"saddle: the smallest eigenvalue {number(self.smallest)} is negative, so a direction curves down"
             )
         else:
-            lines.append("  no direction curves down by more than the error")
-        if self.preconditioned is not None and self.preconditioner is not None:
-            low, middle, high = self.preconditioner
-            lines.append(_words(f"preconditioned by {self.rule}", self.preconditioned))
-            lines.append(f"  divisors {low:.3g} to {high:.3g}, median {middle:.3g}")
-        lines.append(self.verdict)
+            out.append("no direction curves down by more than the error")
         if self.rule is not None and math.isfinite(self.threshold):
             what = "preconditioned eigenvalue" if self.preconditioner is not None else "eigenvalue"
-            lines.append(f"  {self.rule} is stable up to {self.constant:.4g} / largest {what}")
-        for name, part in (("Hessian", self.hessian), ("preconditioned Hessian", self.preconditioned)):
-            if part is not None and not part.converged:
-                worst = max(*part.residuals, part.smallest_residual)
-                lines.append(
-                    f"NOT CONVERGED: {name}: after {part.iterations} products a residual is {worst:.2g}, "
-                    f"{worst / max(abs(part.largest), abs(part.smallest)):.1g} of the largest "
-                    f"(asked: {self.tolerance:.1g}); raise iterations={part.iterations}"
-                )
-        return "\n".join([*lines, *self.notes])
+            out.append(f"{self.rule} is stable up to {number(self.constant)} / the largest {what}")
+        if self.preconditioner is not None:
+            low, middle, high = self.preconditioner
+            out.append(f"{self.rule} divides by {span(low, high)}, median {number(middle)}")
+        return (*out, *map(self._short_of, self._unconverged()), *self.notes)
 
+    def _unconverged(self) -> list[tuple[str, Spectrum]]:
+        both = (("Hessian", self.hessian), ("preconditioned Hessian", self.preconditioned))
+        return [(name, part) for name, part in both if part is not None and not part.converged]
 
-def _words(title: str, part: Spectrum) -> str:
-    values = ", ".join(f"{x:.4g}" for x in part.eigenvalues)
-    return f"{title}: largest {values}; smallest {part.smallest:.4g} ({part.iterations} products)"
+    def _short_of(self, found: tuple[str, Spectrum]) -> str:
+        name, part = found
+        worst = max(*part.residuals, part.smallest_residual)
+        share = worst / max(abs(part.largest), abs(part.smallest))
+        return (
+            f"NOT CONVERGED: {name}: after {part.iterations} products a residual is {number(worst)}, "
+            f"{number(share, 1)} of the largest eigenvalue (asked: {number(self.tolerance, 1)})"
+        )
+
+    @property
+    def next(self) -> tuple[str, ...]:
+        out = [
+            f"raise iterations={part.iterations}: the {name} has not converged" for name, part in self._unconverged()
+        ]
+        if self.ratio is None:
+            out.append("give tx= and its state to compare your learning rate with its threshold")
+        elif self.ratio > 1:
+            out.append(
+                f"expect oscillation in the sharpest direction; a rate below {number(self.threshold)} removes it, "
+                "if the loss stops falling"
+            )
+        return tuple(out)
+
+    @property
+    def table(self) -> Table:
+        """A row for each eigenvalue found, with a bound of its error."""
+        columns = [Column("eigenvalue", kind="text"), Column("Hessian"), Column("error")]
+        parts = [self.hessian]
+        if self.preconditioned is not None and self.preconditioner is not None:
+            columns += [Column(f"preconditioned by {self.rule}"), Column("its error")]
+            parts.append(self.preconditioned)
+        names = ["largest", *(f"{i}." for i in range(2, len(self.hessian.eigenvalues) + 1)), "smallest"]
+        rows = []
+        for i, name in enumerate(names):
+            row: list[Any] = [name]
+            for part in parts:
+                last = name == "smallest"
+                row += [part.smallest if last else part.eigenvalues[i]]
+                row += [part.smallest_residual if last else part.residuals[i]]
+            rows.append(tuple(row))
+        return Table(tuple(columns), tuple(rows))
 
 
 def sharpness(
