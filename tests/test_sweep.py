@@ -271,7 +271,7 @@ def test_all_diverged_is_told(started):
     step, state, batches = started
     result = sweep(step, state, batches, learning_rate=[1e5, 1e6], strategy="map")
     assert np.all(result.diverged) and result.losses.shape == (2, STEPS)
-    with pytest.raises(ValueError, match="all 2 runs diverged; learning_rate from 1e"):
+    with pytest.raises(ValueError, match="all 2 runs diverged: learning_rate from 100,000"):
         _ = result.best
     assert "diverged" in str(result)
 

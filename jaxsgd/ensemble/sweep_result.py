@@ -67,7 +67,9 @@ class Sweep(Report):
         rows = self.over_seeds()
         found = min(rows, key=lambda row: row["mean"])
         if not np.isfinite(found["mean"]):
-            raise ValueError(f"sweep: all {len(self.final)} runs diverged; {_span(self.values)}. Use lower learning rates")
+            raise ValueError(
+                f"sweep: all {len(self.final)} runs diverged: {_span(self.values)}. Use lower learning rates"
+            )
         return {name: found[name] for name in self.values if name != "seed"} or {"seed": found["seed"]}
 
     def over_seeds(self) -> list[dict[str, float]]:
