@@ -85,7 +85,7 @@ def bytes_text(size: float) -> str:
 
 def _power(size: float) -> int:
     power = 0
-    while power < len(UNITS) - 1 and float(f"{size / 1024**power:.3g}") >= 1024:
+    while power < len(UNITS) - 1 and size >= 1000 * 1024**power:
         power += 1
     return power
 
@@ -100,8 +100,9 @@ class Column:
     Attributes:
       name: the head; with underscores for spaces the key in `Report.records`.
       unit: below the head, such as ``"s"``. Default: none.
-      kind: ``"number"``; ``"share"``, shown in percent; ``"bytes"``, shown in the unit of the largest; ``"range"``, a
-        pair of numbers; or ``"text"``, on the left. All others are on the right. Default: ``"number"``.
+      kind: ``"number"``; ``"share"``, shown in percent; ``"bytes"``, shown in the unit of the largest, or each in
+        its own if they differ a thousandfold; ``"range"``, a pair of numbers; or ``"text"``, on the left. All others
+        are on the right. Default: ``"number"``.
     """
 
     name: str
@@ -240,9 +241,12 @@ def _formatted(column: Column, values: Sequence[Any]) -> tuple[str, list[str]]:
     if column.kind == "range":
         return column.unit, ["-" if value is None else span(*value) for value in values]
     if column.kind == "share":
-        return "%", ["-" if value is None else number(100 * float(value)) for value in values]
+        return "%", ["-" if value is None else number(round(100 * float(value), 1)) for value in values]
     if column.kind == "bytes":
-        power = _power(max((abs(value) for value in values if value is not None), default=0))
+        sizes = [abs(value) for value in values if value]
+        if sizes and max(sizes) > 1000 * min(sizes):
+            return "", ["-" if value is None else bytes_text(value) for value in values]
+        power = _power(max(sizes, default=0))
         scaled = [value if value is None or power == 0 else value / 1024**power for value in values]
         return UNITS[power], [number(value) for value in scaled]
     return column.unit, [value if isinstance(value, str) else number(value) for value in values]
@@ -416,12 +420,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain Python: the four attributes and every field, arrays as lists."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # a subclass is a dataclass
-        values = {f.name: getattr(self, f.name) for f in fields if not f.metadata.get("omitted")}
-        values |= {name: getattr(self, name) for name in self.in_dict}
-        answer = {"summary": self.summary, "why": list(self.why), "next": list(self.next)}
-        plain = {name: _plain(value) for name, value in values.items()}
-        return {"tool": type(self).__name__} | plain | answer | {"table": self.records()}
+        plain = {name: _plain(getattr(self, name)) for name in (*_names(self), "summary", "why", "next")}
+        return {"tool": type(self).__name__} | plain | {"table": self.records()}
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """`to_dict` as JSON, with null for what is not finite.
@@ -474,6 +474,12 @@ def _literal(text: str) -> Any:
     return Text(text)
 
 
+def _names(value: Any) -> list[str]:
+    """The fields of a dataclass, without those omitted, and the properties that it names in ``in_dict``."""
+    fields = [f.name for f in dataclasses.fields(value) if not f.metadata.get("omitted")]
+    return [*fields, *getattr(value, "in_dict", ())]
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON knows it, but for numbers that are not finite."""
     if isinstance(value, Report):
@@ -485,8 +491,7 @@ def _plain(value: Any) -> Any:
     if names := getattr(value, "_fields", None):  # a NamedTuple
         return {name: _plain(getattr(value, name)) for name in names}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        shown = [f for f in dataclasses.fields(value) if not f.metadata.get("omitted")]
-        return {f.name: _plain(getattr(value, f.name)) for f in shown}
+        return {name: _plain(getattr(value, name)) for name in _names(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -87,7 +87,7 @@ jnp.ones(2) + 1  # JAX has looked for devices
 shape = jax.ShapeDtypeStruct((64, 512), jnp.float32)
 init = lambda key: {"w": jnp.zeros((512, 512))}
 loss_fn = lambda p, x, key: jnp.mean((x @ p["w"]) ** 2)
-print(jaxsgd.plan(loss_fn, init, jaxsgd.adam(1e-3), shape, topology=TOPOLOGY).verdict)
+print(jaxsgd.plan(loss_fn, init, jaxsgd.adam(1e-3), shape, topology=TOPOLOGY).summary)
 """
 
 
@@ -96,4 +96,4 @@ def test_planning_may_come_late_and_without_settings(topology):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     script = LATE.replace("TOPOLOGY", repr(topology))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.stdout.startswith("fits: needs "), done.stderr[-1000:]
+    assert " fits: needs " in done.stdout, done.stderr[-1000:]

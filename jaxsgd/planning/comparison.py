@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from jaxsgd.paths import aligned
-from jaxsgd.planning.result import Plan, human, scientific
+from jaxsgd.planning.result import Plan, human
+from jaxsgd.report import Column, Report, Table
 
-__all__ = ["Comparison", "table"]
-
-COLUMNS = (
-    "plan", "devices", "needs", "has", "fits", "params", "state", "temporaries", "operations", "bytes moved",
-    "sent", "bound", "compiled",
-)  # fmt: skip
+__all__ = ["Comparison"]
 
 
-def table(plans: tuple[Plan, ...]) -> list[tuple[str, ...]]:
-    """The cells, a row for each plan, with `COLUMNS` for a head; bytes are of one device."""
-    rows = []
-    for p in plans:
-        rest = p.needs - p.parts["params"] - p.state_bytes - p.parts["batch"] - p.parts.get("model state", 0)
-        rows.append((
-            p.label, str(p.devices), human(p.needs), human(p.available),
-            "yes" if p.fits else f"no, {human(-p.headroom)} short",
-            human(p.parts["params"]), human(p.state_bytes), human(rest), scientific(sum(p.flops.values())),
-            human(p.hbm_bytes), human(sum(c.wire for c in p.collectives.values())),
-            f"{p.bound.seconds * 1e3:,.2f} ms by {p.bound.by}" if p.bound else "-", f"{p.compile_seconds:.1f} s",
-        ))  # fmt: skip
-    return rows
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Several plans; prints as a table, in a terminal with rich as a coloured one.
+@dataclass(frozen=True, repr=False)
+class Comparison(Report):
+    """Several plans; the table comes first, ``text(verbose=True)`` has each plan after it.
 
     Attributes:
       plans: in the order asked for.
     """
+
+    picture = "memory_bars"
 
     plans: tuple[Plan, ...]
 
@@ -52,28 +32,54 @@ class Comparison:
     def __getitem__(self, index: int) -> Plan:
         return self.plans[index]
 
-    def __str__(self) -> str:
-        return aligned([COLUMNS, *table(self.plans)])
+    @property
+    def best(self) -> Plan | None:
+        """Of the plans that fit the one with the shortest bound, or with the most memory to spare if a bound is not
+        known; None where none fits."""
+        fitting = [p for p in self.plans if p.fits]
+        timed = all(p.bound is not None for p in fitting)
+        return min(fitting, key=lambda p: p.bound.seconds if timed and p.bound else -p.headroom, default=None)
 
-    __repr__ = __str__
+    @property
+    def summary(self) -> str:
+        count, best = sum(p.fits for p in self.plans), self.best
+        if best is None:
+            least = min(self.plans, key=lambda p: -p.headroom)
+            return f"none of {len(self)} plans fits; {least.label} is {human(-least.headroom)} short"
+        reason = "the shortest bound" if all(p.bound for p in self.plans if p.fits) else "the most memory to spare"
+        return f"{count} of {len(self)} plans fit; of them {best.label} has {reason}"
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
+    @property
+    def why(self) -> tuple[str, ...]:
+        return ("bytes are of one device; the bound is the least time of a step by the datasheet, no prediction",)
 
-        columns = ("plan", "needs", "has", "fits", "params", "state", "temporaries", "bound")
-        places = [COLUMNS.index(name) for name in columns]
-        shown = Table(title="bytes of one device; 'bound' is a rough lower bound on the time of a step")
-        for name in columns:
-            shown.add_column(name, no_wrap=name not in ("plan", "fits", "bound"))
-        for row, p in zip(table(self.plans), self.plans, strict=True):
-            shown.add_row(*(row[place] for place in places), style=None if p.fits else "red")
-        return shown
+    @property
+    def next(self) -> tuple[str, ...]:
+        return tuple(f"{p.label}: {p.next[0]}" for p in self.plans if not p.fits and p.next)
 
-    def to_markdown(self) -> str:
-        """A table of Markdown."""
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *table(self.plans)]
-        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines)
+    @property
+    def table(self) -> Table:
+        """A row for each plan."""
+        columns = (
+            Column("plan", kind="text"), Column("devices"), Column("needs", kind="bytes"), Column("has", kind="bytes"),
+            Column("spare", kind="bytes"), Column("fits"), Column("bound", "ms"), Column("by", kind="text"),
+            Column("params", kind="bytes"), Column("state", kind="bytes"), Column("temporaries", kind="bytes"),
+            Column("operations"), Column("bytes moved", kind="bytes"), Column("sent", kind="bytes"),
+            Column("compile time", "s"),
+        )  # fmt: skip
+        best = self.best
+        index = None if best is None else self.plans.index(best)
+        return Table(columns, tuple(map(_row, self.plans)), index, self.summary.rpartition(" has ")[2])
 
-    def to_json(self) -> str:
-        """Everything, see `Plan.to_dict`."""
-        return json.dumps([p.to_dict() for p in self.plans], indent=2)
+    @property
+    def details(self) -> tuple[Plan, ...]:
+        return self.plans
+
+
+def _row(p: Plan) -> tuple[object, ...]:
+    rest = p.needs - p.parts["params"] - p.state_bytes - p.parts["batch"] - p.parts.get("model state", 0)
+    bound = (None, None) if p.bound is None else (p.bound.seconds * 1e3, p.bound.by)
+    return (
+        p.label, p.devices, p.needs, p.available, p.headroom, p.fits, *bound, p.parts["params"], p.state_bytes, rest,
+        float(sum(p.flops.values())), p.hbm_bytes, sum(c.wire for c in p.collectives.values()), p.compile_seconds,
+    )  # fmt: skip

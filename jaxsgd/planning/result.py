@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from jaxsgd.planning.devices import Device
 from jaxsgd.planning.reading import Buffer, Collective, Reading
+from jaxsgd.report import Column, Report, Table, bytes_text, number
 
 __all__ = ["Bound", "Plan", "Suggestion", "human"]
 
@@ -17,18 +17,7 @@ REST = "activations and other temporaries"
 SCRATCH = "copies inside kernels (estimate)"
 
 
-def human(size: float) -> str:
-    """Bytes in words: ``15.75 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.4g} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    return f"{size:,.4g} TiB"
-
-
-def scientific(number: float) -> str:
-    """A rate or a count: ``9.9e14``."""
-    return f"{number:.3g}".replace("e+", "e")
+human = bytes_text
 
 
 class Suggestion(NamedTuple):
@@ -59,6 +48,8 @@ class Bound:
       link: ``wire`` bytes sent at the speed of all its links together.
     """
 
+    in_dict: ClassVar[tuple[str, ...]] = ("seconds", "by")
+
     compute: float
     memory: float
     link: float
@@ -87,8 +78,8 @@ def _rate(dtype: str) -> str:
     return "bf16" if dtype in ("bf16", "f16") else "f32"
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Report):
     """What a train step takes on hardware, by its own compiler. All bytes are of one device.
 
     Attributes:
@@ -116,11 +107,14 @@ class Plan:
       notes: what else there is to say.
     """
 
+    picture = "memory_bars"
+    in_dict = ("fits", "headroom", "state_bytes")
+
     label: str
     topology: str
     description: str
     devices: int
-    device: Device = field(repr=False)
+    device: Device
     mesh: Mapping[str, int]
     settings: Mapping[str, Any]
     parameters: int
@@ -139,7 +133,7 @@ class Plan:
     collectives: Mapping[str, Collective]
     bound: Bound | None
     compile_seconds: float
-    largest: tuple[Buffer, ...] = field(repr=False, default=())
+    largest: tuple[Buffer, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -157,83 +151,83 @@ class Plan:
         """Bytes of the optimizer's state."""
         return sum(size for name, size in self.parts.items() if name.startswith("state: "))
 
-    @property
-    def verdict(self) -> str:
-        """Whether it fits, in a sentence."""
-        if self.fits:
-            return f"fits: needs {human(self.needs)}, has {human(self.available)}, {human(self.headroom)} to spare"
-        shown = ", ".join(f"{b.shape} {human(b.bytes)} ({_short(b.what)})" for b in self.largest[:4])
-        text = f"does not fit: needs {human(self.needs)}, has {human(self.available)}"
-        if shown:
-            text += f"; the largest are {shown}"
-        tries = "; ".join(
-            f"{s.what}: with it {human(s.needs)}, {'which fits' if s.fits else 'still too much'} ({s.how})"
-            for s in self.suggestions
-        )
-        return f"{text}; try {tries}" if tries else text
+    # -- the report ---------------------------------------------------------------------------------
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """Whether it fits, in a sentence."""
+        each = "" if self.devices == 1 else f" on each of {self.devices} devices"
+        needs = f"needs {human(self.needs)}, has {human(self.available)}{each}"
+        if self.fits:
+            return f"{self.label} fits: {needs}, {human(self.headroom)} to spare"
+        return f"{self.label} does not fit: {needs}, {human(-self.headroom)} short"
+
+    @property
+    def why(self) -> tuple[str, ...]:
         axes = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
         asked = "".join(f", {name} {value}" for name, value in self.settings.items() if value not in (None, 1))
-        lines = [
-            f"{self.label}: {self.parameters:,} parameters on {self.description}, mesh {axes}{asked}",
-            self.verdict,
-        ]
-        lines += ["", "bytes on a device"]
-        lines += [
-            f"  {name:<34} {human(size):>12}  {size / max(self.needs, 1):>6.1%}" for name, size in self.parts.items()
-        ]
-        account = {
-            "arguments": self.argument, "temporaries": self.temporary, "outputs": self.output,
-            "of them aliased": self.alias, "program": self.code, "peak": self.peak,
-        }  # fmt: skip
-        known = ", ".join(f"{name} {human(size)}" for name, size in account.items() if size is not None)
-        lines += [f"  as the compiler counts: {known}"]
-        flops = ", ".join(f"{scientific(count)} {dtype}" for dtype, count in self.flops.items()) or "none"
-        lines += ["", f"operations of matrix products: {flops}", f"bytes moved in memory: {human(self.hbm_bytes)}"]
-        lines += ["kernels: " + (", ".join(f"{count} {kind}" for kind, count in self.kernels.items()) or "none")]
-        sent = ", ".join(f"{c.count} {kind} of {human(c.bytes)}" for kind, c in self.collectives.items())
-        lines += [f"between devices: {sent or 'nothing'}"]
+        out = [f"{self.parameters:,} parameters on {self.description}, mesh {axes}{asked}"]
+        if not self.fits and self.largest:
+            shown = ", ".join(f"{b.shape} {human(b.bytes)} ({_short(b.what)})" for b in self.largest[:4])
+            out.append(f"the largest arrays are {shown}")
         if self.bound is not None:
-            lines += [self._bound_line(self.bound)]
-        lines += [f"compiled in {self.compile_seconds:.1f} s", *self.notes]
-        return "\n".join(lines)
+            out.append(
+                f"a step takes at least {number(self.bound.seconds * 1e3)} ms, bound by {self.bound.by}; no prediction"
+            )
+        return (*out, *self.notes)
 
-    def _bound_line(self, bound: Bound) -> str:
-        wire = sum(c.wire for c in self.collectives.values())
-        rates = "/".join(f"{dtype} {scientific(rate)}" for dtype, rate in self.device.flops.items())
-        return (
-            f"bound: a step takes at least {bound.seconds * 1e3:,.2f} ms, by {bound.by} (compute "
-            f"{bound.compute * 1e3:,.2f} ms at {rates} operations/s; memory {bound.memory * 1e3:,.2f} ms at "
-            f"{scientific(self.device.bandwidth or math.nan)} bytes/s; link {bound.link * 1e3:,.2f} ms for "
-            f"{human(wire)} at {scientific(self.device.link or math.nan)} bytes/s)"
+    @property
+    def next(self) -> tuple[str, ...]:
+        return tuple(
+            f"{s.what}: needs {human(s.needs)}, {'which fits' if s.fits else 'still too much'} ({s.how})"
+            for s in self.suggestions
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        bound = None
-        if self.bound is not None:
-            bound = {
-                "seconds": self.bound.seconds, "by": self.bound.by, "compute": self.bound.compute,
-                "memory": self.bound.memory, "link": self.bound.link,
-                "inputs": {
-                    "flops": dict(self.flops), "flops_per_second": dict(self.device.flops),
-                    "bytes": self.hbm_bytes, "bytes_per_second": self.device.bandwidth,
-                    "wire_bytes": sum(c.wire for c in self.collectives.values()),
-                    "link_bytes_per_second": self.device.link,
-                },
-            }  # fmt: skip
-        return {
-            "label": self.label, "topology": self.topology, "description": self.description, "devices": self.devices,
-            "source": self.device.source, "mesh": dict(self.mesh), "settings": dict(self.settings),
-            "parameters": self.parameters, "fits": self.fits, "needs": self.needs, "available": self.available,
-            "headroom": self.headroom, "parts": dict(self.parts), "argument": self.argument,
-            "temporary": self.temporary, "output": self.output, "alias": self.alias, "code": self.code,
-            "peak": self.peak, "flops": dict(self.flops), "hbm_bytes": self.hbm_bytes, "kernels": dict(self.kernels),
-            "collectives": {kind: c._asdict() for kind, c in self.collectives.items()}, "bound": bound,
-            "compile_seconds": self.compile_seconds, "largest": [b._asdict() for b in self.largest],
-            "suggestions": [s._asdict() for s in self.suggestions], "notes": list(self.notes), "verdict": self.verdict,
+    @property
+    def table(self) -> Table:
+        """The bytes of a device by what they are for."""
+        columns = (
+            Column("bytes on a device", kind="text"),
+            Column("size", kind="bytes"),
+            Column("share", kind="share"),
+        )
+        rows = [(name, size, size / max(self.needs, 1)) for name, size in self.parts.items()]
+        return Table(columns, (*rows, ("all", self.needs, 1.0)))
+
+    @property
+    def details(self) -> tuple[Table | str, ...]:
+        """The compiler's account, operations, traffic, transfers and what bounds the time."""
+        account = {
+            "arguments": self.argument, "temporaries": self.temporary, "outputs": self.output,
+            "outputs aliased to arguments": self.alias, "program": self.code, "peak": self.peak,
         }  # fmt: skip
+        known = tuple((name, size) for name, size in account.items() if size is not None)
+        wire = sum(c.wire for c in self.collectives.values())
+        work = [(f"{dtype} operations of matrix products", number(float(count))) for dtype, count in self.flops.items()]
+        work += [("bytes moved in memory", human(self.hbm_bytes))]
+        work += [(f"{kind} kernels", number(count)) for kind, count in self.kernels.items()]
+        work += [(f"{kind} between devices", f"{c.count} of {human(c.bytes)}") for kind, c in self.collectives.items()]
+        if not self.collectives:
+            work += [("between devices", "nothing")]
+        work += [("compile time", f"{number(self.compile_seconds)} s")]
+        parts = [
+            Table((Column("the compiler's account", kind="text"), Column("size", kind="bytes")), known),
+            Table((Column("a step on a device", kind="text"), Column("amount")), tuple(work)),
+        ]
+        if self.bound is not None and self.device.bandwidth and self.device.link:
+            rates = "/".join(f"{dtype} {number(rate)}" for dtype, rate in self.device.flops.items())
+            rows = (
+                ("compute", self.bound.compute * 1e3, f"at {rates} operations/s"),
+                ("memory", self.bound.memory * 1e3, f"at {number(self.device.bandwidth)} bytes/s"),
+                ("link", self.bound.link * 1e3, f"{human(wire)} at {number(self.device.link)} bytes/s"),
+            )
+            columns = (Column("bound", kind="text"), Column("time", "ms"), Column("from", kind="text"))
+            best = [self.bound.compute, self.bound.memory, self.bound.link].index(self.bound.seconds)
+            parts.append(Table(columns, rows, best, f"the bound; datasheet: {self.device.source}"))
+        if self.largest:
+            columns = (Column("array", kind="text"), Column("size", kind="bytes"), Column("where", kind="text"))
+            parts.append(Table(columns, tuple((b.shape, b.bytes, _short(b.what)) for b in self.largest)))
+        return tuple(parts)
 
 
 def _short(text: str) -> str:

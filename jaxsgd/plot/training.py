@@ -54,18 +54,18 @@ def loss_curves(
     return figure
 
 
-def memory_bars(plans: Iterable[Any], *, title: str = "Memory of a device") -> Figure:
+def memory_bars(plans: Any, *, title: str = "Memory of a device") -> Figure:
     """The bytes that plans take on a device, as stacked bars against what the device has.
 
     Args:
-      plans: what `jaxsgd.plan` gives, or a `jaxsgd.planning.Comparison`. The parts of all are stacked in one order;
-        those below a thousandth of every bar are drawn as one, "other". A bar of what does not fit is hatched.
+      plans: one or several of `jaxsgd.plan`, or a `jaxsgd.planning.Comparison`. The parts of all are stacked in one
+        order; those below a thousandth of every bar are drawn as one, "other". A bar of what does not fit is hatched.
       title: above the picture.
 
     Raises:
       ValueError: nothing to draw.
     """
-    plans = list(plans)
+    plans = list(plans) if isinstance(plans, Iterable) else [plans]
     if not plans:
         raise ValueError("plans: at least one is needed")
     names = list(dict.fromkeys(name for plan in plans for name in plan.parts))
