@@ -227,7 +227,7 @@ def open_checkpoints(args: argparse.Namespace) -> Any:
 
 
 def plan_inputs(argv: list[str], mesh: Mesh) -> dict[str, Any]:
-    """What ``python -m jaxsgd.planning examples/char_lm.py`` plans."""
+    """What ``jaxsgd plan examples/char_lm.py`` plans."""
     args = parse(argv)
     config = configure(args, corpus())
     built = build(config)

@@ -110,6 +110,14 @@ def choose(args: argparse.Namespace, examples: int) -> tuple[int, Any, int]:
     return size, rule(SCHEDULES[schedule](rate, steps)), steps
 
 
+def plan_inputs(argv: list[str]) -> dict[str, Any]:
+    """What ``jaxsgd plan examples/digits.py`` plans."""
+    args = parse(argv)
+    size, tx, _ = choose(args, 1257)
+    batch = {"image": jax.ShapeDtypeStruct((size, 8, 8, 1), "float32"), "label": jax.ShapeDtypeStruct((size,), "int32")}
+    return {"loss_fn": loss_fn, "params": CNN(nnx.Rngs(args.seed)), "tx": tx, "batch": batch}
+
+
 def main(argv: list[str] | None = None) -> float:
     """Train, write the files, and return the accuracy on the test set."""
     args = parse(argv)

@@ -6,6 +6,7 @@ A leaf's name is its path joined by ``/``: ``"encoder/layer_0/kernel"``.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -234,10 +235,18 @@ class Text(str):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'adam'?"`` where a similar name exists, else the list of names."""
+    """``"; did you mean 'adam'?"`` where a similar name exists, else the list of names.
+
+    Of equally similar names those that begin alike are named, up to three: ``v5e`` or ``v5p`` for ``v5x``, not ``v7x``.
+    """
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+    def likeness(other: str) -> tuple[float, int]:
+        return difflib.SequenceMatcher(None, name, other).ratio(), len(os.path.commonprefix([name, other]))
+
+    close = {other: likeness(other) for other in difflib.get_close_matches(name, known, n=9, cutoff=0.5)}
+    best = [repr(other) for other in close if close[other] == max(close.values())][:3]
+    return f"; did you mean {' or '.join(sorted(best))}?" if best else f"; known: {', '.join(known)}"
 
 
 # -- groups ----------------------------------------------------------------------------------------

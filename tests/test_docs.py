@@ -62,7 +62,7 @@ def test_every_other_block_runs(index, forget_rules, tmp_path, monkeypatch):
 
 
 def test_table_and_page_of_rules_are_current(tmp_path, capsys):
-    agreement, page = ROOT / "docs" / "agreement.json", ROOT / "docs" / "rules.md"
+    agreement, page = ROOT / "jaxsgd" / "agreement.json", ROOT / "docs" / "rules.md"
     real = ["--readme", str(ROOT / "README.md"), "--page", str(page), "--agreement", str(agreement)]
     assert catalog.main(["--check", *real]) == 0
     said = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_every_name_is_there():
 
 
 def test_measured_agreement_is_within_its_bars():
-    held = json.loads((ROOT / "docs" / "agreement.json").read_text())
+    held = json.loads((ROOT / "jaxsgd" / "agreement.json").read_text())
     assert catalog.faults(held) == []
     packages = {package for row in held.values() for package in row}
     assert {"optax", "torch", "schedulefree", "prodigyopt", "lion-pytorch", "pytorch-optimizer"} <= packages

@@ -2,7 +2,7 @@
 
 ``python tools/catalog.py`` prints the table, ``--write`` writes both documents, ``--check`` lists each rule
 with its measured agreement and fails where a document says something else, where a rule has no measurement or where
-one misses its bar. The measurements are in docs/agreement.json, which ``python tests/agreement.py`` writes.
+one misses its bar. The measurements are in jaxsgd/agreement.json, which ``python tests/agreement.py`` writes.
 """
 
 from __future__ import annotations
@@ -10,25 +10,20 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import math
 import pathlib
 import re
 import sys
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
 from jaxsgd import rules as _rules
 from jaxsgd import torch
-from jaxsgd.call import FRAME
+from jaxsgd.cards import TITLE, arguments, digits, family, state_bytes, titled
 from jaxsgd.registry import Rule
 from jaxsgd.rules import RULES
 
 __all__ = ["BARS", "Agreement", "entry", "main", "page", "table"]
 
 BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
-TITLE = re.compile(r"(?P<name>.+?) \((?P<source>[^$]+)\): (?P<equation>[^$]*\$.+?\$([^$.]*\$.+?\$)*)\.?( |$)")
 BARS = {"optax": 1e-12, "NumPy twin": 1e-12}
 """How close a rule has to be to each package; to all others 1e-9."""
 
@@ -48,29 +43,9 @@ def entry(rule: Rule, agreement: Agreement) -> dict[str, str]:
         "name": name,
         "update": equation,
         "source": source,
-        "state": ", ".join(f"`{slot}`" for slot in _kept(rule)) or "nothing",
+        "state": ", ".join(f"`{slot}`" for slot in state_bytes(rule)) or "nothing",
         "agrees with": ", ".join(agreement.get(rule.name, {})) or "not measured",
     }
-
-
-def titled(where: str, title: str) -> tuple[str, str, str]:
-    """Name, source and equation of a docstring's first line."""
-    match = TITLE.match(title)
-    if match is None:
-        raise ValueError(f"{where}: the docstring begins 'Name (Authors Year, arXiv:id): $equation$.', not {title!r}")
-    return match["name"], match["source"], match["equation"].replace("|", r"\vert ")
-
-
-def _kept(rule: Rule) -> dict[str, int]:
-    """Slot -> bytes that it keeps for a float32 kernel of 256 x 512, 0 where such a kernel has none of it."""
-    tx = rule(1e-3)
-    state = jax.eval_shape(tx.init, {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros((512,))})
-    sizes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    return {slot: sizes(held["kernel"]) for slot, held in state.slots.items()}
-
-
-def _digits(error: float) -> str:
-    return "exactly" if error == 0 else f"{-math.ceil(math.log10(error))} digits ({error:.0e})"
 
 
 def table(agreement: Agreement) -> str:
@@ -99,8 +74,8 @@ def page(agreement: Agreement) -> str:
         "takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`: see",
         "`help(jaxsgd.Rule.__call__)`.",
     ]
-    for family, members in _families().items():
-        lines += ["", f"## {family}"]
+    for title, members in _families().items():
+        lines += ["", f"## {title}"]
         for rule in members:
             lines += ["", *_section(rule, agreement)]
     lines += [
@@ -126,22 +101,19 @@ def _families() -> dict[str, list[Rule]]:
     """A family's title -> its rules; the title is the first line of the file that they are written in."""
     out: dict[str, list[Rule]] = {}
     for name in sorted(RULES, key=lambda name: (RULES[name].module, name)):
-        module = sys.modules.get(RULES[name].module)
-        title = (inspect.getdoc(module) or RULES[name].module).split("\n")[0].rstrip(".")
-        out.setdefault(title, []).append(RULES[name])
+        out.setdefault(family(RULES[name]), []).append(RULES[name])
     return out
 
 
 def _section(rule: Rule, agreement: Agreement) -> list[str]:
     name, source, equation = titled(rule.name, rule.title)
-    kept = {slot: size / (256 * 512) for slot, size in _kept(rule).items()}
+    kept = state_bytes(rule)
     slots = ", ".join(f"`{slot}` {size:.3g}" for slot, size in kept.items())
     rest = rule.doc.split("\n\n", 1)[1:]
-    own = {n: d for n, d in rule.defaults.items() if n not in FRAME or n == "weight_decay" and d != FRAME[n]}
-    arguments = ", ".join(n if d is inspect.Parameter.empty else f"{n}={d!r}" for n, d in own.items())
-    agrees = "; ".join(f"{package} to {_digits(error)}" for package, error in agreement.get(rule.name, {}).items())
+    call = ", ".join(n if d is inspect.Parameter.empty else f"{n}={d!r}" for n, d in arguments(rule).items())
+    agrees = "; ".join(f"{package} to {digits(error)}" for package, error in agreement.get(rule.name, {}).items())
     lines = [f"### {rule.name}", "", f"{name} ({source})", "", equation, "", *rest, *([""] if rest else [])]
-    lines += [f"- Call: `{rule.name}({arguments})`", f"- State: {sum(kept.values()):.3g} bytes a parameter"]
+    lines += [f"- Call: `{rule.name}({call})`", f"- State: {sum(kept.values()):.3g} bytes a parameter"]
     lines[-1] += f": {slots}" if slots else ""
     return [*lines, f"- Agrees with {agrees or 'nobody yet'}"]
 
@@ -157,7 +129,7 @@ def _wrappers() -> dict[str, str]:
 
 def _wrapped(name: str, agreement: Agreement) -> str:
     found = {rule: row for rule, row in agreement.items() if rule.startswith(f"{name}(")}
-    said = [f"`{rule}`: {p} to {_digits(error)}" for rule, row in found.items() for p, error in row.items()]
+    said = [f"`{rule}`: {p} to {digits(error)}" for rule, row in found.items() for p, error in row.items()]
     return "; ".join(said) or "NumPy twins (`tests/test_wrappers.py`)"
 
 
@@ -192,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/catalog.py", description="The table and the page of rules.")
     parser.add_argument("--readme", type=pathlib.Path, default=pathlib.Path("README.md"))
     parser.add_argument("--page", type=pathlib.Path, default=pathlib.Path("docs/rules.md"))
-    parser.add_argument("--agreement", type=pathlib.Path, default=pathlib.Path("docs/agreement.json"))
+    parser.add_argument("--agreement", type=pathlib.Path, default=pathlib.Path("jaxsgd/agreement.json"))
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="list the measured agreement; fail if anything is stale")
     action.add_argument("--write", action="store_true", help="write the README's table and the page")
@@ -215,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(agreement: Agreement, wanted: Mapping[pathlib.Path, str]) -> int:
     for name, row in agreement.items():
-        print(f"{name}: {'; '.join(f'{package} {_digits(error)}' for package, error in row.items())}")
+        print(f"{name}: {'; '.join(f'{package} {digits(error)}' for package, error in row.items())}")
     wrong = faults(agreement)
     for path, text in wanted.items():
         if not path.exists() or path.read_text() != text:

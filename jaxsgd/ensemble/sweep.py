@@ -78,7 +78,8 @@ def sweep(
         reason; see `jaxsgd.ensemble.population.Population`. Default: ``"auto"``.
       mesh: the devices to share the runs: a mesh with any axes, or a list. They may belong to several processes, which
         then all make this call with the same values and data. Default: all local devices.
-      limit: three losses in a row so many times above the usual loss are a divergence, see `Population`. Default: 10.
+      limit: three losses in a row so many times above the usual loss are a divergence, see
+        `jaxsgd.ensemble.population.Population`. Default: 10.
       memory: bytes of one device that the runs may take. Runs that do not fit are trained in waves, one after the
         other, through the same compiled program, and their last states are on the host. Default: half of what is free.
       directory: where to save the sweep, so that the same call continues after it was stopped. It needs

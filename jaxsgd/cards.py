@@ -1,0 +1,125 @@
+"""What is known about each rule, in a form to print: equation, arguments, state, agreement, relatives."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsgd.call import FRAME, type_text
+from jaxsgd.paths import aligned, nearest
+from jaxsgd.registry import RULES, Rule
+from jaxsgd.report import Column, Table
+
+__all__ = ["agreement", "arguments", "card", "digits", "family", "like", "rules_table", "state_bytes", "titled"]
+
+TITLE = re.compile(r"(?P<name>.+?) \((?P<source>[^$]+)\): (?P<equation>[^$]*\$.+?\$([^$.]*\$.+?\$)*)\.?( |$)")
+KERNEL = (256, 512)
+"""The kernel whose state is counted."""
+
+
+def titled(where: str, title: str) -> tuple[str, str, str]:
+    """Name, source and equation of a docstring's first line.
+
+    Raises:
+      ValueError: it has another form.
+    """
+    match = TITLE.match(title)
+    if match is None:
+        raise ValueError(f"{where}: the docstring begins 'Name (Authors Year, arXiv:id): $equation$.', not {title!r}")
+    return match["name"], match["source"], match["equation"].replace("|", r"\vert ")
+
+
+def state_bytes(rule: Rule) -> dict[str, float]:
+    """Slot -> bytes a parameter, for a float32 kernel of 256 x 512; 0 where such a kernel has none of it."""
+    tx = rule(1e-3)
+    state = jax.eval_shape(tx.init, {"kernel": jnp.zeros(KERNEL), "bias": jnp.zeros(KERNEL[1:])})
+    sizes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    return {slot: sizes(held["kernel"]) / math.prod(KERNEL) for slot, held in state.slots.items()}
+
+
+def family(rule: Rule) -> str:
+    """The title of the file that a rule is written in."""
+    module = sys.modules.get(rule.module)
+    return (inspect.getdoc(module) or rule.module).split("\n")[0].rstrip(".")
+
+
+def arguments(rule: Rule) -> dict[str, Any]:
+    """The rule's own arguments with their defaults; those that every rule has are left out."""
+    return {n: d for n, d in rule.defaults.items() if n not in FRAME or n == "weight_decay" and d != FRAME[n]}
+
+
+@functools.cache
+def agreement() -> Mapping[str, Mapping[str, float]]:
+    """Rule -> package -> largest relative error of 50 steps in float64, as ``tests/agreement.py`` measured it."""
+    return json.loads(pathlib.Path(__file__).with_name("agreement.json").read_text())
+
+
+def digits(error: float) -> str:
+    """An error as digits: ``"14 digits (2e-15)"``."""
+    return "exactly" if error == 0 else f"{-math.ceil(math.log10(error))} digits ({error:.0e})"
+
+
+def like(name: str) -> list[Rule]:
+    """The rules of the same family as ``name``, and those whose name or title contains it.
+
+    Raises:
+      ValueError: there is none.
+    """
+    word = name.lower()
+    families = {RULES[name].module} if name in RULES else set()
+    found = [r for r in RULES.values() if r.module in families or word in r.name.lower() or word in r.title.lower()]
+    if not found:
+        raise ValueError(f"--like {name}: no rule has this name or mentions it{nearest(name, RULES)}")
+    return sorted(found, key=lambda rule: (rule.name != name, rule.module not in families, rule.name))
+
+
+def rules_table(rules: list[Rule]) -> Table:
+    """Rules as a table: name, source, bytes of state, family."""
+    columns = (
+        Column("rule", kind="text"),
+        Column("state", unit="bytes a parameter"),
+        Column("what it is", kind="text"),
+    )
+    rows = []
+    for rule in rules:
+        name, source, _ = titled(rule.name, rule.title)
+        rows.append((rule.name, round(sum(state_bytes(rule).values()), 2), f"{name} ({source})"))
+    return Table(columns, tuple(rows))
+
+
+def card(rule: Rule) -> str:
+    """A rule in full: equation, source, arguments, state, agreement, relatives."""
+    name, source, equation = titled(rule.name, rule.title)
+    lines = [f"jaxsgd.{rule.name}: {name} ({source})", "", f"  {equation}", ""]
+    rest = rule.doc.split("\n\n", 1)[1:]
+    lines += [*rest, ""] if rest else []
+    parameters = inspect.signature(rule).parameters
+    own = arguments(rule)
+    shown = {name: "" if default is inspect.Parameter.empty else repr(default) for name, default in own.items()}
+    rows = [(name, shown[name], type_text(parameters[name])) for name in own]
+    lines += [aligned([("argument", "default", "type"), *rows]), ""]
+    lines += [f"and {', '.join(n for n in FRAME if n not in own)}, which every rule has: help(jaxsgd.{rule.name})"]
+    kept = state_bytes(rule)
+    lines += ["", f"state: {sum(kept.values()):.3g} bytes a parameter"]
+    for name, slot in rule.slots.items():
+        by = f", switched on by {slot.unless}" if slot.unless else ""
+        lines.append(f"  {name}: {slot.kind}, {f'{kept[name]:.3g}' if name in kept else f'none by default{by}'}")
+    lines += [f"  {name}: {size:.3g}" for name, size in kept.items() if name not in rule.slots]
+    if rule.usual_rate is not None:
+        lines += ["", f"usual learning rate: {rule.usual_rate:g}"]
+    measured = agreement().get(rule.name, {})
+    lines += ["", "agreement after 50 steps in float64"]
+    lines += [f"  {package}: {digits(error)}" for package, error in measured.items()] or ["  not measured"]
+    others = [r.name for r in RULES.values() if r.module == rule.module and r is not rule]
+    lines += ["", f"related: {', '.join(sorted(others)) or 'none'}"]
+    return "\n".join(lines)
