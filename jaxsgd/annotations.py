@@ -6,14 +6,14 @@ They come from `nnx.with_partitioning`, `flax.linen.with_partitioning` and
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-from flax import linen, nnx
-from flax.core.meta import AxisMetadata, Partitioned
-from flax.linen.spmd import logical_to_mesh
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsgd.models import is_variable
 
 __all__ = ["annotated_specs", "unplaced"]
 
@@ -33,15 +33,20 @@ def annotated_specs(tree: Any) -> list[PartitionSpec | None]:
 
 def unplaced() -> AbstractContextManager[Any]:
     """In it NNX makes variables with annotations without placing them: their maker does it once it knows where."""
-    return nnx.use_eager_sharding(False)
+    nnx = sys.modules.get("flax.nnx")
+    return nullcontext() if nnx is None else nnx.use_eager_sharding(False)
 
 
 def _is_box(node: Any) -> bool:
-    return isinstance(node, nnx.Variable | AxisMetadata)
+    return is_variable(node) or isinstance(node, getattr(sys.modules.get("flax.core.meta"), "AxisMetadata", ()))
 
 
 def _stated(box: Any) -> PartitionSpec | None:
-    if isinstance(box, nnx.Variable):
+    from flax import linen, nnx
+    from flax.core.meta import Partitioned
+    from flax.linen.spmd import logical_to_mesh
+
+    if is_variable(box):
         said = box.get_metadata().get("out_sharding")
         if isinstance(said, NamedSharding):
             return said.spec

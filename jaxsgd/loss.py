@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxsgd.models import carried_state, merge_model
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import leaf_names
 
@@ -137,9 +137,9 @@ def call_loss(
       TypeError: a leaf of aux is no array and no number.
     """
     if graphdef is not None:
-        model = nnx.merge(graphdef, params, model_state, copy=True)
+        model = merge_model(graphdef, params, model_state)
         loss, aux = loss_and_aux(loss_fn(model, batch, key))
-        return loss, (_like(nnx.state(model, nnx.Not(nnx.Param)), model_state), aux)
+        return loss, (_like(carried_state(model), model_state), aux)
     if model_state is None:
         loss, aux = loss_and_aux(loss_fn(params, batch, key))
         return loss, (None, aux)

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
+from jaxsgd.models import carried_state, merge_model
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
 from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
@@ -398,9 +398,9 @@ def _outputs(
 ) -> tuple[Any, Any]:
     """The outputs of a split loss in one form: ``outputs, model_state``."""
     if graphdef is not None:
-        model = nnx.merge(graphdef, params, model_state, copy=True)
+        model = merge_model(graphdef, params, model_state)
         outputs = split.outputs_fn(model, batch, key)
-        return outputs, nnx.state(model, nnx.Not(nnx.Param))
+        return outputs, carried_state(model)
     if model_state is not None:
         return split.outputs_fn(params, model_state, batch, key)
     return split.outputs_fn(params, batch, key), None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen, nnx, struct
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.annotations import unplaced
+from jaxsgd.models import has_statistics, is_linen, is_module, make_serializable, merge_model, split_model
 from jaxsgd.numerics import strong
 from jaxsgd.paths import check_optimizer, check_params, is_function
 from jaxsgd.rules.averaging import averages_in, eval_params
@@ -22,7 +24,8 @@ from jaxsgd.sharding import compiled_init, param_sharding, put, state_sharding
 __all__ = ["TrainState", "refuse_deleted"]
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """All that changes in training, as one pytree.
 
@@ -41,7 +44,11 @@ class TrainState:
     opt_state: Any
     key: jax.Array
     model_state: Any = None
-    graphdef: Any = struct.field(pytree_node=False, default=None)
+    graphdef: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    def replace(self, **fields: Any) -> TrainState:
+        """The state with other values of some fields."""
+        return dataclasses.replace(self, **fields)
 
     @classmethod
     def create(
@@ -116,14 +123,15 @@ class TrainState:
     def _recipe(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
         """``build, key, arrays``: ``build(key, arrays)`` makes the state; no arrays if ``model`` is a function."""
         check_optimizer(tx)
-        if isinstance(model, nnx.Module) and model_state is not None:
+        make_serializable(cls)
+        if is_module(model) and model_state is not None:
             raise ValueError("model_state: an nnx.Module carries its own; leave it out")
-        if isinstance(model, linen.Module):
+        if is_linen(model):
             raise TypeError(
                 f"model: a linen module has no parameters. Use {type(model).__name__}(...).init(key, x)['params']"
             )
         key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
-        by_function = is_function(model) and not isinstance(model, nnx.Module)
+        by_function = is_function(model) and not is_module(model)
         if not by_function:
             refuse_deleted("model", model)
             # The static half has to be split off before tracing.
@@ -169,7 +177,7 @@ class TrainState:
         Warns:
           UserWarning: the parameters are averages, with the trained ones' batch statistics. Use `model_with`.
         """
-        if self.graphdef is not None and _has_statistics(self.model_state) and any(averages_in(self.opt_state)):
+        if self.graphdef is not None and has_statistics(self.model_state) and any(averages_in(self.opt_state)):
             warnings.warn(
                 "model: its weights are averages, its batch statistics those of the trained weights. "
                 "Use state.model_with(jaxsgd.batch_statistics(state, loss_fn, batches))",
@@ -186,13 +194,7 @@ class TrainState:
         if self.graphdef is None:
             raise ValueError("model: this state was not made from an nnx.Module. Use state.eval_params")
         parts = jax.tree.map(lambda x: jnp.array(x, copy=True), (self.eval_params, model_state))
-        return nnx.merge(self.graphdef, *parts)
-
-
-def _has_statistics(model_state: Any) -> bool:
-    """Whether an NNX model carries batch statistics."""
-    nodes = jax.tree.leaves(model_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return any(isinstance(node, nnx.BatchStat) for node in nodes)
+        return merge_model(self.graphdef, *parts)
 
 
 def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:
@@ -201,10 +203,10 @@ def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:
     Raises:
       TypeError: a leaf of the parameters is no array and no number.
     """
-    if not isinstance(model, nnx.Module):
+    if not is_module(model):
         check_params(model)
         return None, model, model_state
-    graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    graphdef, params, others = split_model(model)
     check_params(params)
     return graphdef, params, others
 

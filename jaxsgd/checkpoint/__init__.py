@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsgd.checkpoint.averages import averaged as average_of
@@ -36,6 +35,7 @@ from jaxsgd.checkpoint.manifest import ASIDE, Found, clear_partial, damage, find
 from jaxsgd.checkpoint.partial import Filling, fill, nested, open_tree
 from jaxsgd.checkpoint.peers import Peers
 from jaxsgd.checkpoint.retention import Retention
+from jaxsgd.models import is_module
 from jaxsgd.paths import named_leaves
 
 __all__ = ["Checkpoints", "Description", "DirectoryInUse", "LeafInfo", "Restored"]
@@ -456,7 +456,7 @@ class Checkpoints:
         if like is None and (partial or rename is not None):
             name = "partial=True" if partial else f"rename={rename!r}"
             raise ValueError(f"{name}: it needs like. Use the tree or the model to fill as like")
-        if isinstance(like, nnx.Module) and part != "params":
+        if is_module(like) and part != "params":
             raise ValueError(f"part={part!r}: an nnx.Module takes its own parts. Leave part out")
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"dtype={dtype!r}: a floating dtype is needed. Use jnp.bfloat16, for example")

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxsgd.migration.report import Entry, Report
+from jaxsgd.models import is_module, merge_model, split_model
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import named_leaves, nearest
 
@@ -121,8 +121,8 @@ def nested(leaves: Mapping[str, Any], part: str) -> Any:
 def open_tree(like: Any, part: str) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     """The leaves of ``like`` by their names in a checkpoint, and the way back. Of an `nnx.Module` those of its
     parameters and of its other variables."""
-    if isinstance(like, nnx.Module):
-        graphdef, *trees = nnx.split(like, nnx.Param, ...)
+    if is_module(like):
+        graphdef, *trees = split_model(like)
         parts = dict(zip(("params", "model_state"), trees, strict=True))
     else:
         graphdef, parts = None, {part: like}
@@ -135,7 +135,7 @@ def open_tree(like: Any, part: str) -> tuple[dict[str, Any], Callable[[dict[str,
     def back(new: dict[str, Any]) -> Any:
         values = iter([new[name] for name in leaves])
         trees = [jax.tree.map(lambda _: next(values), tree) for tree in parts.values()]
-        return trees[0] if graphdef is None else nnx.merge(graphdef, *trees)
+        return trees[0] if graphdef is None else merge_model(graphdef, *trees)
 
     return leaves, back
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jaxsgd.loss import call_loss, fold_keys, is_stateful, with_all_arguments
+from jaxsgd.models import is_module, split_model
 from jaxsgd.numerics import strong
 from jaxsgd.paths import check_params, is_function
 from jaxsgd.train_state import TrainState, refuse_deleted
@@ -28,8 +28,8 @@ def apart(model: Any) -> tuple[Any, Any, Any]:
     """
     if isinstance(model, TrainState):
         graphdef, params, model_state = model.graphdef, model.params, model.model_state
-    elif isinstance(model, nnx.Module):
-        graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
+    elif is_module(model):
+        graphdef, params, model_state = split_model(model)
     else:
         graphdef, params, model_state = None, model, None
     refuse_deleted("params", params)
@@ -80,4 +80,4 @@ def takes(loss_fn: Callable[..., Any], model: Any) -> Callable[[Any], bool]:
 
 
 def _is_model(model: Any) -> bool:
-    return isinstance(model, nnx.Module | TrainState)
+    return is_module(model) or isinstance(model, TrainState)

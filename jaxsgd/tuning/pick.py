@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy
-from flax import nnx
 
 from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
+from jaxsgd.models import is_module
 from jaxsgd.paths import is_function
 from jaxsgd.progress import Bar
 from jaxsgd.registry import RULES, Rule
@@ -238,7 +238,7 @@ def pick(
       ValueError: a budget too small (the least is named); fewer than 2 seeds or candidates.
       TypeError: ``init`` is no function; a candidate is no rule.
     """
-    if isinstance(init, nnx.Module) or not is_function(init):
+    if is_module(init) or not is_function(init):
         raise TypeError("init: a function of a key is needed that makes the parameters: seeds begin differently")
     loss_fn, shapes = _looked_at(loss_fn, init)
     entrants = _candidates(candidates, shapes)
