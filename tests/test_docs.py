@@ -88,6 +88,22 @@ def test_table_and_page_of_rules_are_current(tmp_path, capsys):
     assert catalog.main([]) == 0 and "[`adam`](docs/rules.md#adam) | Adam |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_test_that_a_page_names_is_there(page):
+    file, missing, count = "", [], 0
+    for named, test in re.findall(
+        r"`(?:((?:test_\w+|kills)\.py)(?:::)?)?(test_\w+)?`", (ROOT / "docs" / page).read_text()
+    ):
+        file = named or file
+        path = ROOT / "tests" / file
+        if named or test:
+            count += 1
+            if not path.is_file() or test and f"def {test}(" not in path.read_text():
+                missing.append(f"{file}::{test}")
+    assert not missing
+    assert count >= 30 or page != "reliability.md"
+
+
 NAMES = {
     "optax": """adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lion nadam
         nadamw noisy_sgd novograd optimistic_gradient_descent optimistic_adam optimistic_adam_v2 polyak_sgd radam
