@@ -182,6 +182,7 @@ PROCESS = """
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, index)
     import jaxsgd
+    from jaxsgd.tuning.race import plans
 
     def loss_fn(params, batch):
         return jnp.mean((jnp.tanh(batch["x"] @ params["in"]) @ params["out"] - batch["y"]) ** 2)
@@ -202,6 +203,10 @@ PROCESS = """
             name = f"{strategy}{found.waves}"
             saved[name + " losses"], saved[name + " diverged"] = found.losses, found.diverged_at
             saved[name + " params"] = np.asarray(jax.jit(lambda x: x.sum())(found.member(3).params["in"]))
+    budget = 2 * plans(8, 2)[-1].cost
+    chosen = jaxsgd.pick(loss_fn, lambda key: params, batches, candidates=["sgd", "adam"], steps=8, seeds=2,
+                         budget=budget, validation=batches[0], mesh=jax.devices())
+    saved["picked"] = np.asarray([row["loss"] for row in chosen.records()], float)
     if index == 0:
         np.savez(out, **saved)
     print(jax.process_count(), "processes", len(jax.devices()), "devices")

@@ -12,9 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import is_key
 
-__all__ = ["Dealer"]
+__all__ = ["Dealer", "devices_of"]
 
 MEMBERS = PartitionSpec("members")
+
+
+def devices_of(mesh: Mesh | Sequence[Any] | None) -> list[Any]:
+    """The devices of a mesh or a list. Default: all that belong to this process."""
+    if mesh is None:
+        return jax.local_devices()
+    return list(mesh.devices.flat) if isinstance(mesh, Mesh) else list(mesh)
 
 
 class Dealer:

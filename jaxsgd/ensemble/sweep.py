@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsgd.ensemble.concrete import merged
-from jaxsgd.ensemble.dealer import Dealer
+from jaxsgd.ensemble.dealer import Dealer, devices_of
 from jaxsgd.ensemble.divergence import without_skipped
 from jaxsgd.ensemble.feed import Feed, is_one_batch
 from jaxsgd.ensemble.population import STRATEGIES
@@ -101,7 +101,7 @@ def sweep(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: known are {', '.join(STRATEGIES)}")
     members = _combined(values, paired)
-    devices = list(mesh.devices.flat) if isinstance(mesh, Mesh) else jax.local_devices() if mesh is None else list(mesh)
+    devices = devices_of(mesh)
     if isinstance(train, Step):
         if state is None:
             raise ValueError("state=None: a step needs its initial TrainState")

@@ -7,15 +7,17 @@ runs it: every candidate has the same number of steps to find its learning rate,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import scipy
+from jax.sharding import Mesh
 
 from jaxsgd.batches import as_arrays, batch_size
+from jaxsgd.ensemble.dealer import devices_of
 from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
@@ -198,6 +200,7 @@ def pick(
     validation: Any = None,
     window: int | None = None,
     strategy: str = "auto",
+    mesh: Mesh | Sequence[Any] | None = None,
     progress: bool | None = None,
 ) -> Pick:
     """Race rules on your own task: by default AdamW against gradient descent with momentum 0.9.
@@ -229,6 +232,8 @@ def pick(
         counts. Rules that average their parameters are validated at the average.
       window: steps at the end of a training over which its loss is averaged; a tenth of them by default.
       strategy: how trainings are run side by side, see `jaxsgd.sweep`.
+      mesh: the devices to share the runs: a mesh with any axes, or a list. They may belong to several processes, which
+        then all make this call with the same data. Default: all local devices.
       progress: show a bar after two seconds; by default where the standard error is a terminal.
 
     Returns:
@@ -263,7 +268,7 @@ def pick(
     races = []
     with Bar("pick", len(entrants) * chosen.cost, progress) as bar:
         for name, (make, usual) in entrants.items():
-            race = Race(name, make, usual, loss_fn, init, sources, scored, window, strategy, bar)
+            race = Race(name, make, usual, loss_fn, init, sources, scored, window, strategy, devices_of(mesh), bar)
             races.append(_entry(race, chosen))
     return _picked(races, steps, seeds, budget, "training losses" if validation is None else "validation losses")
 

@@ -148,11 +148,12 @@ class Race:
         validation: list[Any],
         window: int | None,
         strategy: str,
+        devices: Sequence[Any],
         bar: Bar,
     ) -> None:
         self.name, self.usual, self.window, self.bar = name, usual, window, bar
         self.used = self.tuning = 0
-        self._sources, self._strategy = sources, strategy
+        self._sources, self._strategy, self._devices = sources, strategy, devices
         self._population: Population | None = None
 
         def build(learning_rate: jax.Array, seed: jax.Array, row: jax.Array) -> tuple[Any, Any]:
@@ -222,7 +223,7 @@ class Race:
         own = rows if rows is not None and self._sources.rows > 1 else [0] * count
         values = {"learning_rate": pad(rates, np.float32), "seed": pad(seeds, np.int32), "row": pad(own, np.int32)}
         if self._population is None:
-            self._population = Population(self._build, values, strategy=self._strategy)
+            self._population = Population(self._build, values, strategy=self._strategy, devices=self._devices)
         else:
             self._population.restart(np.ones(places, bool), values)
         population, active = self._population, np.arange(places) < count
@@ -247,7 +248,8 @@ class Race:
         assert self._population is not None
         states = self._population.states
         sizes = np.array([batch_size(batch) or 1 for batch in self._batches], float)
-        rows = [[self._score(states, np.int32(i), batch) for batch in self._batches] for i in members]
+        fetch = self._population.fetch
+        rows = [[fetch(self._score(states, np.int32(i), batch)) for batch in self._batches] for i in members]
         return np.asarray(rows, np.float64) @ (sizes / sizes.sum())
 
 
