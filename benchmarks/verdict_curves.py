@@ -4,6 +4,8 @@
     python benchmarks/verdict_curves.py --check    # the same; fails where docs/verdicts.md says something else
     python benchmarks/verdict_curves.py --write    # writes docs/verdicts.md
     python benchmarks/verdict_curves.py --train    # trains anew and writes tests/data/verdict_curves.npz (minutes)
+    python benchmarks/verdict_curves.py --train-ordered  # only the curves whose batches come in a fixed order
+    python benchmarks/verdict_curves.py --advice   # trains at 24 rates: does advice on the rate point to the best?
 
 The label of a curve comes from its setting and from a sweep of learning rates over the same task, measured on all
 training examples at the end, never from the shape of the curve (`label_of`). The tasks are split in two halves: the
@@ -27,7 +29,8 @@ import numpy as np
 import optax
 
 import jaxsgd
-from jaxsgd.diagnosis.diagnose import VERDICTS, Diagnosis, diagnose
+from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
+from jaxsgd.diagnosis.verdict import Verdict
 
 VOCABULARY = 48
 CURVES = pathlib.Path(__file__).parent.parent / "tests/data/verdict_curves.npz"
@@ -188,6 +191,7 @@ class Setting(NamedTuple):
     wrong: Any = None  # (steps,) bool, the batch's targets shuffled
     kick: Any = None  # (steps,) noise added to the weights, relative to their size
     rates: Any = None  # (steps,) factors of the learning rate
+    fixed_order: bool = False  # the same batches in the same order each epoch
 
 
 PLAIN = Setting()
@@ -209,7 +213,8 @@ def train(task: Task, rates: Any, setting: Setting = PLAIN) -> dict[str, np.ndar
         index = np.zeros((steps, 0), np.int32)
     else:
         epochs = -(-steps // (last // size))
-        whole = [rng.permutation(last)[: last // size * size].reshape(-1, size) for _ in range(epochs)]
+        orders = [rng.permutation(last) for _ in range(1 if setting.fixed_order else epochs)]
+        whole = [order[: last // size * size].reshape(-1, size) for order in np.resize(orders, (epochs, last))]
         index = np.concatenate(whole)[:steps].astype(np.int32)
     init, apply = task.model
     params = init(jax.random.key(setting.seed))
@@ -376,6 +381,62 @@ def curves_of(task: Task) -> list[Curve]:
     return out
 
 
+ORDERED = "batches in a fixed order"
+
+
+def ordered_curves_of(task: Task) -> list[Curve]:
+    """Runs whose batches come in the same order each epoch, labelled by a sweep of such runs: a rhythm that is none of
+    the optimizer's."""
+    if task.batch is None:
+        return []
+    rates = task.center * GRID
+    swept = train(task, rates, Setting(fixed_order=True))
+    full = np.where(np.isfinite(swept["full"]), swept["full"], np.inf)
+    top = int(full.argmin())
+    start, best, best_rate = swept["start"][0], full[top], rates[top]
+    known = float(np.mean(swept["loss"][top, -task.steps // 10 :]))
+    out = []
+    for row in (top, top - 2, top - 1):
+        label = label_of((start - full[row]) / (start - best), rates[row], best_rate, 0.0)
+        print(f"  {task.name}, {ORDERED}, rate {rates[row] / best_rate:.3g} of the best: {label}", flush=True)
+        if label is not None and len(out) < 2:
+            what = f"{ORDERED}, rate {rates[row] / best_rate:.3g} of the best"
+            out.append(Curve(task.name, what, label, swept["loss"][row], known))
+    return out
+
+
+DIRECTIONS = {Verdict.DIVERGED: -1, Verdict.OSCILLATING: -1, Verdict.TOO_SLOW: 1, Verdict.STUCK: 1}
+"""Where advice on the learning rate points."""
+
+
+def direction(said: Diagnosis) -> int:
+    """1 for advice to raise the rate, -1 to lower it, 0 for none."""
+    return 0 if "not too low" in said.advice else DIRECTIONS.get(said.verdict, 0)
+
+
+def advice_of(task: Task) -> collections.Counter[str]:
+    """Runs at all rates of a sweep, shuffled and in a fixed order: what was advised, and how often the sweep says the
+    opposite."""
+    rates, count = task.center * GRID, collections.Counter()
+    for size in (32, 96):
+        for ordered in (False, True):
+            swept = train(task._replace(batch=size), rates, Setting(fixed_order=ordered, seed=3))
+            full = np.where(np.isfinite(swept["full"]), swept["full"], np.inf)
+            top = int(full.argmin())
+            for i, loss in enumerate(swept["loss"]):
+                said = diagnose(loss)
+                way = direction(said)
+                count["runs"] += 1
+                count["advice on the rate"] += way != 0
+                count["of it the wrong way"] += way > 0 and i >= top or way < 0 and i <= top
+                if i <= top and swept["start"][i] - full[i] >= 0.95 * (swept["start"][i] - full[top]):
+                    rings = any(f.verdict is Verdict.OSCILLATING for f in said.findings)
+                    kind = "in a fixed order" if ordered else "shuffled"
+                    count[f"good runs, {kind}"] += 1
+                    count[f"of them called oscillating, {kind}"] += rings
+    return count
+
+
 def planted(task: Task, best: float) -> list[tuple[str, str, float, Setting]]:
     """Runs that are changed in a known way: what, the label, the learning rate, the change."""
     n, place = task.steps, TASKS.index(task)
@@ -459,8 +520,8 @@ def judged(curves: list[Curve], told: bool) -> list[tuple[Curve, Diagnosis]]:
 
 def matrix(rows: list[tuple[Curve, Diagnosis]]) -> str:
     """The confusion matrix as a Markdown table: a row for each label, a column for each verdict."""
-    labels = [v for v in VERDICTS if any(c.label == v for c, _ in rows)]
-    columns = [v for v in VERDICTS if v in labels or any(d.verdict == v for _, d in rows)]
+    labels = [v for v in Verdict.of_curves() if any(c.label == v for c, _ in rows)]
+    columns = [v for v in Verdict.of_curves() if v in labels or any(d.verdict == v for _, d in rows)]
     lines = ["| label \\ verdict | " + " | ".join(columns) + " | right |", "|---" * (len(columns) + 2) + "|"]
     for label in labels:
         said = [d.verdict for c, d in rows if c.label == label]
@@ -501,20 +562,28 @@ def page() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group()
-    for name in ("train", "write", "check"):
+    for name in ("train", "train-ordered", "advice", "write", "check"):
         action.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--tasks", default="", help="with --train: only those whose name has this in it")
+    parser.add_argument("--tasks", default="", help="with --train or --advice: only those whose name has this in it")
     args = parser.parse_args()
-    if args.train:
+    if args.train or args.train_ordered:
         chosen = [task for task in TASKS if args.tasks in task.name]
         names = {task.name for task in chosen}
-        made = [c for c in load() if c.task not in names] if args.tasks else []
+        again = lambda c: c.task in names and (args.train or c.setting.startswith(ORDERED))  # noqa: E731
+        made = [c for c in load() if not again(c)] if args.tasks or args.train_ordered else []
         for task in chosen:
             begin = time.perf_counter()
-            made += curves_of(task)
+            made += [*(curves_of(task) if args.train else []), *ordered_curves_of(task)]
             print(f"  {time.perf_counter() - begin:.0f} s", flush=True)
             order = [task.name for task in TASKS]
             save(sorted(made, key=lambda c: order.index(c.task)))
+        return 0
+    if args.advice:
+        total: collections.Counter[str] = collections.Counter()
+        for task in TASKS:
+            if args.tasks in task.name:
+                total.update(advice_of(task))
+                print(task.name, dict(total), flush=True)
         return 0
     wanted = page()
     if args.write:

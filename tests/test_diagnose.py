@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import jaxsgd
 from jaxsgd.diagnosis import layers, loss_curve
-from jaxsgd.diagnosis.diagnose import VERDICTS, Diagnosis, diagnose
+from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
+from jaxsgd.diagnosis.verdict import Verdict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 import verdict_curves  # noqa: E402
@@ -31,12 +32,12 @@ SHAPES = {
     "too slow": 2.3 - 0.002 * T,
     "stuck": np.full(200, 2.3),
     "diverged": np.exp(0.05 * T),
-    "oscillating": 0.1 + 2 * np.exp(-T / 40) * (1 + 0.6 * np.cos(2 * np.pi * T / 20)),
+    "oscillating": 0.1 + 2 * np.exp(-T / 40) * (1 + 0.6 * np.cos(2 * np.pi * T / 21)),
     "spikes": 0.1 + 2 * np.exp(-T / 30) + 3.0 * np.isin(T, [88, 152]),
 }
 
 
-@pytest.mark.parametrize("half, bar", [("tuned", 0.9), ("held out", 0.9), ("all", 0.9)])
+@pytest.mark.parametrize("half, bar", [("tuned", 0.92), ("held out", 0.92), ("all", 0.93)])
 @pytest.mark.parametrize("told", [False, True], ids=["losses", "best_known"])
 def test_real_curves(half, bar, told):
     rows = verdict_curves.judged(CURVES, told)
@@ -47,7 +48,7 @@ def test_real_curves(half, bar, told):
 
 def test_there_are_enough_curves():
     labels = {curve.label for curve in CURVES}
-    assert len(CURVES) >= 40 and labels == set(VERDICTS) - {"too short"}
+    assert len(CURVES) >= 40 and labels == set(Verdict.of_curves()) - {"too short"}
     assert verdict_curves.CURVES.stat().st_size < 400_000
 
 
@@ -56,7 +57,7 @@ def test_no_verdict_without_a_number():
         assert isinstance(said, Diagnosis) and said.verdict == said.findings[0].verdict
         for finding in said.findings:
             assert finding.numbers and finding.text and finding.advice
-            assert finding.verdict in {*VERDICTS, *layers.VERDICTS}
+            assert isinstance(finding.verdict, Verdict) and finding.verdict.sentence
             assert any(c.isdigit() for c in finding.text), finding.text
 
 
@@ -84,10 +85,11 @@ def test_negative_losses():
     assert diagnose(noisy(SHAPES["good"] - 500)).verdict == "good"
 
 
-@pytest.mark.parametrize("period", [2, 7, 25])
+@pytest.mark.parametrize("period", [2, 5.3, 7.3, 25])
 def test_the_period_of_an_oscillation(period):
     y = 1 + np.exp(-T / 60) + 0.2 * np.cos(2 * np.pi * T / period)
-    found = next(f for f in diagnose(noisy(y)).findings if f.verdict == "oscillating")
+    said = diagnose(noisy(y), steps_per_epoch=1 if period == 2 else None)  # else it may be an epoch of two batches
+    found = next(f for f in said.findings if f.verdict == "oscillating")
     assert abs(found.numbers["period"] - period) < 0.1 * period
     assert abs(found.numbers["swing"] - 0.4) < 0.1
 
@@ -100,13 +102,87 @@ def test_noise_is_no_oscillation(seed):
         assert diagnose(10 * np.exp(-np.arange(n) / n * 8) + 0.3 * y).verdict == "good"
 
 
-def test_the_rhythm_of_an_epoch_is_no_oscillation():
-    pattern = np.array([0.3, -0.3, 0.1, -0.1])
-    y = noisy(0.5 + 2 * np.exp(-T / 30) + np.resize(pattern, 200), 0.01)
-    assert diagnose(y).verdict == "oscillating"
-    said = diagnose(y, steps_per_epoch=4)
+def test_batches_in_a_fixed_order_are_no_oscillation():
+    """Real trainings whose loss repeats each epoch, because the batches do."""
+    ordered = [c for c in CURVES if c.setting.startswith(verdict_curves.ORDERED)]
+    assert len(ordered) >= 20
+    asked = 0
+    for curve in ordered:
+        said = diagnose(curve.loss)
+        assert all(f.verdict != "oscillating" for f in said.findings), (curve.task, curve.setting, str(said))
+        asked += any(f.verdict == "epoch pattern" for f in said.findings)
+    assert asked > len(ordered) / 2
+
+
+@pytest.mark.parametrize("epoch", [2, 3, 5, 11, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rhythm_of_an_epoch_is_no_oscillation(epoch, seed):
+    """Told or not, whatever the batches are; the question names the epoch."""
+    rng = np.random.default_rng(seed)
+    pattern = 0.3 * np.resize([1.0, -0.5, -0.8], epoch) * rng.uniform(0.8, 1.2, epoch)
+    t = np.arange(max(200, 8 * epoch))
+    y = noisy(0.5 + 2 * np.exp(-t / 30) + np.resize(rng.permutation(pattern), len(t)), 0.01)
+    said = diagnose(y)
+    assert said.verdict == "good" and f"a pattern of {epoch} steps: is that your epoch" in said.why[-1], str(said)
+    said = diagnose(y, steps_per_epoch=epoch)
     assert said.verdict == "good" and said.findings[-1].verdict == "epoch pattern"
-    assert said.findings[-1].numbers["period"] == 4
+    assert said.findings[-1].numbers["period"] == epoch and "shuffle each epoch" in said.next[-1]
+    if epoch < 5:  # all data in each step: no order can make it
+        assert diagnose(y, steps_per_epoch=1).verdict == "oscillating"
+
+
+def test_a_ring_in_batches_of_a_fixed_order_is_seen():
+    """A period that is no multiple of the epoch, and a sine of a whole period, which is asked about."""
+    pattern = np.array([0.3, -0.3, 0.1, -0.2, 0.1])
+    calm = 0.5 + 2 * np.exp(-T / 30)
+    y = noisy(calm + np.resize(0.3 * pattern, 200) + 0.3 * np.sin(2 * np.pi * T / 17.3), 0.01)
+    assert diagnose(y, steps_per_epoch=5).verdict == "oscillating"
+    said = diagnose(noisy(calm + 0.3 * np.sin(2 * np.pi * T / 20)))
+    assert said.verdict == "oscillating" and "is that your epoch?" in said.advice
+    assert "epoch" not in diagnose(noisy(calm + 0.3 * np.sin(2 * np.pi * T / 20)), steps_per_epoch=1).advice
+
+
+def test_advice_points_to_the_best_rate():
+    """No curve whose rate the sweep knows is sent away from the best one."""
+    for curve in CURVES:
+        if not curve.setting.startswith(("rate ", verdict_curves.ORDERED)) or "decays" in curve.setting:
+            continue
+        ratio, said = float(curve.setting.split("rate ")[1].split()[0]), diagnose(curve.loss)
+        away = verdict_curves.direction(said) == (1 if ratio > 2 else -1 if ratio < 0.5 else 2)
+        known = curve.task == "characters adamw 32" and ratio == 256  # of the page: called too slow
+        assert not away or known, (curve.task, curve.setting, str(said))
+
+
+def test_advice_names_only_what_the_rule_has():
+    ring = 0.1 + 2 * np.exp(-T / 40) * (1 + 0.6 * np.cos(2 * np.pi * T / 17.3))
+    assert "momentum" not in diagnose(ring, rule="sgd").advice
+    assert "lower momentum from 0.95 (to 0.9)" in diagnose(ring, tx=jaxsgd.momentum(0.1, momentum=0.95)).advice
+    assert (
+        "lower b1 from 0.9" in diagnose(ring, tx=jaxsgd.guard(optax.chain(optax.clip(1.0), jaxsgd.adamw(3e-3)))).advice
+    )
+    assert "(to 0.001)" in diagnose(ring, tx=jaxsgd.adamw(3e-3)).advice  # the rate of tx itself
+    assert "(to 0.1)" in diagnose(ring, tx=jaxsgd.adamw(3e-3), learning_rate=0.3).advice
+    assert "if the rule has one" in diagnose(ring, tx=optax.sgd(0.1)).advice  # nothing is known of it
+    slow = SHAPES["too slow"]
+    assert "set momentum=0.9" in diagnose(slow, rule=jaxsgd.sgd).advice
+    assert "momentum" not in diagnose(slow, rule=jaxsgd.momentum).advice + diagnose(slow, rule="lion").advice
+    for wrong, error in (({"tx": 3}, TypeError), ({"rule": 3}, TypeError), ({"rule": "sdg"}, KeyError)):
+        with pytest.raises(error, match="3|sdg"):
+            diagnose(slow, **wrong)
+    with pytest.raises(TypeError, match="Use one of them"):
+        diagnose(slow, tx=jaxsgd.sgd(0.1), rule="sgd")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("height", [10, 26_140])
+def test_a_loss_that_ends_far_above_its_start_has_diverged(height, seed):
+    """However it swings up there, and wherever zero is."""
+    rng = np.random.default_rng(seed)
+    y = 2.34 + (height - 2.34) * (1 - np.exp(-T / 20)) * rng.lognormal(0, 0.8, 200)
+    y[0] = 2.34
+    for shift in (0, -1000, 50_000):
+        said = diagnose(y + shift)
+        assert said.verdict == "diverged", str(said)
 
 
 def test_spikes_are_counted_with_their_gradient():
@@ -145,7 +221,7 @@ def test_histories_of_every_kind():
     same = [diagnose(h) for h in (y, list(y), jnp.asarray(y), records, {"loss": y}, {"loss": list(y), "step": T + 1})]
     assert {said.verdict for said in same} == {"good"}
     resumed = diagnose(records[:120] + records[80:])
-    assert resumed.verdict == "good" and "40 of 240" in str(resumed) and resumed.numbers["points"] == 200
+    assert resumed.verdict == "good" and "40 of 240" in resumed.why[-1] and resumed.numbers["points"] == 200
     shuffled = diagnose([records[i] for i in np.random.default_rng(0).permutation(200)])
     assert shuffled.verdict == "good"
     assert diagnose({"cost": y}, loss="cost").verdict == "good"
@@ -237,7 +313,7 @@ def test_a_dead_layer_of_a_real_training():
         recorder.add({**metrics, **jaxsgd.transforms.monitor_report(state.opt_state)})
     recorder.flush()
     said = diagnose(recorder.records)
-    assert said.verdict == "stuck" and "get no gradient" in str(said)
+    assert said.verdict == "stuck" and "get no gradient" in said.summary
 
 
 def test_measurements():

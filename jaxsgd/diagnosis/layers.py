@@ -6,22 +6,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-__all__ = ["VERDICTS", "examine"]
+from jaxsgd.diagnosis.verdict import Verdict
+from jaxsgd.report import number
 
-VERDICTS = {
-    "dead layers": "the gradient is zero, or a millionth of the other layers'",
-    "frozen layers": "a gradient arrives but the parameter does not move",
-    "exploding layers": "the gradient is not finite, or has grown a hundredfold",
-    "ratio too large": "a step moves the parameter by more than a tenth of its size",
-    "ratio too small": "a step moves the parameter by less than a hundred-thousandth of its size",
-}
+__all__ = ["examine"]
 
 DEAD = 1e-6  # of the median layer: beside it float32 loses smaller gradients
 GROWTH = 100.0
 RATIOS = (1e-5, 1e-1)
 SHORTEST = 10
 
-Row = tuple[str, str, dict[str, float], str]
+Row = tuple[Verdict, str, dict[str, float], str]
 
 
 def examine(columns: Mapping[str, np.ndarray]) -> list[Row]:
@@ -44,10 +39,10 @@ def _middle(v: np.ndarray) -> float:
     return float(np.median(v)) if len(v) else np.nan
 
 
-def _row(verdict: str, said: str, numbers: dict[str, float], advice: str, of: int) -> list[Row]:
+def _row(verdict: Verdict, said: str, numbers: dict[str, float], advice: str, of: int) -> list[Row]:
     if not numbers:
         return []
-    shown = ", ".join(f"{name} {value:.2g}" for name, value in list(numbers.items())[:4])
+    shown = ", ".join(f"{name} {number(value, 2)}" for name, value in list(numbers.items())[:4])
     more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
     return [(verdict, f"{len(numbers)} of {of} parameters {said}: {shown}{more}", numbers, advice)]
 
@@ -59,7 +54,7 @@ def _dead(norms: dict[str, np.ndarray]) -> list[Row]:
     usual = float(np.median(alive)) if alive else 0.0
     dead = {name: m for name, m in middles.items() if m <= DEAD * usual}
     advice = "check the inputs of those layers: dead ReLUs (start their biases at 0), a stop_gradient, unused inputs"
-    return _row("dead layers", "get no gradient (median norm)", dead, advice, len(norms))
+    return _row(Verdict.DEAD_LAYERS, "get no gradient (median norm)", dead, advice, len(norms))
 
 
 def _frozen(norms: dict[str, np.ndarray], ratios: dict[str, np.ndarray]) -> list[Row]:
@@ -67,7 +62,9 @@ def _frozen(norms: dict[str, np.ndarray], ratios: dict[str, np.ndarray]) -> list
     frozen = {n: _middle(norms[n][1:]) for n, r in ratios.items() if n in norms and not np.any(r[np.isfinite(r)])}
     frozen = {name: norm for name, norm in frozen.items() if norm > 0}
     advice = "if this is not intended, check the groups: frozen, a mask, a learning rate of 0"
-    return _row("frozen layers", "never move, although they get a gradient (median norm)", frozen, advice, len(ratios))
+    return _row(
+        Verdict.FROZEN_LAYERS, "never move, although they get a gradient (median norm)", frozen, advice, len(ratios)
+    )
 
 
 def _exploding(norms: dict[str, np.ndarray]) -> list[Row]:
@@ -80,7 +77,7 @@ def _exploding(norms: dict[str, np.ndarray]) -> list[Row]:
         if early > 0 and late > GROWTH * early:
             grown[name] = late / early
     advice = "clip by the global norm, warm up, or lower the learning rate 10x; normalize the inputs of those layers"
-    return _row("exploding layers", "have growing gradients (growth factor)", grown, advice, len(norms))
+    return _row(Verdict.EXPLODING_LAYERS, "have growing gradients (growth factor)", grown, advice, len(norms))
 
 
 def _ratios(ratios: dict[str, np.ndarray]) -> list[Row]:
@@ -95,6 +92,6 @@ def _ratios(ratios: dict[str, np.ndarray]) -> list[Row]:
     lower = "lower their learning rate 10x: ten such steps replace a parameter (1e-3 is usual)"
     higher = "raise their learning rate 10x: 1,000 such steps move a parameter by 1% at most (1e-3 is usual)"
     return [
-        *_row("ratio too large", "move by more than a tenth of their size in a step", large, lower, len(ratios)),
-        *_row("ratio too small", "move by less than 1e-5 of their size in a step", small, higher, len(ratios)),
+        *_row(Verdict.RATIO_TOO_LARGE, "move by more than a tenth of their size in a step", large, lower, len(ratios)),
+        *_row(Verdict.RATIO_TOO_SMALL, "move by less than 1e-5 of their size in a step", small, higher, len(ratios)),
     ]

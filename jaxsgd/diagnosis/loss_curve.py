@@ -12,12 +12,16 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
-    "Oscillation", "Shape", "Spike", "autocorrelation", "monotone", "noise", "oscillation", "shape", "smooth", "spikes",
-    "trend", "without",
+    "Oscillation", "Shape", "Spike", "autocorrelation", "averaged", "monotone", "noise", "oscillation", "shape",
+    "smooth", "spikes", "trend", "without", "without_pattern",
 ]  # fmt: skip
 
 LONGEST = 2000
 """Points of the longest period that is looked for."""
+
+SHORT, SINE, LOCKED, RETURN = 8, 0.9, 0.15, 0.5
+"""Of a period of fewer points any pattern may look like a sine; the share of a sine in a ring; the share of the
+variance that repeats exactly where the batches come in one order; the autocorrelation at which all comes back."""
 
 TINY = 1e-12
 """Of the largest value: what a rounding in float64 makes of a constant."""
@@ -75,12 +79,22 @@ class Oscillation(NamedTuple):
       regularity: the autocorrelation at the period; 1 for a pure tone, near 0 for noise.
       reversal: the autocorrelation at about half the period; negative where the curve swings.
       swing: from trough to crest, of the part that repeats.
+      whole: whether the part that repeats does so after a whole number of points, as far as the longest lags can tell.
+      sine: the share of a single sine in that part; 1 if ``whole`` is false.
     """
 
     period: float
     regularity: float
     reversal: float
     swing: float
+    whole: bool
+    sine: float
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it can be the order of the batches, the same in each epoch: a pattern of any form, of a whole number
+        of points. A ring is a sine, and only by chance of a whole period; few points cannot tell the form."""
+        return self.whole and not (round(self.period) >= SHORT and self.sine > SINE)
 
 
 def _ratio(a: float, b: float) -> float:
@@ -107,6 +121,21 @@ def smooth(y: np.ndarray, half: int | None = None) -> np.ndarray:
     at = np.arange(n)
     low, high = np.maximum(at - np.minimum(half, at), 0), np.minimum(at + np.minimum(half, at), n - 1)
     return y[0] + (total[high + 1] - total[low]) / (high + 1 - low)
+
+
+def averaged(y: np.ndarray, decay: float, *, unbiased: bool = False) -> np.ndarray:
+    """An exponential moving average of ``y``.
+
+    Args:
+      y: the values.
+      decay: the weight of the average so far, in [0, 1).
+      unbiased: begin at zero and divide by the weights so far, as Adam does. Default: False, begin at the first value.
+    """
+    mean, out = (0.0 if unbiased else float(y[0])) if len(y) else 0.0, []
+    for i, value in enumerate(np.asarray(y, np.float64)):
+        mean = decay * mean + (1 - decay) * value
+        out.append(mean / (1 - decay ** (i + 1)) if unbiased else mean)
+    return np.asarray(out)
 
 
 def running_median(y: np.ndarray, half: int) -> np.ndarray:
@@ -288,7 +317,9 @@ def oscillation(y: np.ndarray) -> Oscillation | None:
     level = np.divide(rest, local, out=np.zeros_like(rest), where=local > 0)
     level = np.clip(level, -2.5, 2.5)
     rho = autocorrelation(level, min(n // 3, LONGEST))
+    repeat = _repeat(rho)
     need = max(0.25, 3 / math.sqrt(n))
+    root = math.sqrt(float(rest @ rest) / n)
     best: Oscillation | None = None
     for half_period in range(1, len(rho) // 2 + 1):
         reversal = rho[half_period]
@@ -300,12 +331,96 @@ def oscillation(y: np.ndarray) -> Oscillation | None:
         lag = int(window[np.argmax(rho[window])])
         if rho[lag] < need:
             continue
+        if repeat is not None and repeat > 1.5 * lag and rho[repeat] > rho[lag] + 0.1 and rho[lag] < 3 / repeat**0.5:
+            continue  # in a pattern of so few points that comes back it is chance
         crest = math.sqrt(2) if lag > 3 else 1.0  # over the root of the mean square: of a sine, of two or three levels
-        swing = 2 * crest * math.sqrt(float(rest @ rest) / n * rho[lag])
-        found = Oscillation(_peak(rho, lag), float(rho[lag]), float(reversal), swing)
+        swing = 2 * crest * root * math.sqrt(rho[lag])
+        found = Oscillation(_peak(rho, lag), float(rho[lag]), float(reversal), swing, False, 1.0)
         if best is None or found.regularity > best.regularity + 0.1:
             best = found
-    return best
+    if repeat is not None and (best is None or rho[repeat] > best.regularity + 0.1):
+        swing = 2 * math.sqrt(2 * rho[repeat]) * root
+        exact = Oscillation(_peak(rho, repeat), float(rho[repeat]), float(rho[: repeat + 1].min()), swing, False, 1.0)
+        exact = _refined(exact, level, rho, need)
+        if exact.ordered:
+            return exact
+    return None if best is None else _refined(best, level, rho, need)
+
+
+def _repeat(rho: np.ndarray) -> int | None:
+    """The lag at which all comes back, whatever lies between: a peak of at least `RETURN` after a fall of as much."""
+    if len(rho) < 4:
+        return None
+    fallen = np.minimum.accumulate(rho)
+    peaks = np.flatnonzero((rho[2:-1] >= rho[1:-2]) & (rho[2:-1] >= rho[3:])) + 2
+    peaks = [int(i) for i in peaks if rho[i] > RETURN and rho[i] - fallen[i] > RETURN]
+    return min(peaks, key=lambda i: (rho[i] < max(rho[peaks]) - 0.05, i), default=None)
+
+
+def _refined(found: Oscillation, level: np.ndarray, rho: np.ndarray, need: float) -> Oscillation:
+    """The same with its period by the longest lags at which it still repeats, and the form of what repeats."""
+    period, count = found.period, 1
+    while True:
+        near = round((count + 1) * period)
+        window = np.arange(max(near - 1, 1), min(near + 2, len(rho)))
+        if near + 1 >= len(rho) or rho[window].max() < need:
+            break
+        count += 1
+        period = _peak(rho, int(window[np.argmax(rho[window])])) / count
+    length = round(period)
+    last = [i for i in range(length, len(rho) - 1, length) if rho[i] >= need][-3:]  # nearly whole is off there
+    peaks = all(rho[i] >= max(rho[i - 1], rho[i + 1]) for i in last)
+    whole = abs(period - length) <= (0.02 if length < SHORT else 0.1) + 0.15 / count and peaks
+    if whole:  # the batches of an epoch may look as if they came in the rhythm of two or three epochs
+        enough = 0.85 * _repeated(level, length)
+        parts = [d for d in range(2, length) if length % d == 0]
+        length = next((d for d in parts if _repeated(level, d) >= enough > 0), length)
+        period = period / round(round(period) / length)
+        whole = _repeated(level, length) >= LOCKED
+    sine = 1.0
+    if whole:
+        t = 2j * np.pi * np.arange(len(level)) / length
+        tones = range(1, length // 2 + 1)
+        powers = [abs(np.mean(level * np.exp(-k * t))) ** 2 / (1 + (2 * k == length)) for k in tones]
+        sine = float(max(powers) / sum(powers)) if sum(powers) > 0 else 1.0
+    return found._replace(period=period, whole=whole, sine=sine)
+
+
+def _repeated(y: np.ndarray, period: int) -> float:
+    """The share of the variance that repeats with a period of so many points, less what noise alone would have.
+
+    The mean over up to four parts of the curve, since the batch that is hardest may become another one.
+    """
+    parts = min(4, max(1, len(y) // (4 * period)))
+    shares = []
+    for part in np.array_split(y, parts):
+        n = len(part) // period * period
+        if n < 2 * period or not part[:n].any():
+            continue
+        share = float(part[:n].reshape(-1, period).mean(0).var() / part[:n].var())
+        shares.append((share - (period - 1) / n) / (1 - (period - 1) / n))
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def without_pattern(y: np.ndarray, period: int) -> tuple[np.ndarray, float]:
+    """The curve without what repeats each ``period`` points, and which share of its noise that was; 0 if too little.
+
+    A point's part in the pattern is the median over the same point of two periods before and after. So the pattern may
+    change slowly.
+    """
+    weights = np.ones(period) if period % 2 else np.array([0.5, *np.ones(period - 1), 0.5])
+    n, half = len(y), len(weights) // 2
+    rest = np.full(n + 4 * period, np.nan)
+    rest[2 * period + half : 2 * period + n - half] = y[half : n - half] - np.convolve(y, weights / period, "valid")
+    around = np.stack([rest[(2 + k) * period : (2 + k) * period + n] for k in (-2, -1, 1, 2)])
+    seen = np.isfinite(around).any(0)
+    repeated = np.where(seen, np.nanmedian(np.where(seen, around, 0.0), axis=0), 0.0)
+    inside = slice(half, n - half)
+    before = float(np.median(np.abs(rest[2 * period : 2 * period + n][inside])))
+    after = float(np.median(np.abs(rest[2 * period : 2 * period + n][inside] - repeated[inside])))
+    if before == 0 or after > 0.7 * before:
+        return y, 0.0
+    return y - repeated, 1 - (after / before) ** 2
 
 
 def _peak(rho: np.ndarray, lag: int) -> float:
