@@ -57,7 +57,7 @@ def test_one_file_is_enough(define, law):
 
 def test_it_is_in_the_catalogue_and_callable(define):
     toy = define(SOURCE)
-    assert "[`toy`](docs/rules.md#toy) | Toy | $m" in catalog.table({})
+    assert "[`toy`](#toy) | Toy | $m" in catalog.table({})
     assert catalog.entry(toy, {"toy": {"optax": 1e-15}})["agrees with"] == "optax"
     assert "### toy" in catalog.page({}) and "toy: not measured" in str(catalog.faults({}))
     assert list(inspect.signature(toy).parameters)[:2] == ["learning_rate", "b1"]

@@ -15,11 +15,10 @@ import re
 import sys
 from collections.abc import Mapping
 
-from jaxsgd import rules as _rules
 from jaxsgd import torch
 from jaxsgd.cards import TITLE, arguments, digits, family, state_bytes, titled
 from jaxsgd.registry import Rule
-from jaxsgd.rules import RULES
+from jaxsgd.rules import FAMILIES, RULES
 
 __all__ = ["BARS", "Agreement", "entry", "main", "page", "table"]
 
@@ -39,13 +38,23 @@ def entry(rule: Rule, agreement: Agreement) -> dict[str, str]:
     """
     name, source, equation = titled(rule.name, rule.title)
     return {
-        "rule": f"[`{rule.name}`](docs/rules.md#{rule.name})",
+        "rule": f"[`{rule.name}`](#{rule.name})",
         "name": name,
         "update": equation,
         "source": source,
         "state": ", ".join(f"`{slot}`" for slot in state_bytes(rule)) or "nothing",
         "agrees with": ", ".join(agreement.get(rule.name, {})) or "not measured",
     }
+
+
+def by_family() -> str:
+    """All rules as a list by family, with links."""
+    lines = []
+    for title, members in _families().items():
+        links = ", ".join(f"[{rule.name}](docs/rules.md#{rule.name})" for rule in members)
+        lines.append(f"- {title}: {links}")
+    wrappers = ", ".join(f"`{name}`" for name in _wrappers())
+    return "\n".join([*lines, f"- Rules of rules, such as `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`: {wrappers}"])
 
 
 def table(agreement: Agreement) -> str:
@@ -73,6 +82,8 @@ def page(agreement: Agreement) -> str:
         "State is what a float32 kernel of 256 x 512 keeps, in bytes a parameter. Beside its own arguments every rule",
         "takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`: see",
         "`help(jaxsgd.Rule.__call__)`.",
+        "",
+        table(agreement),
     ]
     for title, members in _families().items():
         lines += ["", f"## {title}"]
@@ -120,8 +131,7 @@ def _section(rule: Rule, agreement: Agreement) -> list[str]:
 
 def _wrappers() -> dict[str, str]:
     """The functions that make a rule of a rule -> the first line of their docstrings."""
-    modules = (getattr(_rules, name) for name in _rules.__all__ if inspect.ismodule(getattr(_rules, name)))
-    made = {name: getattr(module, name) for module in modules for name in module.__all__}
+    made = {name: getattr(module, name) for module in FAMILIES for name in module.__all__}
     functions = {name: fn for name, fn in sorted(made.items()) if inspect.isfunction(fn)}
     titles = {name: " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split()) for name, fn in functions.items()}
     return {name: title for name, title in titles.items() if TITLE.match(title)}
@@ -136,8 +146,8 @@ def _wrapped(name: str, agreement: Agreement) -> str:
 # -- the command line -----------------------------------------------------------------------------
 
 
-def replaced(text: str, agreement: Agreement) -> str:
-    """``text`` with the table between its markers.
+def replaced(text: str) -> str:
+    """``text`` with the list of rules between its markers.
 
     Raises:
       ValueError: a marker is missing.
@@ -145,7 +155,7 @@ def replaced(text: str, agreement: Agreement) -> str:
     if BEGIN not in text or END not in text:
         raise ValueError(f"the markers {BEGIN} and {END} are missing")
     before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table(agreement)}\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{by_family()}\n{END}{rest.split(END, 1)[1]}"
 
 
 def faults(agreement: Agreement) -> list[str]:
@@ -173,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         agreement = json.loads(args.agreement.read_text()) if args.check or args.write else {}
         wanted = {}
         if args.check or args.write:
-            wanted = {args.readme: replaced(args.readme.read_text(), agreement), args.page: page(agreement)}
+            wanted = {args.readme: replaced(args.readme.read_text()), args.page: page(agreement)}
     except (OSError, ValueError) as error:
         print(f"catalog: error: {error}", file=sys.stderr)
         return 2
