@@ -90,7 +90,7 @@ def swept(**changes):
     fields = {
         "values": {"learning_rate": np.array([0.1, 0.3, 0.1, 1.0]), "seed": np.array([0, 0, 1, 0])},
         "metrics": {"loss": losses}, "diverged_at": np.array([-1, -1, -1, 1]), "final": np.array([2.0, 1, 2.5, np.inf]),
-        "window": 1, "states": None, "strategy": "map", "why": "", "compiles": 1, "compile_seconds": 0.0,
+        "window": 1, "states": None, "strategy": "map", "reason": "", "compiles": 1, "compile_seconds": 0.0,
         "seconds": 0.0,
     }  # fmt: skip
     return jaxsgd.Sweep(**{**fields, **changes})
@@ -100,6 +100,7 @@ def test_a_sweep_shows_means_and_who_diverged(tmp_path):
     figure = plot.sweep(swept())
     lines = drawn(figure, tmp_path)
     np.testing.assert_allclose(lines["diverged"].get_xdata(), [1.0])
+    assert lines["diverged"].get_marker() == "^" and lines["diverged, or off the scale"].get_xdata()[0] == 1
     means = next(line for line in figure.axes[1].get_lines() if len(line.get_xdata()) == 2)
     np.testing.assert_allclose(means.get_xydata(), [[0.1, 2.25], [0.3, 1.0]])
     with pytest.raises(ValueError, match="by='b1': swept were learning_rate, seed"):
@@ -108,6 +109,32 @@ def test_a_sweep_shows_means_and_who_diverged(tmp_path):
         swept().member(0)
     everything_lost = {"diverged_at": np.zeros(4, int), "final": np.full(4, np.inf)}
     drawn(plot.sweep(swept(**everything_lost)), tmp_path)
+
+
+def test_good_curves_fill_a_sweep_whatever_the_others_do(tmp_path):
+    """Spikes of a thousand times the loss, and a run that grows: the best curves still take most of the height."""
+    calm = 0.1 + 2 * np.exp(-np.arange(100) / 20)
+    spiked, grown = calm.copy(), 2 * np.exp(np.arange(100) / 10)
+    spiked[[30, 60, 61, 90]] = 2000.0
+    losses = np.stack([calm, spiked, grown]).astype(np.float32)
+    fields = {"values": {"learning_rate": np.array([0.1, 0.3, 1.0])}, "metrics": {"loss": losses}}
+    fields |= {"diverged_at": np.array([-1, -1, -1]), "final": losses[:, -5:].mean(1)}
+    figure = plot.sweep(swept(**fields))
+    lines = drawn(figure, tmp_path)
+    left, right = figure.axes
+    assert left.get_ylim()[1] < 20 and right.get_ylim()[1] < 20
+    assert right.get_lines()[0].get_xdata()[-1] == 0.3 and lines["off the scale"].get_xdata()[0] == 1.0
+    bold = [line for line in left.get_lines() if line.get_alpha() is None and len(line.get_xdata()) == 100]
+    assert bold[-1].get_ydata().max() < 3, "the best is drawn last"
+
+
+def test_numbers_on_axes_have_one_size():
+    figure = plot.loss_curves({"a": np.linspace(3.0, 0.7, 20)})
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    labels = [t for t in (*ax.get_yticklabels(which="both"), *ax.get_xticklabels()) if t.get_text()]
+    assert {t.get_fontsize() for t in labels} == {8.0}
+    assert {"1", "2"} <= {t.get_text() for t in labels}, "plain numbers, between the decades too"
 
 
 def test_a_probe_and_its_range_test_are_drawn(tmp_path):
@@ -133,9 +160,15 @@ def test_sharpness_noise_curve_and_race_are_drawn(tmp_path):
     sharp = jaxsgd.sharpness(lambda p, batch: 0.5 * jnp.sum(batch * p["w"] ** 2), params, hessian, tx=tx)
     figure = plot.sharpness(sharp)
     drawn(figure, tmp_path)
-    assert [t.get_text() for t in figure.axes[1].get_yticklabels()] == ["stable up to, momentum", "learning rate"]
+    assert [t.get_text() for t in figure.axes[1].get_yticklabels()] == ["stable below:\nmomentum", "learning rate"]
     widths = [bar.get_width() for bar in figure.axes[1].patches]
     np.testing.assert_allclose(widths, [3.8 / 40, 0.1], rtol=1e-3)
+    shown = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == "|"]
+    low, high = figure.axes[0].get_xlim()
+    assert all(low < x < high for values in shown for x in values), "no eigenvalue is cut off"
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in figure.axes[0].get_xticklabels() if t.get_text()]
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "numbers do not touch"
 
     known = {
         "scale": 50.0, "standard_error": 5.0, "low": 40.0, "high": 60.0, "known": True, "gradient_norm_sq": 1.0,
@@ -149,8 +182,9 @@ def test_sharpness_noise_curve_and_race_are_drawn(tmp_path):
         plot.noise_scale(jaxsgd.NoiseScale(**{**known, "known": False}))
 
     losses = np.exp(-np.arange(100) / 10.0)
-    figure = plot.diagnosis(jaxsgd.diagnose(losses), losses)
+    figure = jaxsgd.diagnose(losses).plot()
     drawn(figure, tmp_path)
+    np.testing.assert_array_equal(figure.axes[0].get_lines()[0].get_ydata(), losses)
     assert figure.axes[0].get_title(loc="left") == "Verdict: good"
 
     scores = {"adamw": np.array([1.0, 1.2, 1.4]), "momentum": np.array([2.0, 2.2, np.inf])}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
-    "Oscillation", "Shape", "Spike", "autocorrelation", "averaged", "monotone", "noise", "oscillation", "shape",
-    "smooth", "spikes", "trend", "without", "without_pattern",
+    "Oscillation", "Shape", "Spike", "autocorrelation", "averaged", "monotone", "noise", "oscillation",
+    "running_median", "shape", "smooth", "spikes", "trend", "without", "without_pattern",
 ]  # fmt: skip
 
 LONGEST = 2000

@@ -10,14 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from jaxsgd.report import number
+
 try:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 except ImportError as error:  # pragma: no cover
     raise ImportError("jaxsgd.plot needs matplotlib: pip install 'jaxsgd[plot]'") from error
 
-__all__ = ["COLORS", "INK", "PAPER", "Figure", "LogNorm", "averaged", "blank", "labelled", "save", "shades", "styled"]
+__all__ = [
+    "COLORS", "INK", "PAPER", "Figure", "LogNorm", "blank", "labelled", "log_axis", "loss_axis", "off_scale", "save",
+    "shades", "styled",
+]  # fmt: skip
 
 INK, PAPER = "#1b1e28", "#ffffff"
 COLORS = ("#3b6fd4", "#d4553b", "#2b9a66", "#8a4fd0", "#c98a12", "#1aa3b8", "#c23f86", "#6b7280", "#7a5230")
@@ -32,7 +38,8 @@ def blank(width: float, height: float) -> Figure:
 def styled(ax: Any) -> Any:
     """Plain axes in the house's colours; returns them."""
     ax.set_facecolor(PAPER)
-    ax.tick_params(colors=INK, labelsize=8)
+    ax.set_axisbelow(True)
+    ax.tick_params(which="both", colors=INK, labelsize=8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -40,13 +47,37 @@ def styled(ax: Any) -> Any:
     return ax
 
 
-def averaged(values: Any, decay: float) -> np.ndarray:
-    """A moving average that starts at the first value."""
-    mean, out = values[0], []
-    for value in values:
-        mean = decay * mean + (1 - decay) * value
-        out.append(mean)
-    return np.asarray(out)
+def log_axis(axis: Any) -> None:
+    """A logarithmic axis with plain numbers; between the decades numbers too where there are less than two of them."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    low, high = sorted(axis.get_view_interval())
+    decades = np.log10(high / low) if low > 0 else 1.0
+    shown = FuncFormatter(lambda value, _: number(value, 2))
+    axis.set_major_formatter(shown)
+    if decades > 6:
+        axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_minor_locator(NullLocator())
+    elif decades < 2:
+        axis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if decades > 0.7 else (1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+        axis.set_minor_formatter(shown)
+    else:
+        axis.set_minor_formatter(NullFormatter())
+
+
+def loss_axis(ax: Any, losses: Any) -> None:
+    """A logarithmic axis where all losses are above 0 and span more than a factor of three."""
+    fine = np.asarray(losses, float)
+    fine = fine[np.isfinite(fine)]
+    if len(fine) and fine.min() > 0 and fine.max() > 3 * fine.min():
+        log_axis(ax.yaxis)
+
+
+def off_scale(ax: Any, x: Any, label: str, color: str) -> None:
+    """Arrows at the upper edge for what lies above it."""
+    ax.plot(
+        x, np.full(len(x), 0.97), "^", transform=ax.get_xaxis_transform(), color=color, markersize=6, clip_on=False,
+        label=label,
+    )  # fmt: skip
 
 
 def shades(count: int) -> list[Any]:

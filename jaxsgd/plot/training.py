@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsgd.plot.style import COLORS, INK, PAPER, Figure, averaged, blank, labelled, styled
+from jaxsgd.diagnosis.loss_curve import averaged
+from jaxsgd.plot.style import COLORS, INK, PAPER, Figure, blank, labelled, log_axis, styled
 
 __all__ = ["loss_curves", "memory_bars"]
 
@@ -48,7 +49,7 @@ def loss_curves(
             y = averaged(y, smooth)
         ax.plot(x, y, color=color, linewidth=1.6, label=name)
     if log and positive:
-        ax.set_yscale("log")
+        log_axis(ax.yaxis)
     labelled(ax, title, xlabel, ylabel)
     ax.legend(frameon=False, fontsize=8, ncols=1 if len(curves) < 6 else 2)
     return figure

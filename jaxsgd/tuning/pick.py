@@ -150,7 +150,7 @@ class Pick(Report):
     @property
     def why(self) -> tuple[str, ...]:
         return (
-            *map(str, self.comparisons),
+            *(map(str, self.comparisons) if len(self.comparisons) > 1 else ()),
             f"losses are {self.score} after {self.steps} steps, mean and standard error over {self.seeds} seeds",
             f"{self.used:,} of {self.budget:,} steps used, {self.tuning_share:.0%} of them to find learning rates",
         )
