@@ -182,6 +182,85 @@ def test_the_best_point_is_finite_and_the_status_is_true(x64):
     assert not edge.success and np.isfinite(edge.params).all() and float(edge.params[0]) > 1.4
 
 
+def peak(x):
+    return x[0] * jnp.exp(-((T - x[1]) ** 2) / x[2]) - 1.5 * np.exp(-((T - 1.8) ** 2) / 0.5)
+
+
+def parallel(x):
+    return jnp.stack([x[0] + x[1] - 3, 1e-3 * (x[0] - x[1]) - 1, x[2] - x[0]])
+
+
+# Bounds are exact in float32, for the thread of a callback may round to it.
+BOXED = {
+    "an active bound": (rosenbrock, [-1.2, 1.0], [-np.inf, -np.inf], [0.5, np.inf]),
+    "a start at the bound": (rosenbrock, [0.5, 0.5], [-1.0, 0.5], [0.5, 1.5]),
+    "bounds far away": (rosenbrock, [-1.2, 1.0], [-10.0, -10.0], [10.0, 10.0]),
+    "a bound that must be left": (peak, [0.125, 3.0, 2.0], [0.125, 0.5, 0.0625], [1.25, 3.0, 2.0]),
+    "columns nearly parallel": (parallel, [0.5, 0.5, 0.5], [0.0] * 3, [1.0] * 3),
+    "a parameter that is fixed": (peak, [1.0, 1.5, 0.375], [0.0, 0.0, 0.375], [5.0, 5.0, 0.375]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", BOXED)
+def test_bounds_hold_and_the_end_is_scipys(name, method, x64):
+    fn, start, low, high = BOXED[name]
+    low, high = np.array(low), np.array(high)
+    # SciPy wants a start strictly inside, and no parameter without room.
+    room = high > low
+    inside = np.clip(start, np.where(room, low, low - 1) + 1e-6, np.where(room, high, high + 1) - 1e-6)[room]
+    residual, full = jax.jit(fn), np.array(start)
+
+    def of_free(x):
+        full[room] = x
+        return np.asarray(residual(full))
+
+    wanted = scipy.optimize.least_squares(
+        of_free, inside, bounds=(low[room], high[room]), ftol=1e-14, xtol=1e-14, gtol=1e-14, max_nfev=2000
+    )
+    seen = []
+    fit = least_squares(fn, np.array(start), bounds=(low, high), method=method, callback=seen.append)
+    jax.effects_barrier()
+    assert fit.success, str(fit)
+    assert float(fit.value) <= wanted.cost * (1 + 1e-8) + 1e-14
+    for result in [*seen, fit]:
+        x = np.asarray(result.params)
+        assert (low <= x).all() and (x <= high).all()
+    x, gradient = np.asarray(fit.params), np.asarray(jax.grad(lambda x: 0.5 * jnp.sum(fn(x) ** 2))(fit.params))
+    np.testing.assert_allclose(fit.grad_norm, np.abs(x - np.clip(x - gradient, low, high)).max(), atol=1e-9)
+
+
+def test_no_residual_is_computed_outside_the_bounds(x64):
+    """A model that is NaN outside: the logarithm of a negative number."""
+    seen = []
+
+    def residual(x):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+        return jnp.log(x) - np.log([1e-3, 0.5])
+
+    fit = least_squares(residual, np.array([5.0, 5.0]), bounds=(np.array([1 / 64, 0.0]), None))
+    jax.effects_barrier()
+    assert len(seen) > 3 and min(x[0] for x in seen) >= 1 / 64 and min(x[1] for x in seen) >= 0
+    np.testing.assert_allclose(fit.params, [1 / 64, 0.5], rtol=1e-9)
+    assert fit.success and float(fit.params[0]) == 1 / 64
+
+
+def test_bounds_batch_differentiate_and_take_trees(x64):
+    y = np.asarray(decay({"size": 2.0, "rate": 1.5, "shift": -0.3}, 0.0))
+    low = {"size": 0.0, "rate": 0.0, "shift": 0.0}
+
+    def rate(y, floor):
+        start = {"size": 1.0, "rate": 1.0, "shift": 0.5}
+        return least_squares(decay, start, args=(y,), bounds=(low | {"shift": floor}, None)).params["rate"]
+
+    both = jax.jit(jax.vmap(rate, (None, 0)))(y, jnp.array([-1.0, 0.0]))
+    np.testing.assert_allclose(both, [rate(y, -1.0), rate(y, 0.0)], rtol=1e-8)
+    assert abs(both[0] - 1.5) < 1e-7 and both[1] > 1.6
+    difference = (rate(y, 1e-5) - rate(y, -1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(rate, 1)(y, 0.0), difference, rtol=1e-5)
+    assert jax.grad(rate, 1)(y, -1.0) == 0
+
+
 def test_float32_and_shapes():
     fit = least_squares(lambda p: {"a": p[0] - 1, "b": p[1:] * 2 - 3}, jnp.zeros((3, 2)))
     assert fit.params.dtype == jnp.float32 and fit.success
@@ -205,6 +284,11 @@ def test_float32_and_shapes():
         (lambda: least_squares(rosenbrock, jnp.ones(2), tol=-1), ValueError, "tol=-1"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), max_iterations=1.5), ValueError, "max_iterations=1.5"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), has_aux=True), TypeError, "has_aux=True"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), bounds=(1, 0)), ValueError, "lower 1 is above upper 0"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), bounds=3), ValueError, "two parts are needed"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), bounds=({"a": 0}, None)), ValueError, "or a tree like params"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), bounds=(np.zeros(3), None)), ValueError, "has the shape"),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), bounds=(jnp.nan, None)), ValueError, "a bound is NaN"),
     ],
 )
 def test_bad_input_is_refused_by_name(call, error, words):

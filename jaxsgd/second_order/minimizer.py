@@ -11,14 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsgd.numerics import widest
-from jaxsgd.paths import leaf_names, nearest
+from jaxsgd.paths import nearest
 from jaxsgd.second_order.bfgs import BFGS, ConjugateGradient
 from jaxsgd.second_order.descent import End, Limits, Setting, descend
 from jaxsgd.second_order.implicit import differentiable
 from jaxsgd.second_order.lbfgsb import LBFGSB
 from jaxsgd.second_order.limited_memory import LBFGS
 from jaxsgd.second_order.newton_methods import Newton, trust_region
-from jaxsgd.second_order.objective import Space, Vector, check_fun, check_start, hoist, is_concrete, is_split
+from jaxsgd.second_order.objective import (
+    Space,
+    Vector,
+    check_bounds,
+    check_fun,
+    check_start,
+    hoist,
+    is_split,
+)
 from jaxsgd.second_order.result import Result
 
 __all__ = ["METHODS", "minimize"]
@@ -116,7 +124,7 @@ def minimize(
     check_fun(fun)
     method = _method(method, bounds)
     params = check_start(params)
-    limits = None if bounds is None else _bounds(bounds, params)
+    limits = None if bounds is None else check_bounds(bounds, params)
     if limits is not None:
         params = jax.tree.map(jnp.clip, params, *limits)
     size = sum(x.size for x in jax.tree.leaves(params))
@@ -207,49 +215,6 @@ def _method(method: Any, bounds: Any) -> str:
     if method not in ("lbfgs", "lbfgsb"):
         raise ValueError(f"bounds: method={method!r} has no bounds. Use method='lbfgsb'")
     return "lbfgsb"
-
-
-def _bounds(bounds: Any, params: Any) -> tuple[Any, Any]:
-    """Lower and upper bounds with the structure, shapes and dtypes of the parameters."""
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise ValueError(f"bounds={bounds!r}: two parts are needed. Use bounds=(lower, upper)")
-    lower = _side(bounds[0], params, "lower", -np.inf)
-    upper = _side(bounds[1], params, "upper", np.inf)
-    if is_concrete((lower, upper)):
-        rows = zip(leaf_names(params), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
-        for name, low, high in rows:
-            where = f" of {name!r}" if name else ""
-            if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
-                raise ValueError(f"bounds{where}: a bound is NaN. Use -inf and inf for no bound")
-            if bool(jnp.any(low > high)):
-                at = np.unravel_index(int(jnp.argmax(low - high)), low.shape)
-                raise ValueError(
-                    f"bounds{where}: lower {float(low[at]):.6g} is above upper {float(high[at]):.6g}. "
-                    "Use bounds=(lower, upper) with lower <= upper"
-                )
-    return lower, upper
-
-
-def _side(side: Any, params: Any, name: str, missing: float) -> Any:
-    side = missing if side is None else side
-    if np.ndim(side) == 0 and len(jax.tree.leaves(side)) == 1 and jax.tree.structure(side) == jax.tree.structure(0):
-        return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(side, x.dtype), x.shape), params)
-    if jax.tree.structure(side) != jax.tree.structure(params):
-        raise ValueError(
-            f"bounds: the {name} bound is {jax.tree.structure(side)}, params is {jax.tree.structure(params)}. "
-            "Use a number, None or a tree like params"
-        )
-
-    def shaped(bound: Any, x: Any) -> jax.Array:
-        try:
-            return jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape)
-        except ValueError:
-            raise ValueError(
-                f"bounds: the {name} bound has the shape {np.shape(bound)}, its parameter {x.shape}. "
-                "Use a tree of arrays like params"
-            ) from None
-
-    return jax.tree.map(shaped, side, params)
 
 
 def _check_output(out: Any, has_aux: bool) -> None:

@@ -14,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxsgd.numerics import widest
 from jaxsgd.paths import check_params, leaf_names
 
-__all__ = ["Space", "check_fun", "check_start", "hoist", "is_concrete", "is_split"]
+__all__ = ["Space", "check_bounds", "check_fun", "check_start", "hoist", "is_concrete", "is_split"]
 
 Vector = list[jax.Array]
 """A point or direction: one flat array, or for sharded parameters one array a leaf."""
@@ -80,6 +80,57 @@ def check_start(params: Any) -> Any:
                 raise ValueError(f"{_where(params, i)} is not finite at the start. Use a finite start")
         out.append(array)
     return treedef.unflatten(out)
+
+
+def check_bounds(bounds: Any, params: Any) -> tuple[Any, Any]:
+    """Lower and upper bounds with the structure, shapes and dtypes of the parameters.
+
+    Args:
+      bounds: ``(lower, upper)``, each a number, None or a tree like ``params``.
+      params: a pytree of floating-point arrays.
+
+    Raises:
+      ValueError: bounds crossed, NaN, or of another structure or shape.
+    """
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise ValueError(f"bounds={bounds!r}: two parts are needed. Use bounds=(lower, upper)")
+    lower = _side(bounds[0], params, "lower", -np.inf)
+    upper = _side(bounds[1], params, "upper", np.inf)
+    if is_concrete((lower, upper)):
+        rows = zip(leaf_names(params), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
+        for name, low, high in rows:
+            where = f" of {name!r}" if name else ""
+            if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
+                raise ValueError(f"bounds{where}: a bound is NaN. Use -inf and inf for no bound")
+            if bool(jnp.any(low > high)):
+                at = np.unravel_index(int(jnp.argmax(low - high)), low.shape)
+                raise ValueError(
+                    f"bounds{where}: lower {float(low[at]):.6g} is above upper {float(high[at]):.6g}. "
+                    "Use bounds=(lower, upper) with lower <= upper"
+                )
+    return lower, upper
+
+
+def _side(side: Any, params: Any, name: str, missing: float) -> Any:
+    side = missing if side is None else side
+    if np.ndim(side) == 0 and len(jax.tree.leaves(side)) == 1 and jax.tree.structure(side) == jax.tree.structure(0):
+        return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(side, x.dtype), x.shape), params)
+    if jax.tree.structure(side) != jax.tree.structure(params):
+        raise ValueError(
+            f"bounds: the {name} bound is {jax.tree.structure(side)}, params is {jax.tree.structure(params)}. "
+            "Use a number, None or a tree like params"
+        )
+
+    def shaped(bound: Any, x: Any) -> jax.Array:
+        try:
+            return jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape)
+        except ValueError:
+            raise ValueError(
+                f"bounds: the {name} bound has the shape {np.shape(bound)}, its parameter {x.shape}. "
+                "Use a tree of arrays like params"
+            ) from None
+
+    return jax.tree.map(shaped, side, params)
 
 
 def _where(params: Any, i: int) -> str:

@@ -16,11 +16,13 @@ from jaxsgd.matrices import singular_vectors, triangle
 from jaxsgd.numerics import widest
 from jaxsgd.paths import nearest
 from jaxsgd.second_order.implicit import differentiable
-from jaxsgd.second_order.objective import Space, check_start, hoist, is_concrete
+from jaxsgd.second_order.objective import Space, check_bounds, check_start, hoist, is_concrete
 from jaxsgd.second_order.result import Result, Status
 
 __all__ = ["least_squares"]
 
+LOST = 1e-3
+"""A parameter has lost its effect where its column of the Jacobian is below this share of its largest norm."""
 METHODS = ("lm", "dogleg", "gauss_newton")
 Method = Literal["lm", "dogleg", "gauss_newton"]
 
@@ -34,17 +36,23 @@ def least_squares(
     has_aux: bool = False,
     tol: float | None = None,
     max_iterations: int | None = None,
+    bounds: tuple[Any, Any] | None = None,
     callback: Callable[[Result], Any] | None = None,
 ) -> Result:
     r"""Minimize half the sum of squared residuals: $\min_p \frac12 \lVert r(p) \rVert^2$.
 
     Every method factors the Jacobian by QR and never forms its square, which would lose half the digits. Parameters
     are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region that ends
-    without convergence is tried once more from the start without scales; the better end counts.
+    without convergence, or where a parameter has lost its effect on the residuals, is tried once more from the start
+    without scales; the better end counts.
 
     - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
     - ``"dogleg"``: a trust region with a path of two pieces (Powell 1970). A step costs less.
     - ``"gauss_newton"``: full steps, shortened until the residuals shrink. For good starts and small residuals.
+
+    With ``bounds`` every method solves its step for the parameters that are free. A parameter that the step would take
+    out stays at its bound, and the others are solved for again. A step along the projected gradient replaces it where
+    that predicts a larger decrease. Every residual is computed inside the bounds.
 
     Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
     from the implicit function theorem; they hold at a minimum.
@@ -59,15 +67,18 @@ def least_squares(
         residuals. Default: the square root of the rounding unit, 1.5e-8 in float64: the linear model then predicts a
         relative decrease of the sum of squares below rounding.
       max_iterations: the largest number of trial steps. Default: ``100 * (parameters + 1)``, at least 200.
+      bounds: ``(lower, upper)``, each a number, None or a tree like ``params``. The start is moved inside them.
+        Default: None.
       callback: called with the `Result` so far after every trial step. Default: None.
 
     Returns:
       A `Result` for the best point: ``value`` is half the sum of squares, ``grad_norm`` the largest absolute entry of
-      ``J' r``, ``evaluations`` the number of residuals computed.
+      ``J' r``, with bounds of the projected gradient, ``evaluations`` the number of residuals computed.
 
     Raises:
       TypeError: the residual or the start are not real and floating; an argument is of the wrong kind.
-      ValueError: the residual is a scalar; the start is not finite; an unknown method; a limit out of its range.
+      ValueError: the residual is a scalar; the start is not finite; an unknown method; a limit out of its range;
+        bounds crossed or of another structure.
 
     >>> import jax.numpy as jnp
     >>> t = jnp.linspace(0.0, 1.0, 20)
@@ -83,6 +94,9 @@ def least_squares(
     if not isinstance(args, tuple):
         raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(x, y)")
     start = check_start(params)
+    limits = None if bounds is None else check_bounds(bounds, start)
+    if limits is not None:
+        start = jax.tree.map(jnp.clip, start, *limits)
     space = Space(start)
     if max_iterations is None:
         max_iterations = max(200, 100 * (space.size + 1))
@@ -96,11 +110,11 @@ def least_squares(
     options = _Options(method, int(max_iterations), bool(has_aux), callback)
 
     pure = functools.partial(_residual, residual, has_aux)
-    traced = not is_concrete((start, arrays, tolerance))
+    traced = not is_concrete((start, limits, arrays, tolerance))
     if traced or not _is_closed(residual, pure, start, arrays):
         fun, consts = hoist(pure, start, arrays)
-        return _solve(fun, options, tolerance, start, arrays, consts)
-    return _compiled(residual, options, tolerance, start, arrays)
+        return _solve(fun, options, tolerance, start, limits, arrays, consts)
+    return _compiled(residual, options, tolerance, start, limits, arrays)
 
 
 class _Options(NamedTuple):
@@ -152,24 +166,26 @@ def _is_closed(residual: Any, pure: Callable[..., Any], start: Any, arrays: Any)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(residual: Any, options: _Options, tol: jax.Array, start: Any, arrays: Any) -> Result:
+def _compiled(residual: Any, options: _Options, tol: jax.Array, start: Any, limits: Any, arrays: Any) -> Result:
     fun, consts = hoist(functools.partial(_residual, residual, options.has_aux), start, arrays)
-    return _solve(fun, options, tol, start, arrays, consts)
+    return _solve(fun, options, tol, start, limits, arrays, consts)
 
 
-def _solve(fun: Callable[..., Any], options: _Options, tol: jax.Array, start: Any, arrays: Any, consts: Any) -> Result:
+def _solve(
+    fun: Callable[..., Any], options: _Options, tol: jax.Array, start: Any, limits: Any, arrays: Any, consts: Any
+) -> Result:
     """The result, with its derivative in ``(arrays, consts)``."""
 
-    def solver(start: Any, bounds: None, data: Any) -> Result:
+    def solver(start: Any, bounds: Any, data: Any) -> Result:
         arrays, consts, tol = data
-        return _search(lambda p: fun(consts, p, arrays), options, tol, start)
+        return _search(lambda p: fun(consts, p, arrays), options, tol, start, bounds)
 
     def value(params: Any, data: Any) -> tuple[jax.Array, Any]:
         arrays, consts, _ = data
         r, aux = fun(consts, params, arrays)
         return jnp.sum(r * r) / 2, aux
 
-    result = differentiable(solver, value, has_aux=True)(start, None, (arrays, consts, tol))
+    result = differentiable(solver, value, has_aux=True)(start, limits, (arrays, consts, tol))
     return result
 
 
@@ -301,9 +317,68 @@ def _gauss_newton(model: _Model, radius: jax.Array) -> jax.Array:
 STEPS = {"lm": _lm, "dogleg": _dogleg, "gauss_newton": _gauss_newton}
 
 
-def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol: jax.Array, start: Any) -> Result:
+class _Box(NamedTuple):
+    """Lower and upper bounds as flat vectors."""
+
+    lower: jax.Array
+    upper: jax.Array
+
+    def holds(self, x: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Which parameters are at a bound that the gradient pushes them against."""
+        return ((x <= self.lower) & (gradient >= 0)) | ((x >= self.upper) & (gradient <= 0))
+
+
+def _boxed_step(
+    step_of: Callable[[_Model, jax.Array], jax.Array], s: _State, box: _Box, shrinks: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The scaled step inside the bounds, and the point that it leads to.
+
+    Args:
+      step_of: the step of a model without bounds.
+      s: the search.
+      box: the bounds.
+      shrinks: whether the radius is a length. Otherwise it is a share of the full step.
+    """
+    n = s.x.shape[0]
+    j, c = s.factor[:, :n] / s.scale, s.factor[:, n]
+    low, high = (box.lower - s.x) * s.scale, (box.upper - s.x) * s.scale
+    gradient = c @ j
+    held = box.holds(s.x, gradient)
+
+    def body(carry: Any) -> Any:
+        fixed, moved, _, _ = carry
+        rest = c + j @ moved
+        used = jnp.sum(moved * moved)
+        radius = jnp.sqrt(jnp.maximum(s.radius**2 - used, 0.01 * s.radius**2)) if shrinks else s.radius
+        model = _model(jnp.concatenate([jnp.where(fixed, 0, j), rest[:, None]], 1), jnp.ones_like(s.scale))
+        step = jnp.where(fixed, moved, step_of(model, radius))
+        out = ~fixed & ((step < low) | (step > high))
+        step = jnp.clip(step, low, high)
+        return fixed | out, jnp.where(fixed | out, step, 0), step, jnp.any(out)
+
+    zero = jnp.zeros_like(s.x)
+    # Each turn but the last fixes one parameter more, so that it ends.
+    inward = jax.lax.while_loop(lambda carry: carry[3], body, (held, zero, zero, jnp.ones((), bool)))[2]
+    down = jnp.where(held, 0, -gradient)
+    square, bend = jnp.sum(down * down), jnp.sum((j @ down) ** 2)
+    length = jnp.where(square > 0, jnp.sqrt(square), 1)
+    full = square / jnp.where(bend > 0, bend, 1)
+    far = jnp.minimum(full, s.radius / length) if shrinks else s.radius * full
+    along = far * 0.25 ** jnp.arange(16, dtype=s.x.dtype)
+    steps = jnp.concatenate([inward[None], jnp.clip(along[:, None] * down, low, high)])
+    moved = steps @ j.T
+    best = steps[jnp.argmin(jnp.sum(moved * (moved + 2 * c), 1))]
+    x = jnp.clip(s.x + best / s.scale, box.lower, box.upper)
+    # A parameter that reaches its bound is exactly there, whatever the rounding.
+    return best, jnp.where(best <= low, box.lower, jnp.where(best >= high, box.upper, x))
+
+
+def _search(
+    fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol: jax.Array, start: Any, bounds: Any
+) -> Result:
     space = Space(start)
     (x,) = space.vector(start)
+    box = None if bounds is None else _Box(*(space.vector(side)[0] for side in bounds))
     n, dtype = space.size, x.dtype
     eps = jnp.finfo(dtype).eps
     free = options.method != "gauss_newton"
@@ -321,22 +396,30 @@ def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol:
         both = jnp.where(good, jnp.concatenate([j, r[:, None]], axis=1), 0)
         return triangle(both), jax.vmap(_norm, in_axes=1)(both[:, :n]), good
 
+    def free_part(s: _State) -> jax.Array:
+        """The factor without the columns of parameters that a bound holds."""
+        if box is None:
+            return s.factor
+        held = box.holds(s.x, s.factor[:, n] @ s.factor[:, :n])
+        return jnp.where(jnp.append(held, False), 0, s.factor)
+
     def angles(s: _State) -> tuple[_Model, jax.Array, jax.Array]:
         """The model in units of J's columns, the share of r that J explains, and the largest cosine of r and a column.
 
         Along directions that J hardly sees, rounding is all that it explains: the cosines do not see those.
         """
-        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        factor = free_part(s)
+        columns = jax.vmap(_norm, in_axes=1)(factor[:, :n])
         columns = jnp.where(columns > 0, columns, 1)
-        model = _model(s.factor, columns)
+        model = _model(factor, columns)
         norm = jnp.where(s.norm > 0, s.norm, 1)
-        cosine = jnp.max(jnp.abs((s.factor[:, n] / norm) @ (s.factor[:, :n] / columns)))
+        cosine = jnp.max(jnp.abs((factor[:, n] / norm) @ (factor[:, :n] / columns)))
         return model, _norm(jnp.where(model.s > 0, model.c, 0)) / norm, cosine
 
     def code_of(s: _State) -> jax.Array:
         """The status at a new point, from the unconstrained step."""
         model, explained, cosine = angles(s)
-        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        columns = jax.vmap(_norm, in_axes=1)(free_part(s)[:, :n])
         small = _norm(model.step(jnp.zeros((), dtype))) <= eps ** (2 / 3) * _norm(columns * s.x)
         code = jnp.where(small, Status.CONVERGED_STEP, Status.RUNNING)
         code = jnp.where(s.norm <= eps * jnp.minimum(first, 1), Status.CONVERGED_VALUE, code)
@@ -357,15 +440,17 @@ def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol:
         return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
 
     def body(scaled: bool, s: _State) -> _State:
-        model = _model(s.factor, s.scale)
-        step = STEPS[options.method](model, s.radius)
+        if box is None:
+            step = STEPS[options.method](_model(s.factor, s.scale), s.radius)
+            x = s.x + step / s.scale
+        else:
+            step, x = _boxed_step(STEPS[options.method], s, box, free)
         length = _norm(step)
-        x = s.x + step / s.scale
         r = residuals(x)
         norm = _norm(r)
-        moved = model.s * (model.vt @ step)
+        moved, rest = s.factor[:, :n] @ (step / s.scale), s.factor[:, n]
         # Relative to the sum of squares: by the linear model, and in truth.
-        predicted = -jnp.sum(moved * (moved + 2 * model.c) / s.norm / s.norm)
+        predicted = -jnp.sum(moved * (moved + 2 * rest) / s.norm / s.norm)
         actual = jnp.where(norm < 10 * s.norm, (1 - norm / s.norm) * (1 + norm / s.norm), -1)
         actual = jnp.where(jnp.isfinite(norm), actual, -1)
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0)
@@ -377,7 +462,7 @@ def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol:
         ratio = jnp.where(wanted & ~good, -1, ratio)
         if free:
             # A parabola through both values and the slope says where the minimum along the step is.
-            slope = -jnp.sum(moved * model.c / s.norm / s.norm)
+            slope = -jnp.sum(moved * rest / s.norm / s.norm)
             shorter = jnp.where(actual >= 0, 0.5, 0.5 * slope / jnp.maximum(slope - actual / 2, eps))
             shorter = jnp.clip(jnp.where(jnp.isfinite(norm), shorter, 0.1), 0.1, 0.5)
             radius = jnp.where(s.trials == 0, jnp.minimum(s.radius, length), s.radius)
@@ -413,6 +498,8 @@ def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol:
 
     def _result(s: _State) -> Result:
         gradient = s.factor[:, :n].T @ s.factor[:, n]
+        if box is not None:
+            gradient = s.x - jnp.clip(s.x - gradient, box.lower, box.upper)
         value = s.norm * s.norm / 2
         params = space.tree([s.x])
         return Result(params, value, jnp.max(jnp.abs(gradient)), s.iterations, s.trials + 1, s.code, None)
@@ -427,10 +514,13 @@ def _search(fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol:
     s = search(begin(True), True)
     if free:
         # Scales from a far start may hold the search back: once more without, from the start.
-        done = (s.code <= Status.CONVERGED_STEP) | (s.code == Status.NOT_FINITE_START)
+        success = s.code <= Status.CONVERGED_STEP
+        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        lost = jnp.any(columns <= LOST * s.scale) & (s.norm > eps**0.5 * first)
+        done = (success & ~lost) | (s.code == Status.NOT_FINITE_START)
         other = begin(False)
         other = search(other._replace(code=jnp.where(done, s.code, other.code)), False)
-        better = ~done & (other.norm <= s.norm)
+        better = ~done & (other.norm <= jnp.where(success, 0.999 * s.norm, s.norm))
         trials, iterations = s.trials + other.trials, s.iterations + other.iterations
         s = jax.tree.map(lambda a, b: jnp.where(better, a, b), other, s)
         s = s._replace(trials=trials, iterations=iterations)
