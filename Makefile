@@ -1,6 +1,7 @@
 # Two commands, each does all its set-up in .venv from nothing and re-uses it when current.
 #   make train   train a Flax model on real digits through jaxsgd
 #   make test    lint, types, docs in step with the code, tests
+#   make quick   lint and the tests that find most mistakes, in a minute
 #   make slow    the tests that test leaves out
 #   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB); CI runs all
 PYTHON ?= python3
@@ -8,13 +9,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
+FIRST := layers rooms numerics momentum record adding_a_rule transforms train
 # Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
-.PHONY: help train test slow compilers plans lint format tables clean
+.PHONY: help train quick test slow packagers package compilers plans lint format tables clean
 
 help:
-	@echo "make train | test | slow | plans | lint | format | tables | clean"
+	@echo "make train | quick | test | slow | package | plans | lint | format | tables | clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,6 +45,18 @@ lint: $(VENV)/.test
 test: lint
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
+quick: $(VENV)/.test
+	$(RUN) -m ruff check .
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(FIRST:%=tests/test_%.py) $(ARGS)
+
+packagers: $(VENV)/.test
+	$(PIP) 'build>=1.2' 'twine>=6'
+
+package: packagers
+	rm -rf dist
+	$(RUN) -m build --outdir dist
+	$(RUN) -m twine check --strict dist/*
+
 slow: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
@@ -66,4 +80,4 @@ tables: $(VENV)/.test
 	$(RUN) tools/stubs.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-compilers .cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(VENV)-compilers dist .cache .pytest_cache .ruff_cache .hypothesis runs

@@ -1,6 +1,6 @@
 """A progress bar for what takes longer than one wants to wait in silence.
 
-Floor 0. Drawn by rich, which Flax brings along.
+Drawn by rich.
 """
 
 from __future__ import annotations
