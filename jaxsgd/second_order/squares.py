@@ -42,9 +42,9 @@ def least_squares(
     r"""Minimize half the sum of squared residuals: $\min_p \frac12 \lVert r(p) \rVert^2$.
 
     Every method factors the Jacobian by QR and never forms its square, which would lose half the digits. Parameters
-    are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region that ends
-    without convergence, or where a parameter has lost its effect on the residuals, is tried once more from the start
-    without scales; the better end counts.
+    are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region is tried once
+    more from the start, without scales, where it ends without convergence or with a Jacobian that has lost its rank or
+    the effect of a parameter. The better end counts, and ``evaluations`` counts both.
 
     - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
     - ``"dogleg"``: a trust region with a path of two pieces (Powell 1970). A step costs less.
@@ -386,7 +386,8 @@ def _search(
     def residuals(x: jax.Array) -> jax.Array:
         return fun(space.tree([x]))[0].astype(dtype)
 
-    jacobian = jax.jacfwd(residuals) if n <= jax.eval_shape(residuals, x).shape[0] else jax.jacrev(residuals)
+    count = jax.eval_shape(residuals, x).shape[0]
+    jacobian = jax.jacfwd(residuals) if n <= count else jax.jacrev(residuals)
 
     def factored(x: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """R of ``[J | r]``, the norms of J's columns, and whether both are finite."""
@@ -416,6 +417,11 @@ def _search(
         cosine = jnp.max(jnp.abs((factor[:, n] / norm) @ (factor[:, :n] / columns)))
         return model, _norm(jnp.where(model.s > 0, model.c, 0)) / norm, cosine
 
+    def deficient(factor: jax.Array, columns: jax.Array) -> jax.Array:
+        """Whether the Jacobian, in units of its columns, has not the rank of its shape."""
+        s = _model(factor, jnp.where(columns > 0, columns, 1)).s
+        return s[min(n, count) - 1] <= eps**0.5 * s[0]
+
     def code_of(s: _State) -> jax.Array:
         """The status at a new point, from the unconstrained step."""
         model, explained, cosine = angles(s)
@@ -435,7 +441,8 @@ def _search(
     def begin(scaled: bool) -> _State:
         scale = jnp.where(columns > 0, columns, 1) if scaled else jnp.ones_like(columns)
         far = _norm(scale * x)
-        radius = 100 * jnp.where(far > 0, far, 1) if free else jnp.ones((), dtype)
+        # Without scales the first region is as large as the parameters: the second search takes care.
+        radius = (100 if scaled else 1) * jnp.where(far > 0, far, 1) if free else jnp.ones((), dtype)
         s = _State(x, r, first, factor, scale, radius, zero, zero, zero, jnp.zeros((), bool))
         return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
 
@@ -516,7 +523,8 @@ def _search(
         # Scales from a far start may hold the search back: once more without, from the start.
         success = s.code <= Status.CONVERGED_STEP
         columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
-        lost = jnp.any(columns <= LOST * s.scale) & (s.norm > eps**0.5 * first)
+        lost = jnp.any(columns <= LOST * s.scale) | deficient(s.factor, columns)
+        lost &= s.norm > eps**0.5 * first
         done = (success & ~lost) | (s.code == Status.NOT_FINITE_START)
         other = begin(False)
         other = search(other._replace(code=jnp.where(done, s.code, other.code)), False)
