@@ -1,10 +1,13 @@
 """jaxsgd: the optimization toolkit for JAX. Every update rule, one equation each, proven.
 
 A family of rules lists its public names in its own ``__all__``, so that adding a rule touches one file.
-`jaxsgd.plot` needs matplotlib and is imported on demand.
+`jaxsgd.plot`, `jaxsgd.checkpoint` and `jaxsgd.testing` are imported when they are first used.
 """
 
 # ruff: noqa: F403, F405
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.curvature.sharpness import Sharpness, sharpness
@@ -55,6 +58,16 @@ from jaxsgd.tuning.probe import Probe, probe
 from jaxsgd.tuning.range_test import RangeTest, range_test
 
 __version__ = "0.1.0"
+
+_ON_DEMAND = ("checkpoint", "planning", "plot", "testing")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """A room that is imported when it is first used, since it needs an extra or takes long."""
+    if name in _ON_DEMAND:
+        return _importlib.import_module(f"jaxsgd.{name}")
+    raise AttributeError(f"module 'jaxsgd' has no attribute {name!r}")
+
 
 __all__ = [
     "RULES",

@@ -6,6 +6,10 @@ from typing import Any
 
 import optax
 
+from jaxsgd import checkpoint as checkpoint
+from jaxsgd import planning as planning
+from jaxsgd import plot as plot
+from jaxsgd import testing as testing
 from jaxsgd import torch as torch
 from jaxsgd.lift import Transformation
 from jaxsgd.paths import Groups
