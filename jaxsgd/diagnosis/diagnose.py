@@ -286,8 +286,8 @@ def _ordered(pattern: _Pattern, epoch: int | None, knobs: Knobs) -> Finding:
     text = (
         f"the loss repeats a pattern of {period} steps: is that your epoch, with batches in the same order each time?"
     )
-    advice = f"if so, say steps_per_epoch={period} and {copy}; if not, say steps_per_epoch=1: "
-    return Finding(Verdict.EPOCH_PATTERN, text, numbers, advice + f"the steps then overshoot, {_calmer(period, knobs)}")
+    advice = f"if so, say steps_per_epoch={period} and {copy}; if not, the steps overshoot: {_calmer(period, knobs)}"
+    return Finding(Verdict.EPOCH_PATTERN, text, numbers, advice)
 
 
 # -- findings ------------------------------------------------------------------------------------------

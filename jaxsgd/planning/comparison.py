@@ -51,7 +51,13 @@ class Comparison(Report):
 
     @property
     def why(self) -> tuple[str, ...]:
-        return ("bytes are of one device; the bound is the least time of a step by the datasheet, no prediction",)
+        said = "; the bound is the least time of a step by the datasheet, no prediction" if self._timed else ""
+        return (f"bytes are of one device{said}",)
+
+    @property
+    def _timed(self) -> bool:
+        """Whether a bound is known of any."""
+        return any(p.bound is not None for p in self.plans)
 
     @property
     def next(self) -> tuple[str, ...]:
@@ -60,25 +66,30 @@ class Comparison(Report):
     @property
     def table(self) -> Table:
         """A row for each plan."""
-        columns = (
+        columns = [
             Column("plan", kind="text"), Column("devices"), Column("needs", kind="bytes"), Column("has", kind="bytes"),
-            Column("spare", kind="bytes"), Column("fits"), Column("bound", "ms"), Column("by", kind="text"),
+            Column("spare", kind="bytes"), Column("fits"),
+        ]  # fmt: skip
+        columns += [Column("bound", "ms"), Column("by", kind="text")] if self._timed else []
+        columns += [
             Column("params", kind="bytes"), Column("state", kind="bytes"), Column("temporaries", kind="bytes"),
             Column("operations"), Column("bytes moved", kind="bytes"), Column("sent", kind="bytes"),
             Column("compile time", "s"),
-        )  # fmt: skip
+        ]  # fmt: skip
         best = self.best
         index = None if best is None else self.plans.index(best)
-        return Table(columns, tuple(map(_row, self.plans)), index, self.summary.rpartition(" has ")[2])
+        return Table(
+            tuple(columns), tuple(_row(p, self._timed) for p in self.plans), index, self.summary.rpartition(" has ")[2]
+        )
 
     @property
     def details(self) -> tuple[Plan, ...]:
         return self.plans
 
 
-def _row(p: Plan) -> tuple[object, ...]:
+def _row(p: Plan, timed: bool) -> tuple[object, ...]:
     rest = p.needs - p.parts["params"] - p.state_bytes - p.parts["batch"] - p.parts.get("model state", 0)
-    bound = (None, None) if p.bound is None else (p.bound.seconds * 1e3, p.bound.by)
+    bound = () if not timed else (None, None) if p.bound is None else (p.bound.seconds * 1e3, p.bound.by)
     return (
         p.label, p.devices, p.needs, p.available, p.headroom, p.fits, *bound, p.parts["params"], p.state_bytes, rest,
         float(sum(p.flops.values())), p.hbm_bytes, sum(c.wire for c in p.collectives.values()), p.compile_seconds,

@@ -171,7 +171,7 @@ class Pick(Report):
     def table(self) -> Table:
         """A row for each candidate, the lowest mean first."""
         columns = (
-            Column("rule", kind="text"), Column("loss"), Column("standard error"), Column("rate"),
+            Column("rule", kind="text"), Column("loss"), Column("error"), Column("rate"),
             Column("good rates"), Column("width", "decades"), Column("steps"), Column("diverged"),
         )  # fmt: skip
         rows = tuple(
