@@ -131,6 +131,21 @@ def test_the_rhythm_of_an_epoch_is_no_oscillation(epoch, seed):
         assert diagnose(y, steps_per_epoch=1).verdict == "oscillating"
 
 
+@pytest.mark.parametrize("spacing", [2, 10])
+def test_steps_are_counted_where_not_all_are_recorded(spacing):
+    """Of batches in a fixed order, 22 an epoch, every second or tenth loss: the pattern is of 22 or 110 steps."""
+    rng, t = np.random.default_rng(0), np.arange(2400)
+    y = noisy(0.5 + 2 * np.exp(-t / 300) + np.resize(0.3 * rng.standard_normal(22), 2400), 0.01)
+    records = [{"step": int(i) + 1, "loss": float(y[i])} for i in t[::spacing]]
+    length = {2: 22, 10: 110}[spacing]
+    assert f"a pattern of {length} steps" in diagnose(records).why[-1]
+    said = diagnose(records, steps_per_epoch=22)
+    assert said.verdict == "good" and said.findings[-1].numbers["period"] == length
+    ring = noisy(0.5 + 2 * np.exp(-t / 300) + 0.3 * np.sin(2 * np.pi * t / 175), 0.01)
+    said = diagnose([{"step": int(i) + 1, "loss": float(ring[i])} for i in t[::spacing]], steps_per_epoch=22)
+    assert said.verdict == "oscillating" and abs(said.findings[0].numbers["period"] - 175) < 3
+
+
 def test_a_ring_in_batches_of_a_fixed_order_is_seen():
     """A period that is no multiple of the epoch, and a sine of a whole period, which is asked about."""
     pattern = np.array([0.3, -0.3, 0.1, -0.2, 0.1])

@@ -196,6 +196,8 @@ def _of_curve(
         numbers = {"points": len(y), "start": float(y[0]), "end": float(y[-1]), "fall": float(y[0] - y[-1])}
         text = f"{len(y)} points; at least {SHORTEST} are needed"
         return [Finding(Verdict.TOO_SHORT, text, numbers, "record more steps")], numbers
+    spacing = max(1, round(float(np.median(np.diff(steps)))))  # not every step may be recorded
+    epoch = None if epoch is None else epoch // math.gcd(epoch, spacing)
     y, pattern = _without_order(y, epoch)
     jumps = spikes(y)
     calm = without(y, jumps)
@@ -209,8 +211,8 @@ def _of_curve(
     if jumps and (swings is None or swings.regularity < 0.5):  # of a strong rhythm the spikes are the crests
         swings = _swings(calm, epoch, pattern)
     out = [
-        _diverged(y, seen, knobs), *_jumping(steps, y, jumps, seen, told, knobs), _swinging(seen, swings, knobs, epoch),
-        _overfitting(told, seen), _levels(steps, calm, seen, best_known, knobs, numbers),
+        _diverged(y, seen, knobs), *_jumping(steps, y, jumps, seen, told, knobs),
+        _swinging(seen, swings, knobs, epoch, spacing), _overfitting(told, seen), _levels(steps, calm, seen, best_known, knobs, numbers),
     ]  # fmt: skip
     found = [f for f in out if f is not None]
     order = list(Verdict)
@@ -223,7 +225,7 @@ def _of_curve(
             calmly |= {Verdict.STUCK, Verdict.TOO_SLOW, Verdict.PLATEAU}
         found = [f for f in found if f.verdict not in calmly]
     if pattern is not None:
-        found.append(_ordered(pattern, epoch, knobs))
+        found.append(_ordered(pattern, epoch, knobs, spacing))
     if not finite.all():
         lost = int((~finite).sum())
         text = f"the loss was not finite in {lost} of {len(raw)} steps and came back"
@@ -236,7 +238,7 @@ def _of_curve(
 
 
 class _Pattern(NamedTuple):
-    """What repeats exactly: its length, and its share of the noise."""
+    """What repeats exactly: its length in points, and its share of the noise."""
 
     period: int
     share: float
@@ -276,17 +278,19 @@ def _large(swings: Oscillation, seen: Shape) -> float:
     return share if share >= SWING else 0.0
 
 
-def _ordered(pattern: _Pattern, epoch: int | None, knobs: Knobs) -> Finding:
-    period, share = pattern
+def _ordered(pattern: _Pattern, epoch: int | None, knobs: Knobs, spacing: int) -> Finding:
+    period, share = pattern.period * spacing, pattern.share
     numbers = {"period": float(period), "share": share}
     copy = "shuffle each epoch, and copy the indices of a batch: a slice of an array shuffled in place changes with it"
     if epoch is not None:
-        text = f"{share:.0%} of the noise repeats each epoch of {epoch} steps: the batches come in the same order"
+        text = f"{share:.0%} of the noise repeats every {period} steps: the batches come in the same order each epoch"
         return Finding(Verdict.EPOCH_PATTERN, text, numbers, copy)
     text = (
         f"the loss repeats a pattern of {period} steps: is that your epoch, with batches in the same order each time?"
     )
-    advice = f"if so, say steps_per_epoch={period} and {copy}; if not, the steps overshoot: {_calmer(period, knobs)}"
+    advice = (
+        f"if so, say steps_per_epoch={period} and {copy}; if not, the steps overshoot: {_calmer(pattern.period, knobs)}"
+    )
     return Finding(Verdict.EPOCH_PATTERN, text, numbers, advice)
 
 
@@ -374,21 +378,22 @@ def _jumping(
     return [Finding(Verdict.SPIKES, text, numbers, advice)]
 
 
-def _swinging(seen: Shape, swings: Oscillation | None, knobs: Knobs, epoch: int | None) -> Finding | None:
+def _swinging(seen: Shape, swings: Oscillation | None, knobs: Knobs, epoch: int | None, spacing: int) -> Finding | None:
     share = 0.0 if swings is None else _large(swings, seen)
     if swings is None or not share:
         return None
+    period = swings.period * spacing
     numbers = {
-        "period": swings.period, "regularity": swings.regularity, "reversal": swings.reversal, "swing": swings.swing,
+        "period": period, "regularity": swings.regularity, "reversal": swings.reversal, "swing": swings.swing,
         "swing_over_fall": share,
     }  # fmt: skip
     text = (
-        f"the loss swings by {number(swings.swing)} ({number(share, 2)} of its fall) every {number(swings.period)} "
+        f"the loss swings by {number(swings.swing)} ({number(share, 2)} of its fall) every {number(period)} "
         f"steps (autocorrelation {swings.regularity:.2f} there, {swings.reversal:.2f} half-way)"
     )
     advice = ("the steps overshoot: " if swings.period < 4 else "it rings: ") + _calmer(swings.period, knobs)
     if epoch is None and swings.whole:
-        advice = f"period {round(swings.period)}: is that your epoch? Then say steps_per_epoch=; if not, {advice}"
+        advice = f"period {round(period)}: is that your epoch? Then say steps_per_epoch=; if not, {advice}"
     return Finding(Verdict.OSCILLATING, text, numbers, advice)
 
 
