@@ -212,7 +212,8 @@ def _of_curve(
         swings = _swings(calm, epoch, pattern)
     out = [
         _diverged(y, seen, knobs), *_jumping(steps, y, jumps, seen, told, knobs),
-        _swinging(seen, swings, knobs, epoch, spacing), _overfitting(told, seen), _levels(steps, calm, seen, best_known, knobs, numbers),
+        _swinging(seen, swings, knobs, epoch, spacing), _overfitting(told, seen),
+        _levels(steps, calm, seen, best_known, knobs, numbers),
     ]  # fmt: skip
     found = [f for f in out if f is not None]
     order = list(Verdict)
