@@ -182,6 +182,9 @@ def test_cannot_tell_where_there_is_no_gradient():
         and "at least" in str(told.doubling())
     )
     assert told.critical_batch_size == told.low
+    nothing = NoiseScale(math.inf, math.inf, 0.0, math.inf, False, -0.1, 0.2, 4.0, 1.0, 2, 64, math.inf, 9.0, 64)
+    assert nothing.summary == "nothing is known of the noise scale: the gradient is lost in the noise of 128 examples"
+    assert nothing.why == () and "512 examples or more" in nothing.next[0] and "at least 0" not in str(nothing)
     with pytest.raises(ValueError, match="not known"):
         scale_learning_rate(0.1, 64, 128, "noise_scale", noise_scale=told)
 

@@ -115,7 +115,8 @@ class Sweep(Report):
         row = rows[best]
         at = _at(row, self._names)
         runs = f", the mean of {row['members']} runs" if row["members"] > 1 else ""
-        return f"{at} is best, with loss {number(row['mean'])}{runs}"
+        none = "no run lowered its loss: " if row["mean"] >= row["start"] else ""
+        return f"{none}{at} is best, with loss {number(row['mean'])}{runs}"
 
     @property
     def why(self) -> tuple[str, ...]:
