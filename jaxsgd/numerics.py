@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
+    "as_key",
     "compensated",
     "conjugated",
     "debias",
@@ -50,6 +51,24 @@ def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
 def is_key(x: Any) -> bool:
     """Whether ``x`` is an array, or the shape of one, of typed PRNG keys."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def as_key(key: Any) -> jax.Array:
+    """A PRNG key: that of a seed, or the key itself, typed or of two uint32 numbers.
+
+    Raises:
+      TypeError: it is none of these.
+
+    >>> as_key(0).dtype, as_key(jax.random.key(1)).shape
+    (key<fry>, ())
+    """
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", 0)
+    if is_key(key) and ndim == 0 or dtype == jnp.uint32 and ndim == 1:
+        return key
+    whole = isinstance(key, int) or dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+    if not whole or isinstance(key, bool) or ndim:
+        raise TypeError(f"key={key!r}: a seed or a key is needed. Use a whole number or jax.random.key(0)")
+    return jax.random.key(key)
 
 
 def wide(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
-from jaxsgd.numerics import is_key, wide
+from jaxsgd.numerics import as_key, is_key, wide
 from jaxsgd.train_state import TrainState
 
 __all__ = ["batch_statistics"]
@@ -20,7 +20,12 @@ TOLERANCE = 1e-3
 
 
 def batch_statistics(
-    state: TrainState, loss_fn: Callable[..., Any], batches: Iterable[Any], *, params: Any = None, key: int = 0
+    state: TrainState,
+    loss_fn: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    params: Any = None,
+    key: int | jax.Array = 0,
 ) -> Any:
     """Compute the batch statistics of the weights to evaluate, from a few batches.
 
@@ -37,7 +42,7 @@ def batch_statistics(
       loss_fn: the loss of the training, see `jaxsgd.make_step`.
       batches: an iterable of batches; some hundreds of examples in all are enough.
       params: the weights. Default: ``state.eval_params``.
-      key: the seed of the loss's random numbers, such as dropout's. Default: 0.
+      key: a seed or a key, of the loss's random numbers, such as dropout's. Default: 0.
 
     Returns:
       A tree like ``state.model_state``. ``state.model_with(statistics)`` is the NNX model with it.
@@ -64,7 +69,7 @@ def batch_statistics(
     def after(value: Any, leaves: list[Any], params: Any, batch: Any, index: Any) -> list[jax.Array]:
         """The statistics after one batch, where all were ``value`` before."""
         filled = [jnp.full_like(x, value) if n else x for x, n in zip(leaves, numbers, strict=True)]
-        rng = jax.random.fold_in(jax.random.key(key), index)
+        rng = jax.random.fold_in(as_key(key), index)
         carried = call_loss(read, state.graphdef, params, treedef.unflatten(filled), batch, rng)[1][0]
         return [wide(x) for x, n in zip(jax.tree.leaves(carried), numbers, strict=True) if n]
 

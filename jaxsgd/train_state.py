@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.annotations import unplaced
 from jaxsgd.models import has_statistics, is_linen, is_module, make_serializable, merge_model, split_model
-from jaxsgd.numerics import strong
+from jaxsgd.numerics import as_key, strong
 from jaxsgd.paths import check_optimizer, check_params, is_function
 from jaxsgd.rules.averaging import averages_in, eval_params
 from jaxsgd.sharding import compiled_init, param_sharding, put, state_sharding
@@ -130,7 +130,7 @@ class TrainState:
             raise TypeError(
                 f"model: a linen module has no parameters. Use {type(model).__name__}(...).init(key, x)['params']"
             )
-        key = jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
+        key = jnp.array(as_key(key), copy=True)
         by_function = is_function(model) and not is_module(model)
         if not by_function:
             refuse_deleted("model", model)

@@ -73,3 +73,30 @@ def test_stochastic_rounding_at_the_ends():
     assert np.isfinite(out[5])
     with pytest.raises(ValueError, match="to bfloat16; got dtype=float16"):
         numerics.stochastic_round(ends, jnp.float16, jnp.zeros(ends.shape, jnp.uint16))
+
+
+def test_a_seed_or_a_key_everywhere():
+    """One reading of a seed or a key, with the same answer from each entry point."""
+    import jaxsgd
+    from jaxsgd.numerics import as_key
+
+    same = [3, np.int64(3), np.uint8(3), jnp.int32(3), jax.random.key(3)]
+    assert all(bool(jnp.all(jax.random.key_data(as_key(x)) == jax.random.key_data(jax.random.key(3)))) for x in same)
+    old = jax.random.PRNGKey(3)
+    assert as_key(old) is old
+    params, batches = {"w": jnp.ones(4)}, [np.full((8, 4), i, np.float32) for i in range(1, 4)]
+    loss_fn = lambda params, batch, key: jnp.mean((batch @ params["w"]) ** 2)
+    tx = jaxsgd.sgd(1e-3)
+    tools = {
+        "create": lambda key: jaxsgd.TrainState.create(params, tx, key=key),
+        "sharpness": lambda key: jaxsgd.sharpness(loss_fn, params, batches[0], key=key),
+        "noise_scale": lambda key: jaxsgd.noise_scale(loss_fn, params, batches, key=key),
+        "plan": lambda key: jaxsgd.plan(loss_fn, params, tx, batches[0], key=key),
+    }
+    for name, tool in tools.items():
+        for key in (np.int64(3), jax.random.key(3), old):
+            tool(key)
+        for wrong in (1.5, "a", True, jnp.ones(3)):
+            with pytest.raises(TypeError, match="key=.*a seed or a key is needed"):
+                tool(wrong)
+                pytest.fail(f"{name}: key={wrong!r} was accepted")

@@ -19,6 +19,7 @@ from jaxsgd.curvature.linear_response import Response, read_rule
 from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
+from jaxsgd.numerics import as_key
 from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.progress import Bar
 from jaxsgd.report import Column, Report, Table, number, span
@@ -328,7 +329,7 @@ def _curvature(loss_fn: Any, model: Any, batch: Any, microbatches: int, key: Any
             raise ValueError(f"microbatches={microbatches}: a list of batches is split already. Use one of the two")
         check_divides(batch, microbatches, f"{microbatches} microbatches")
         batch, several = jax.tree.map(lambda x: _split(x, microbatches), batch), True
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     names = tuple(leaf_names(params))
     return Curvature.of(loss_fn, graphdef, params, model_state, batch, several, key, names), params
 

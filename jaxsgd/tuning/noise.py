@@ -16,7 +16,7 @@ import scipy
 from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.ensemble.feed import Feed, is_one_batch
 from jaxsgd.ensemble.losses import pure_loss, takes
-from jaxsgd.numerics import differentiable, sq, wide, widest, zeros
+from jaxsgd.numerics import as_key, differentiable, sq, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, is_function
 from jaxsgd.progress import Bar
 from jaxsgd.transforms.moving import moving
@@ -122,7 +122,7 @@ def noise_scale(
         )
     elif population is None and not _whole(batches, taking):
         population = math.inf
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
 
     grad = jax.grad(fn, allow_int=True) if gradient is jax.grad else gradient(fn)
     take = jax.jit(_part(grad, moves), donate_argnums=1)
