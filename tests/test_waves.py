@@ -229,6 +229,7 @@ def processes(count, port, out):
     return dict(np.load(out))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.xdist_group("multihost")
 def test_two_processes_of_two_devices_give_the_results_of_one_with_four(tmp_path):
