@@ -261,6 +261,40 @@ def test_bounds_batch_differentiate_and_take_trees(x64):
     assert jax.grad(rate, 1)(y, -1.0) == 0
 
 
+T01 = np.linspace(0.0, 1.0, 20)
+NO_MINIMUM = {
+    "a plateau": (lambda x: jnp.exp(-x * x) + 1, [7.0], {Status.STEP_TOO_SMALL}),
+    "a saddle": (lambda x: jnp.stack([x[0] ** 2 - 1, x[1]]), [0.0, 1.0], {Status.SADDLE_POINT}),
+    "a maximum": (lambda x: x * x - 1, [0.0, 0.0], {Status.SADDLE_POINT}),
+    "no minimum": (lambda x: jnp.arctan(x) - 2, [0.0], {Status.STEP_TOO_SMALL, Status.ITERATION_LIMIT}),
+    "a start that is infinite": (lambda x: 1 / x, [0.0], {Status.NOT_FINITE_START}),
+    "a Jacobian that is infinite": (lambda x: jnp.sqrt(jnp.abs(x)) + x, [0.0], {Status.NOT_FINITE_START}),
+    "NaN on the way": (lambda x: jnp.where(x > 1.5, jnp.nan, x - 3), [0.0], {Status.NOT_FINITE}),
+}
+MINIMUM = {
+    "a Jacobian without full rank": (lambda x: (x[0] + x[1]) * T01 - jnp.sin(3 * T01), [1.0, 2.0], 1.76596122),
+    "a parameter without effect": (lambda x: jnp.stack([x[0] - 1 + 0 * x[1], 2 * x[0] - 3]), [3.0, 5.0], 0.1),
+    "fewer residuals than parameters": (lambda x: jnp.stack([x[0] * x[1] - 1, x[2] ** 2 - 2]), [3.0, 1.0, 1.0], 0.0),
+    "scales of 16 orders": (lambda x: jnp.stack([1e8 * (x[0] - 1e-6), 1e-8 * (x[1] - 1e9)]), [1.0, 1.0], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NO_MINIMUM)
+def test_no_success_is_none(name, x64):
+    fn, start, statuses = NO_MINIMUM[name]
+    fit = least_squares(fn, np.array(start))
+    assert fit.status in statuses, fit.status.name
+    assert not fit.success and np.isfinite(fit.params).all()
+
+
+@pytest.mark.parametrize("name", MINIMUM)
+def test_a_minimum_is_a_success(name, x64):
+    fn, start, value = MINIMUM[name]
+    fit = least_squares(fn, np.array(start))
+    assert fit.success, str(fit)
+    np.testing.assert_allclose(fit.value, value, rtol=1e-7, atol=1e-14)
+
+
 def test_float32_and_shapes():
     fit = least_squares(lambda p: {"a": p[0] - 1, "b": p[1:] * 2 - 3}, jnp.zeros((3, 2)))
     assert fit.params.dtype == jnp.float32 and fit.success

@@ -54,6 +54,10 @@ def least_squares(
     out stays at its bound, and the others are solved for again. A step along the projected gradient replaces it where
     that predicts a larger decrease. Every residual is computed inside the bounds.
 
+    Where the gradient is zero, the solver checks the curvature along the singular vectors of the Jacobian and along
+    single parameters. If it is negative, the status is ``SADDLE_POINT``, which is no success. The check needs at least
+    as many residuals as parameters.
+
     Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
     from the implicit function theorem; they hold at a minimum.
 
@@ -503,6 +507,29 @@ def _search(
             jax.debug.callback(options.callback, _result(new))
         return new
 
+    def bent(s: _State) -> jax.Array:
+        """Whether the sum of squares has negative curvature along a direction of the Jacobian.
+
+        Residuals along ``v`` are ``r + t J v + t^2 r''(v, v) / 2``: the curvature is ``|J v|^2 + r' r''(v, v)``.
+        """
+        factor = free_part(s)
+        columns = jax.vmap(_norm, in_axes=1)(factor[:, :n])
+        # Where J vanishes all directions are alike: those of single parameters are as good as any.
+        both = jnp.concatenate([_model(factor, jnp.where(columns > 0, columns, 1)).vt, jnp.eye(n, dtype=dtype)])
+        both = both / jnp.where(columns > 0, columns, 1)
+        if box is not None:
+            both = jnp.where(box.holds(s.x, s.factor[:, n] @ s.factor[:, :n]), 0, both)
+
+        def along(v: jax.Array) -> jax.Array:
+            def slope(x: jax.Array) -> jax.Array:
+                return jax.jvp(residuals, (x,), (v,))[1]
+
+            first, second = jax.jvp(slope, (s.x,), (v,))
+            convex, other = jnp.sum(first * first), jnp.sum(s.r * second)
+            return convex + other < -1e-3 * (convex + _norm(s.r) * _norm(second))
+
+        return jnp.any(jax.vmap(along)(both))
+
     def _result(s: _State) -> Result:
         gradient = s.factor[:, :n].T @ s.factor[:, n]
         if box is not None:
@@ -532,5 +559,9 @@ def _search(
         trials, iterations = s.trials + other.trials, s.iterations + other.iterations
         s = jax.tree.map(lambda a, b: jnp.where(better, a, b), other, s)
         s = s._replace(trials=trials, iterations=iterations)
+    if n <= count:
+        # Otherwise J may come from a function with reverse mode alone, and there are many directions.
+        saddle = (s.code == Status.CONVERGED_GRADIENT) & bent(s)
+        s = s._replace(code=jnp.where(saddle, Status.SADDLE_POINT, s.code).astype(jnp.int32))
     result = _result(s)
     return dataclasses.replace(result, aux=fun(result.params)[1])
