@@ -280,7 +280,7 @@ def test_multipliers_frozen_leaves_and_decay_count(x64):
     np.testing.assert_allclose(coupled.threshold, 3.8 / 60, rtol=1e-5)
     plain = sharpness(loss, params, h, tx=jaxsgd.sgd(0.1, weight_decay=10.0))
     np.testing.assert_allclose(plain.threshold, 2 / 60, rtol=1e-5)
-    assert plain.summary == "learning rate 0.1 is 3x beyond the threshold 0.0333 of sgd"
+    assert plain.summary == "learning rate 0.1 is 3x the threshold 0.0333 of sgd: unstable"
 
 
 def squared_loss(p, batch):

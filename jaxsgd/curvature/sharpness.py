@@ -112,10 +112,9 @@ class Sharpness(Report):
             named = ", ".join(f"{name} {number(value)}" for name, value in self.thresholds.items())
             return f"the largest stable learning rates are {named}"
         assert self.ratio is not None
-        ends = f"the threshold {number(self.threshold)} of {self.rule}"
-        if self.ratio > 1:
-            return f"learning rate {number(self.learning_rate)} is {number(self.ratio)}x beyond {ends}"
-        return f"learning rate {number(self.learning_rate)} is {number(self.ratio)}x {ends}: stable"
+        said = "unstable" if self.ratio > 1 else "stable"
+        ends = f"the threshold {number(self.threshold)} of {self.rule}: {said}"
+        return f"learning rate {number(self.learning_rate)} is {number(self.ratio)}x {ends}"
 
     @property
     def why(self) -> tuple[str, ...]:
@@ -172,7 +171,7 @@ class Sharpness(Report):
         if self.preconditioned is not None and self.preconditioner is not None:
             columns += [Column(f"preconditioned by {self.rule}"), Column("its error")]
             parts.append(self.preconditioned)
-        names = ["largest", *(f"{i}." for i in range(2, len(self.hessian.eigenvalues) + 1)), "smallest"]
+        names = ["largest", *(f"no. {i}" for i in range(2, len(self.hessian.eigenvalues) + 1)), "smallest"]
         rows = []
         for i, name in enumerate(names):
             row: list[Any] = [name]
