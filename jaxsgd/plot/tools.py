@@ -185,10 +185,9 @@ def noise_scale(result: NoiseScale) -> Figure:
     ax.axvline(result.batch_size, color=INK, linewidth=1.0, linestyle=":", label=f"batch of {result.batch_size}")
     log_axis(ax.xaxis)
     log_axis(ax.yaxis)
-    labelled(
-        ax, f"Noise scale {number(result.scale)}: cost of getting equally far", "batch size", "multiple of the fewest"
-    )
-    ax.legend(frameon=False, fontsize=8)
+    title = f"Noise scale {number(result.scale)}: cost of getting equally far"
+    labelled(ax, title, "batch size", "multiple of the fewest")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return figure
 
 
