@@ -2,6 +2,7 @@
 #   make train   train a Flax model on real digits through jaxsgd
 #   make test    lint, types, docs in step with the code, tests
 #   make quick   lint and the tests that find most mistakes, in a minute
+#   make site    the documents as a site, in site/
 #   make slow    the tests that test leaves out
 #   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB); CI runs all
 PYTHON ?= python3
@@ -13,10 +14,10 @@ FIRST := layers rooms numerics momentum record adding_a_rule transforms train
 # Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
-.PHONY: help train quick test slow packagers package compilers plans lint format tables clean
+.PHONY: help train quick test slow packagers package sitemakers site compilers plans lint format tables clean
 
 help:
-	@echo "make train | quick | test | slow | package | plans | lint | format | tables | clean"
+	@echo "make train | quick | test | slow | package | site | plans | lint | format | tables | clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,6 +58,15 @@ package: packagers
 	$(RUN) -m build --outdir dist
 	$(RUN) -m twine check --strict dist/*
 
+$(VENV)/.docs: $(VENV)/.test
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+sitemakers: $(VENV)/.docs
+
+site: sitemakers
+	PYTHONPATH=tools NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(RUN) -m mkdocs build --quiet --strict
+
 slow: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
@@ -80,4 +90,4 @@ tables: $(VENV)/.test
 	$(RUN) tools/stubs.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-compilers dist .cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(VENV)-compilers dist site .cache .pytest_cache .ruff_cache .hypothesis runs

@@ -1,0 +1,199 @@
+"""Pages of the site that are made from the code, and equations as MathML. mkdocs calls the functions `on_...`.
+
+    make site   # builds site/, a warning is an error
+
+Made are the front page (README.md), a page for each rule, and the API with the docstring of every public name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import latex2mathml.converter
+from mkdocs.structure.files import File, Files
+from stubs import homes
+
+import jaxsgd
+from jaxsgd.cards import agreement, arguments, digits, family, like, state_bytes, titled
+from jaxsgd.registry import RULES, Rule
+
+ROOT = pathlib.Path(__file__).parent.parent
+CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+EQUATION = re.compile(r"\$([^$\n]+)\$")
+REFERENCE = re.compile(r"(?<!`)`(jaxsgd\.[\w.]+)`(?!`)")
+TOPICS = {
+    "Train": ["TrainState", "make_step", "Step", "Recorder", "checked", "check_donation", "batch_statistics", "metrics",
+              "with_hyper", "eval_params", "look_ahead", "describe", "State"],
+    "Shard": ["shard_batch", "init_sharded", "assert_sharded", "state_sharding"],
+    "Store": ["Storage", "plain", "cast", "int8", "migrate"],
+    "Tune": ["probe", "Probe", "range_test", "RangeTest", "sweep", "Sweep", "pick", "Pick", "sharpness", "Sharpness",
+             "noise_scale", "NoiseScale", "scale_learning_rate", "diagnose", "Diagnosis"],
+    "Plan": ["plan"],
+    "Second order": ["minimize", "least_squares", "lbfgs", "newton", "newton_cg", "gauss_newton", "split_loss"],
+    "Write a rule": ["rule", "wrapper", "Rule"],
+}  # fmt: skip
+"""Headings of the API page and the names below them; all others follow under the rooms that they are written in."""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made."""
+    pages = {"index.md": front_page(), "api.md": api_index()}
+    pages |= {f"rules/{name}.md": rule_page(rule) for name, rule in RULES.items()}
+    pages |= api_pages()
+    for uri, text in pages.items():
+        files.append(File.generated(config, uri, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Equations between dollars as MathML; names of rules in the table of rules lead to their pages."""
+    if page.file.src_uri == "rules.md":
+        markdown = re.sub(r"\[`(\w+)`\]\(#\w+\)", r"[`\1`](rules/\1.md)", markdown)
+    parts = CODE.split(markdown)  # code is every second one
+    parts[::2] = [EQUATION.sub(lambda found: mathml(found[1]), part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def mathml(text: str, display: str = "inline") -> str:
+    """LaTeX as MathML in one line."""
+    made = latex2mathml.converter.convert(text, display=display).replace("\n", " ")
+    return f"<span>{made}</span>" if display == "inline" else made  # Markdown takes <math> for a block of its own
+
+
+def front_page() -> str:
+    """README.md with links that work below docs/."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"\]\(docs/rules\.md#(\w+)\)", r"](rules/\1.md)", text)
+    return re.sub(r"\]\(docs/", "](", text)
+
+
+# -- rules ----------------------------------------------------------------------------------------
+
+
+def rule_page(rule: Rule) -> str:
+    """A rule in full: equation, code, arguments, state, agreement, cost, relatives."""
+    name, source, equation = titled(rule.name, rule.title)
+    rest = rule.doc.split("\n\n", 1)[1:]
+    kept = state_bytes(rule)
+    shown = {n: "" if d is inspect.Parameter.empty else f"`{d!r}`" for n, d in arguments(rule).items()}
+    measured = agreement().get(rule.name, {})
+    others = [r.name for r in like(rule.name) if r.module == rule.module and r is not rule]
+    slots = [(f"`{n}`", kind(rule, n), f"{b:.3g}") for n, b in kept.items()]
+    parts = [
+        [f"# {rule.name}", "", f"**{name}** ({source})", "", shown_equation(equation), "", *map(ours, rest)],
+        ["```python", f"tx = jaxsgd.{rule.name}({example(rule)})", "```"],
+        ["## Arguments", "", *table(("argument", "default"), [(f"`{n}`", d) for n, d in shown.items()])],
+        ["Every rule also takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`."],
+        ["## State", "", f"{sum(kept.values()):.3g} bytes a parameter in float32."],
+        table(("slot", "kind", "bytes a parameter"), slots),
+        ["## Agreement", "", "The largest relative difference over 50 steps in float64."],
+        table(("compared with", "agrees"), [(package, digits(error)) for package, error in measured.items()]),
+        cost(rule.name),
+        ["## The code", "", "```python", code(rule), "```"],
+        ["## Related", "", ", ".join(f"[{other}]({other}.md)" for other in others) or "None."],
+        [f"Family: {family(rule)}."],
+    ]
+    lines = [line for part in parts for line in (*part, "")]
+    return "\n".join(lines) + "\n"
+
+
+def shown_equation(text: str) -> str:
+    """A single equation on a line of its own; words with equations among them as a sentence."""
+    alone = re.fullmatch(r"\$([^$]+)\$", text)
+    return mathml(alone[1], "block") if alone else text
+
+
+def ours(text: str) -> str:
+    """A docstring's text, in which names of the package are code, not links."""
+    return REFERENCE.sub(r"`\1`", text)
+
+
+def example(rule: Rule) -> str:
+    rate = "1e-3" if rule.usual_rate is None else f"{rule.usual_rate:g}"
+    first = next(iter(arguments(rule)), "")
+    return rate if first == "learning_rate" else ""
+
+
+def kind(rule: Rule, slot: str) -> str:
+    return rule.slots[slot].kind if slot in rule.slots else "other"
+
+
+def code(rule: Rule) -> str:
+    """The function that is the rule, without decorator and docstring."""
+    text = inspect.getsource(rule.fn)
+    text = text[text.index("def ") :]
+    return re.sub(r'\n    r?""".*?"""', "", text, count=1, flags=re.DOTALL).rstrip()
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return ["None."]
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def cost(name: str) -> list[str]:
+    """What the compilers for a v5e and an H100 say of the update."""
+    held: Mapping[str, Any] = json.loads((ROOT / "docs" / "ledger.json").read_text())["rows"].get(name, {})
+    rows = [
+        (device, storage, f"{row['bytes']:.3g}", f"{row['ratio']:.2f}", f"{row['fusions']:.3g}")
+        for storage, devices in held.items()
+        for device, row in devices.items()
+    ]
+    head = ("device", "storage", "bytes moved a parameter", "over the least", "fusions a parameter array")
+    return (
+        ["## Cost of an update", "", *table(head, rows), "", "From the compilers: [ledger](../ledger.md).", ""]
+        if rows
+        else []
+    )
+
+
+# -- the API --------------------------------------------------------------------------------------
+
+
+def public() -> dict[str, str]:
+    """Public name -> where it is written, for all names of `jaxsgd` that are no update rules and no modules."""
+    out = {}
+    for name, home in homes().items():
+        thing = getattr(jaxsgd, name)
+        if name not in RULES and not isinstance(thing, ModuleType) and not name.startswith("_"):
+            out[name] = f"{home}.{name}"
+    return out
+
+
+def topics() -> dict[str, list[str]]:
+    """Heading -> public names."""
+    names = public()
+    out = {title: [n for n in listed if n in names] for title, listed in TOPICS.items()}
+    placed = {n for listed in out.values() for n in listed}
+    out["Transform"] = sorted(n for n in names if n not in placed and ".transforms." in names[n])
+    placed |= set(out["Transform"])
+    out["Rules of rules, and their tools"] = sorted(n for n in names if n not in placed)
+    return out
+
+
+def slug(title: str) -> str:
+    return re.sub(r"\W+", "_", title.lower()).strip("_")
+
+
+def api_index() -> str:
+    """A list of all public names."""
+    lines = ["# API", "", "Every public name. The update rules have [pages of their own](rules.md).", ""]
+    for title, names in topics().items():
+        links = ", ".join(f"[`{name}`](api/{slug(title)}.md#{public()[name]})" for name in names)
+        lines += [f"**{title}**: {links}", ""]
+    return "\n".join(lines)
+
+
+def api_pages() -> dict[str, str]:
+    """A page for each heading, on which mkdocstrings writes the docstrings."""
+    places = public()
+    return {
+        f"api/{slug(title)}.md": "\n\n".join([f"# {title}", *(f"::: {places[name]}" for name in names)]) + "\n"
+        for title, names in topics().items()
+    }
