@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 from learning_rate_tasks import TASKS  # noqa: E402
 from probe_learning_rates import train  # noqa: E402
 
-VERDICTS = {"diverged", "oscillating", "too slow", "plateau", "good"}
+VERDICTS = {"diverged", "oscillating", "too low", "too high", "good"}
 CURVATURE = jnp.array([1.0, 3.0, 10.0])
 
 
@@ -48,28 +48,39 @@ WEIGHTS = {"w": jnp.zeros(4)}
 ONE = np.zeros(2, np.float32)
 
 
+def agrees_with_itself(found) -> None:
+    """The suggestion is in its range, no bad rate is, and the table shows a good rate where confidence is high."""
+    low, high = found.range
+    assert low <= found.learning_rate <= high
+    inside = {rate.verdict for rate in found.rates if low <= rate.learning_rate <= high}
+    assert inside <= {"good"}, str(found)
+    assert found.confidence != "high" or any(rate.verdict == "good" for rate in found.rates)
+    for rate in found.rates:
+        assert rate.verdict == "diverged" or rate.end <= 4 * rate.start, "above four times the start is diverged"
+
+
 def against_the_truth(name: str, *, every: int) -> None:
     """The suggestion reaches 95% of what the best rate reaches, and its training does not diverge."""
     task = TASKS[name]()
     found = probe(task.loss_fn, task.init(jax.random.key(0)), task.data(0), task.rule, steps=task.steps)
     assert found.learning_rate is not None and found.range is not None
-    assert found.steps <= 0.25 * task.steps and found.share == found.steps / task.steps
-    assert found.range[0] < found.learning_rate <= found.range[1]
-    rates = [found.learning_rate, *10.0 ** (np.arange(-24, 12, every) / 6)]
+    assert found.steps <= task.steps and found.share == found.steps / task.steps
+    agrees_with_itself(found)
+    rates = [found.learning_rate, *found.usual * 10.0 ** (np.arange(-12, 15, every) / 6)]
     runs = train(task, rates, 0)
     assert not runs.diverged[0]
     reached = (runs.start - runs.ends[0]) / (runs.start - runs.ends.min())
     assert reached >= 0.95, f"{name}: {reached:.3f} at {found.learning_rate}"
 
 
-@pytest.mark.parametrize("name", ["wine tanh momentum full", "iris mlp rmsprop full"])
+@pytest.mark.parametrize("name", ["wine tanh momentum full", "diabetes linear sgd"])
 def test_reaches_what_the_best_rate_reaches(name):
     against_the_truth(name, every=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["digits mlp sgd full", "digits layernorm lion", "text bigram adam", "cancer mlp adagrad"]
+    "name", ["digits mlp sgd full", "digits layernorm lion", "topics bigram adam", "cancer mlp adagrad"]
 )
 def test_reaches_what_the_best_rate_reaches_slow(name):
     against_the_truth(name, every=2)
@@ -77,13 +88,12 @@ def test_reaches_what_the_best_rate_reaches_slow(name):
 
 def test_the_edge_of_stability_of_a_bowl():
     found = probe(bowl, START, ONE, jaxsgd.sgd, steps=400, around=1e-3)  # a hundred times too low
-    assert found.learning_rate is not None and 0.02 < found.learning_rate < 0.2 / 1.4
+    assert found.learning_rate is not None and 0.05 < found.learning_rate < 0.2
     verdicts = {rate.learning_rate: rate.verdict for rate in found.rates}
     assert set(verdicts.values()) <= VERDICTS
     assert all(v in ("diverged", "oscillating") for r, v in verdicts.items() if r > 0.21), verdicts
-    assert verdicts[min(verdicts)] == "too slow" and "good" in verdicts.values()
-    unstable = min(r for r, v in verdicts.items() if v in ("diverged", "oscillating"))
-    assert found.learning_rate <= unstable / 2.5 + 1e-9
+    assert verdicts[min(verdicts)] == "too low"
+    agrees_with_itself(found)
     assert all(math.isfinite(rate.number) and rate.why for rate in found.rates)
     assert np.allclose(START["x"], 1.0)  # left as it is
 
@@ -107,24 +117,25 @@ def test_the_curves_are_the_trainings():
     row = found.losses[found.rates.index(longest)]
     np.testing.assert_allclose(row[: longest.steps], losses, rtol=1e-4)
     text = str(found)
-    assert f"learning rate {found.learning_rate:.2g}" in text and "verdict" in text and f"{found.steps} steps" in text
+    assert text.startswith(f"learning rate {found.learning_rate:g}") and "verdict" in text
+    assert f"{found.steps} steps taken" in text and "the longest runs" in text
 
 
 @pytest.mark.parametrize("steps", [24, 100, 1000])
 def test_the_budget_holds(steps):
-    found = probe(noisy, WEIGHTS, regression, jaxsgd.momentum, steps=steps)
+    found = probe(noisy, WEIGHTS, regression, jaxsgd.momentum, steps=steps, share=0.25)
     assert found.steps <= steps // 4
     # What a row shows is what was spent, but for the step that a diverging rate did not live through and the control.
     rows = sum(rate.steps + (rate.verdict == "diverged") for rate in found.rates)
-    assert rows <= found.steps <= rows + max(4, steps // 64)
+    assert rows <= found.steps <= rows + max(4, steps // 128)
     if steps == 24:
         assert found.learning_rate is None or found.confidence == "low", str(found)
 
 
 def test_the_range_test_shares_the_budget():
-    found = probe(noisy, WEIGHTS, regression, jaxsgd.sgd, steps=400, range_test=True)
+    found = probe(noisy, WEIGHTS, regression, jaxsgd.sgd, steps=400, range_test=True, share=0.25)
     assert found.steps <= 100 and found.range_test is not None and 0 < found.range_test.steps <= 33
-    assert "range test" in str(found)
+    assert "range test" in found.text(verbose=True)
 
 
 def nothing(params, batch):
@@ -167,7 +178,7 @@ def test_no_good_rate(loss, data, words):
     assert found.learning_rate is None and found.range is None
     assert str(found).startswith("no good rate found") and words in found.why[0], str(found)
     assert all(rate.verdict != "good" for rate in found.rates), "none is good, none is called so"
-    assert found.steps <= 75
+    assert found.steps <= 300
 
 
 def test_models_and_data_in_every_form():
@@ -207,20 +218,45 @@ def test_rules_in_every_form():
         probe(noisy, WEIGHTS, regression, jaxsgd.sgd(0.1))  # type: ignore[arg-type]
 
 
-def test_a_warm_up_is_known():
-    """In a long warm-up the short trainings see a fraction of the rate; the suggestion makes up for it."""
+@pytest.mark.parametrize("of", [jaxsgd.sgd, optax.sgd, optax.adam])
+def test_a_schedule_is_seen(of):
+    """Of any transformation, by its state alone."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 20, 100)
+    seen = manner(lambda learning_rate: of(lambda count: learning_rate * shape(count)), 100)
+    np.testing.assert_allclose(seen.schedule, shape(np.arange(100)), atol=1e-5)
+    assert seen.every == 1 and not seen.constant and manner(of, 50).constant
+
+
+def test_short_runs_see_the_whole_schedule():
+    """A long warm-up does not make the suggestion too high: at its peak the rate has to be stable."""
     shape = optax.linear_schedule(0.0, 1.0, 200)
     warmed = lambda learning_rate: jaxsgd.sgd(lambda count: learning_rate * shape(count))  # noqa: E731
-    seen = manner(warmed, 400)
-    np.testing.assert_allclose(seen.schedule[:200], np.arange(200) / 200, rtol=1e-5)
     found = probe(bowl, START, ONE, warmed, steps=400)
-    assert found.learning_rate is not None and found.learning_rate < 0.2, str(found)
+    assert found.learning_rate is not None and 0.02 < found.learning_rate < 0.2, str(found)
     assert any("schedule" in reason for reason in found.why)
+    agrees_with_itself(found)
 
 
-def test_how_rules_step():
-    assert [manner(r, 50).proportional for r in (jaxsgd.sgd, jaxsgd.momentum, optax.sgd)] == [True] * 3
-    assert [manner(r, 50).proportional for r in (jaxsgd.adam, jaxsgd.lion, jaxsgd.rmsprop, jaxsgd.muon)] == [False] * 4
+@pytest.mark.parametrize("wrap", [jaxsgd.accumulate, lambda tx, k: optax.MultiSteps(tx, k).gradient_transformation()])
+def test_microbatches_are_not_steps(wrap):
+    """A run counts updates: with one in 16 calls, the suggestion is that of as many updates."""
+    rule = lambda learning_rate: wrap(jaxsgd.sgd(learning_rate), 16)  # noqa: E731
+    assert manner(rule, 200).every == 16
+    found = probe(bowl, START, ONE, rule, steps=1600, around=0.01)
+    plain = probe(bowl, START, ONE, jaxsgd.sgd, steps=100, around=0.01)
+    assert found.learning_rate is not None and plain.learning_rate is not None
+    assert 1 / 4 < found.learning_rate / plain.learning_rate < 4, f"{found}\n{plain}"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [jaxsgd.prodigy, jaxsgd.dog, optax.contrib.prodigy, lambda r: jaxsgd.mechanize(jaxsgd.adam(r)),
+     lambda r: optax.chain(optax.clip_by_global_norm(1.0), jaxsgd.dowg(r))],
+)  # fmt: skip
+def test_rules_that_set_their_rate_are_left_alone(rule):
+    found = probe(noisy, WEIGHTS, regression, rule, steps=200)
+    assert found.learning_rate == 1.0 and found.range == (1.0, 1.0) and found.steps == 0
+    assert "sets its own step size" in str(found) and "leave learning_rate at 1" in str(found)
 
 
 def slope(params, batch):
@@ -252,10 +288,10 @@ def test_a_range_test_of_a_bowl():
     "arguments, words",
     [
         ({"share": 0.0}, "share=0.0"),
-        ({"share": 1.5}, "share=1.5"),
-        ({"steps": 20}, "steps=20"),
+        ({"share": math.inf}, "share=inf"),
+        ({"steps": 5}, "steps=5"),
         ({"around": -1.0}, "around=-1.0"),
-        ({"steps": 100, "range_test": True}, "at least 30"),
+        ({"steps": 20, "range_test": True}, "at least 30"),
     ],
 )
 def test_arguments_are_checked(arguments, words):

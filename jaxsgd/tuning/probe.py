@@ -1,9 +1,8 @@
-"""The learning rate by short trainings: the recipe that people follow by hand.
+"""The learning rate by short runs: the recipe that people follow by hand.
 
-Rates a factor of ten apart are trained for a few steps from the same start on the same batches; where the best
-lies at the edge the grid grows; the gaps beside the best are filled; the best and its neighbours go on, for longer.
-What is best on a short horizon is too high for a long one, as noise and instability take their time: the suggestion
-lies below it.
+Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
+the edge, the grid grows. The gaps beside the best are filled; the best and its neighbours are trained further; the best
+two go on as long as the steps last. A schedule is applied as a whole in each run, however short.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxsgd.diagnosis.verdict import Verdict
 from jaxsgd.ensemble.feed import Feed
 from jaxsgd.ensemble.losses import takes
-from jaxsgd.paths import aligned
 from jaxsgd.progress import Bar
+from jaxsgd.report import Column, Report, Table, number, span
 from jaxsgd.rules.adaptive import adamw
 from jaxsgd.tuning.range_test import RangeTest, rising
 from jaxsgd.tuning.short_runs import (
@@ -30,6 +30,7 @@ from jaxsgd.tuning.short_runs import (
     checked_rule,
     manner,
     noise_of,
+    sets_rate,
     tail,
     usual_rate,
 )
@@ -38,33 +39,32 @@ __all__ = ["Probe", "Rate", "probe"]
 
 COARSE, FINE = 10.0, math.sqrt(10.0)
 """Factors between rates: of the first grid, and beside its best."""
-BELOW = {"same batch": 1.5, "proportional": 2.0, "normalised": 3.0}
-"""So far below the best of the short trainings lies the suggestion: without noise; where steps shrink with a gradient;
-and where they do not: there the floor under the loss, which takes long to reach, grows with the rate."""
-MARGIN = 2.5
-"""At least so far below the lowest rate that diverged or oscillated."""
-FIRST, CONTROL, LEAST = 16, 16, 4
-"""The first trainings take this part of the budget each; the control's another."""
-EXPLORING = 0.6
-"""The part of the budget after which the grid no longer grows."""
-GOOD = 0.8
+FIRST, MIDDLE, CONTROL, LEAST = 48, 8, 32, 4
+"""Parts of the budget: a first run, a middle run, the comparison with the start; and the least steps of a run."""
+UPDATES = 4
+"""The least updates of a run of a rule that updates once in several steps."""
+EXPLORING, WALKING = 0.4, 0.75
+"""The parts of the budget after which the grid no longer grows, and the middle runs no longer move."""
+GOOD = 0.9
 """A rate is good that lowers the loss by this much of what the best does in as many steps."""
+HIGH = 4.0
+"""A loss that ends so many times above the start has diverged."""
 RATES = 24
 """At most so many."""
 
 
 class Rate(NamedTuple):
-    """How one learning rate fared.
+    """The result of one learning rate.
 
     Attributes:
-      learning_rate, steps: the rate, and the steps it took.
-      start: the first loss, or, where that was a lucky one, the mean of the slowest rate over its first steps.
-      end: the mean over the second half of its steps.
+      learning_rate, steps: the rate, and the steps of its run.
+      start: the first loss, or the mean of the lowest rate over its first steps where that is higher.
+      end: the mean over the last quarter of its steps.
       decrease: ``start - end``.
-      verdict: ``"diverged"``, ``"oscillating"``, ``"too slow"``, ``"plateau"`` (above the best) or ``"good"``.
-      number: what the verdict rests on: the step it diverged at; the swing of the loss, or its climb, as a part of the
-        best's decrease; the decrease as a part of the best's in as many steps.
-      why: the same in words.
+      verdict: a `Verdict`: ``"diverged"``, ``"oscillating"``, ``"too low"``, ``"too high"`` or ``"good"``.
+      number: the evidence for the verdict: the step it diverged at; the swing of the loss, or its climb, as a part of
+        the best's decrease; the decrease as a part of the best's in as many steps.
+      why: the same as text.
     """
 
     learning_rate: float
@@ -77,27 +77,29 @@ class Rate(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True)
-class Probe:
+@dataclass(frozen=True, repr=False)
+class Probe(Report):
     """A learning rate with the evidence for it.
 
     Attributes:
-      learning_rate: the suggestion; None where no good rate was found, for the reason in ``why``.
+      learning_rate: the suggestion; None if no good rate was found, for the reason in ``why``.
       range: the rates ``(low, high)`` between which about as much is expected, or None.
-      confidence: ``"high"``, ``"medium"`` or ``"low"``; ``why`` says in words what it rests on.
+      confidence: ``"high"``, ``"medium"`` or ``"low"``.
+      why: the evidence, a sentence each.
       rates: a `Rate` for each learning rate tried, in rising order.
       losses: ``(rates, steps)``, the loss of each step, NaN where a rate was not trained any more.
-      horizon: steps of the longest trainings.
+      horizon: steps of the longest runs.
       p_value: how likely noise alone makes such a decrease, against the weights of the start on the same batches.
-      steps, share: steps taken in all, and as a part of a full training's.
+      steps, share: steps taken in all, and as a multiple of a full training's.
       usual: where the search began.
       range_test: the classical test, where it was asked for.
+      best: the rate with the lowest loss of the longest runs, or None.
     """
 
     learning_rate: float | None
     range: tuple[float, float] | None
     confidence: str
-    why: tuple[str, ...]
+    why: tuple[str, ...]  # type: ignore[misc]  # a field of this report
     rates: tuple[Rate, ...] = field(repr=False)
     losses: np.ndarray = field(repr=False)
     horizon: int
@@ -106,25 +108,50 @@ class Probe:
     share: float
     usual: float
     range_test: RangeTest | None = None
+    best: float | None = None
+    picture: ClassVar[str] = "probe"
 
     @property
     def learning_rates(self) -> np.ndarray:
         """The rates of the rows of ``losses``."""
         return np.array([rate.learning_rate for rate in self.rates])
 
-    def __str__(self) -> str:
-        first = f"no good rate found: {self.why[0]}"
-        if self.range is not None:
-            span = f"range {self.range[0]:.2g} to {self.range[1]:.2g}"
-            first = f"learning rate {self.learning_rate:.2g}, {span}; confidence {self.confidence}"
-        lines = [first, *(f"  {reason}" for reason in self.why[self.learning_rate is None :])]
-        rows = [("rate", "steps", "loss", "to", "verdict", "")]
-        rows += [
-            (f"{r.learning_rate:.2g}", str(r.steps), f"{r.start:.4g}", f"{r.end:.4g}", r.verdict, r.why)
-            for r in self.rates
-        ]
-        lines += [f"  {self.steps} steps taken, {self.share:.1%} of a training", "", aligned(rows)]
-        return "\n".join(lines if self.range_test is None else [*lines, "", str(self.range_test)])
+    @property
+    def summary(self) -> str:
+        """The suggestion in one sentence."""
+        if self.learning_rate is None or self.range is None:
+            return f"no good rate found: {self.why[0]}"
+        if not self.rates:
+            return f"learning rate {number(self.learning_rate)}: {self.why[0]}"
+        return f"learning rate {number(self.learning_rate)}, range {span(*self.range)}; confidence {self.confidence}"
+
+    @property
+    def next(self) -> tuple[str, ...]:
+        """What to do with it."""
+        if not self.rates:
+            return (f"leave learning_rate at {number(self.usual)}",)
+        if self.learning_rate is None:
+            return ("give more steps or larger batches, or check the loss; around= moves the search",)
+        if self.confidence == "high":
+            return (f"train with {number(self.learning_rate)}",)
+        return (f"train with {number(self.learning_rate)}; a larger share= or a sweep around it makes sure",)
+
+    @property
+    def table(self) -> Table:
+        """A row for each rate; the best of the longest runs is marked."""
+        columns = (
+            Column("rate"), Column("steps"), Column("loss"), Column("to"), Column("verdict", kind="text"),
+            Column("because", kind="text"),
+        )  # fmt: skip
+        rows = tuple((r.learning_rate, r.steps, r.start, r.end, str(r.verdict), r.why) for r in self.rates)
+        best = next((i for i, r in enumerate(self.rates) if r.learning_rate == self.best), None)
+        mark = f"best of the longest runs ({self.horizon} steps)"
+        return Table(columns, rows, best, mark, f"{self.steps} steps taken, {self.share:.1%} of a training")
+
+    @property
+    def details(self) -> tuple[Table | Report | str, ...]:
+        """The range test, where there was one."""
+        return () if self.range_test is None else (self.range_test,)
 
 
 def probe(
@@ -134,37 +161,46 @@ def probe(
     rule: Callable[[Any], Any] = adamw,
     *,
     steps: int = 1000,
-    share: float = 0.25,
+    share: float = 1.0,
     around: float | None = None,
     range_test: bool = False,
     key: int | jax.Array = 0,
     progress: bool | None = None,
 ) -> Probe:
-    """A learning rate for a training of ``steps`` steps, from short trainings at several rates.
+    """Learning rate for a training of ``steps`` steps, from short runs at several rates.
 
-    All trainings begin at ``params``, see the same batches and are one compiled program. The steps of all of them
-    together are at most ``share`` of ``steps``; one that diverges costs nothing more.
+    All runs begin at ``params``, see the same batches and are one compiled program. The steps of all of them together
+    are at most ``share`` times ``steps``. A run that diverges stops there.
 
     Args:
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``; for a TrainState with a
         model state as in `jaxsgd.make_step`.
       params: a tree of parameters, an ``nnx.Module`` or a `jaxsgd.TrainState`; left as it is. The optimizer
-        begins anew.
+        starts fresh.
       data: a list of batches, an iterator, a function of the step, or the one batch of all steps. As many batches as
-        the longest training takes are held on to. A list ``[x, y]`` of arrays is one batch where the loss takes only
-        the whole of it.
-      rule: a rule, or a function of the learning rate that gives a gradient transformation, with clipping or a schedule
-        in it. Any schedule of optax will do, those that test their peak in Python too.
-      steps: of the training that the rate is for.
-      share: the part of them that the probe may take.
-      around: where to begin; by default the rule's usual rate.
-      range_test: also make the range test, with a third of the steps.
-      key: of the random numbers in the loss.
-      progress: a bar, after two seconds; by default where somebody looks.
+        the longest run takes stay in memory. A list ``[x, y]`` of arrays is one batch where the loss takes only
+        the whole list.
+      rule: a rule, or a function of the learning rate that returns a gradient transformation, with clipping or a
+        schedule in it. Any schedule of optax works. Short runs see the whole schedule, compressed. Default: AdamW.
+      steps: calls of the train step in the training that the rate is for. With `jaxsgd.accumulate` or MultiSteps a call
+        takes one microbatch. Default: 1000.
+      share: the cost, in trainings. Default: 1, so the probe costs as much as one whole training.
+      around: the rate at which the search begins. Default: the rule's usual rate.
+      range_test: also make the range test, with a third of the steps. Default: False.
+      key: a seed or a key for the random numbers in the loss. Default: 0.
+      progress: show a bar after two seconds. Default: on if stderr is a terminal.
+
+    Returns:
+      A `Probe`. For a rule that sets its own step size, such as Prodigy, it says so and trains nothing.
 
     Raises:
       ValueError: fewer than 6 steps to spend (30 with the range test); ``around`` not above 0.
       TypeError: ``rule`` is a gradient transformation.
+
+    >>> import jax.numpy as jnp
+    >>> found = probe(lambda p, batch: jnp.sum((p - batch) ** 2), jnp.zeros(3), jnp.ones(3), jaxsgd.sgd, steps=200)
+    >>> found.learning_rate is not None and found.range[0] <= found.learning_rate <= found.range[1]
+    True
     """
     rule = checked_rule(rule)
     spend = budget(steps, share, 30 if range_test else 6)
@@ -172,197 +208,253 @@ def probe(
         raise ValueError(f"around={around}: a learning rate above 0 is needed")
     given, begin = beginning(loss_fn, params, key)
     usual, name = usual_rate(rule, given[0]) if around is None else (float(around), "around")
+    if around is None and (own := sets_rate(rule, given[0])):
+        return _left_alone(*own)
     feed, tested = Feed(data, takes(loss_fn, params)), None
     with Bar("probe", spend, progress) as bar:
         if range_test:
             tested = rising(given, begin, rule, feed.take(spend // 3), usual * 1e-4, usual * 1e3)
             spend -= spend // 3
             bar.advance(tested.steps, "range test")
-        search = _Search(Members(given, begin, rule, feed, bar), usual, spend, manner(rule, steps))
+        shape = manner(rule, steps)
+        members = Members(given, begin, rule, feed, bar, None if shape.constant else shape.schedule)
+        search = _Search(members, usual, spend, steps, shape.every)
         search.run()
     doubts = [] if name else [f"no usual rate is known for this rule: the search began at {usual:.2g}. Use around="]
-    return search.answer(steps, tested, doubts)
+    if not shape.constant:
+        doubts.append("each run saw the whole schedule, compressed into its steps")
+    return search.answer(tested, doubts)
+
+
+def _left_alone(name: str, rate: float) -> Probe:
+    why = f"{name} sets its own step size from the gradients; leave learning_rate at {number(rate)}"
+    return Probe(rate, (rate, rate), "medium", (why,), (), np.zeros((0, 0)), 0, math.nan, 0, 0.0, rate)
 
 
 class _Search:
-    """The search, and what it says of what it saw."""
+    """The search, and its answer."""
 
-    def __init__(self, members: Any, usual: float, spend: int, manner: Any) -> None:
-        self.members, self.usual, self.spend, self.manner = members, usual, spend, manner
-        self.curves: dict[float, np.ndarray] = members.curves
-        self.first = self.horizon = min(max(LEAST, spend // FIRST), max(2, spend // 8))
+    def __init__(self, members: Members, usual: float, spend: int, steps: int, every: int) -> None:
+        self.members, self.usual, self.spend, self.steps, self.every = members, usual, spend, steps, every
+        self.curves = members.curves
+        least = LEAST if every == 1 else UPDATES * every
+        self.first = self._whole(min(max(least, spend // FIRST), max(2, spend // 8)))
+        self.middle = self._whole(max(self.first + 1, spend // MIDDLE), up=True)
+        self.horizon = self.first
         self.p_value, self.early = math.nan, usual
+        self.bracketed = False
+
+    def _whole(self, steps: int, up: bool = False) -> int:
+        """A multiple of the steps that one update takes, at least one."""
+        return max(1, (steps + (self.every - 1) * up) // self.every) * self.every
 
     def run(self) -> None:
-        members, first = self.members, self.first
-        members.train([self.usual / COARSE, self.usual, self.usual * COARSE], first)
+        members = self.members
+        members.train([self.usual / COARSE, self.usual, self.usual * COARSE], self.first)
         if not any(len(c) and np.isfinite(c[0]) for c in self.curves.values()):
             return
-        while (best := self._grown()) is not None:
-            members.train([best], first)
-        best = self._best(self.curves, first)
+        while (rate := self._grown()) is not None:
+            members.train([rate], self.first)
+        best = self._best(self.first)
         if best is None:
             return
         for rate in (best / FINE, best * FINE):
-            if not self._near(rate) and members.spent + first <= self.spend:
-                members.train([rate], first)
-        self.early = self._best(self.curves, first) or best
-        last = max(4, self.spend // CONTROL)
-        last = last if self.spend - members.spent >= last + 2 else 0
-        self._prolong(self.early, last)
-        if last and self.best is not None:
-            self._compare(min(last, self.horizon - self.horizon // 2))
+            if not self._near(rate) and self._affords([rate], self.first):
+                members.train([rate], self.first)
+        self.early = self._best(self.first) or best
+        self._walk()
+        self._go_on()
+        if self.best is not None:
+            self._compare()
+
+    # -- which runs next ----------------------------------------------------------------------
 
     @property
-    def _slowest(self) -> np.ndarray:
-        """The curve of the lowest rate that has not diverged."""
-        return self.curves[min((r for r in self.curves if self.members.alive(r)), default=min(self.curves))]
+    def _reserve(self) -> int:
+        return max(4, self.spend // CONTROL)
 
-    @property
-    def _begun(self) -> float:
-        """The loss to begin with: the first, or the slowest rate's over its first steps where the first was lucky."""
-        first, later = float(self._slowest[0]), tail(self._slowest, self.first)
-        return max(first, later) if math.isfinite(later) else first
+    def _affords(self, rates: Sequence[float], horizon: int, part: float = 1.0) -> bool:
+        cost = sum(self.members.cost(rate, horizon) for rate in rates)
+        return self.members.spent + cost <= min(part * self.spend, self.spend - self._reserve)
 
     def _near(self, rate: float) -> bool:
         return any(1 / 1.2 < r / rate < 1.2 for r in self.curves)
 
-    def _best(self, rates: Any, steps: int | None = None) -> float | None:
-        best = min(rates, key=lambda rate: (tail(self.curves[rate], steps), rate), default=None)
-        return None if best is None or math.isinf(tail(self.curves[best], steps)) else best
+    def _known(self, rate: float) -> float:
+        """The rate among those tried that is nearest, or ``rate`` itself."""
+        return next((r for r in self.curves if 1 / 1.2 < r / rate < 1.2), rate)
+
+    def _tail(self, rate: float, steps: int) -> float:
+        """The mean loss at the end of a run of so many steps; infinite where it diverged or was not made."""
+        curve = self.members.run(rate, steps)
+        if curve is None or not self.members.alive(rate) and len(self.curves[rate]) <= steps:
+            return math.inf
+        whole = len(curve) >= self.every and self.every > 1
+        last = curve[-self.every :] if whole and len(curve) < 4 * self.every else None
+        return float(last.mean()) if last is not None else tail(curve, 0.5 if steps <= self.first else 0.25)
+
+    def _at(self, steps: int) -> list[float]:
+        """The rates with a finite run of so many steps, in rising order."""
+        return sorted(r for r in self.curves if math.isfinite(self._tail(r, steps)))
+
+    def _best(self, steps: int) -> float | None:
+        return min(self._at(steps), key=lambda rate: (self._tail(rate, steps), rate), default=None)
 
     def _grown(self) -> float | None:
-        """The rate to add while the best lies at the edge of the grid."""
+        """The rate to add while the best is at the edge of the grid."""
         if self.members.spent + self.first > EXPLORING * self.spend or len(self.curves) >= RATES:
             return None
-        best, low, high = self._best(self.curves, self.first), min(self.curves), max(self.curves)
+        best, low, high = self._best(self.first), min(self.curves), max(self.curves)
         if best is None:
             return low / COARSE
-        if len({tail(curve) for curve in self.curves.values()}) == 1:  # nothing depends on the rate
+        if len({self._tail(rate, self.first) for rate in self.curves}) == 1:  # nothing depends on the rate
             return None
         return high * COARSE if best == high else low / COARSE if best == low else None
 
-    def _prolong(self, best: float, reserve: int) -> None:
-        """Take the best and its neighbours on, twice as far each time, as long as the steps last.
-
-        Where the best moves, so do the neighbours; where all diverge or rise, it goes on with what lies below.
-        """
-        before, ceiling = self.horizon, math.inf
-        while True:
-            keep = [r for r in self.curves if 1 / 4 < r / best < 4 and r < ceiling and self.members.ready(r)]
-            beside = [r for r in (best / FINE, best * FINE) if r < ceiling and not self._near(r)]
-            for extra in (beside, []):  # neighbours not tried yet join where they can catch up
-                rates = [*keep, *extra]
-                taken = [len(self.curves[r]) for r in keep]
-                left = self.spend - reserve - self.members.spent
-                furthest = (left + sum(taken)) // max(1, len(rates))
-                if furthest > self.horizon:
-                    break
-            if rates and (furthest <= self.horizon or left < len(rates)):
+    def _walk(self) -> None:
+        """The middle runs: the best and its neighbours, on to where the best has a neighbour on both sides."""
+        trio = [self._known(self.early * f) for f in (1.0, 1 / FINE, FINE)]
+        while not self._affords(trio, self.middle):
+            if self.middle <= self.first + self.every:
+                trio.pop()
+            if not trio:
+                self.middle = self.first
                 return
-            if rates:
-                before, twice = self.horizon, 2 * self.horizon
-                self.horizon = twice if furthest >= 1.5 * twice else furthest
-                self.members.train(rates, self.horizon)
-            found = self.best
-            below = [r for r in self.curves if r < min(rates, default=best) and self.members.ready(r)]
-            if found is not None and (tail(self.curves[found]) < self._begun or not below):
-                if not rates:
-                    return
-                best = found
-            elif below:
-                best, self.horizon, ceiling = max(below), before, min(rates, default=best)
-            else:
+            self.middle = self._whole(max(self.first + 1, int(0.8 * self.middle)), up=True)
+        self.members.train(trio, self.middle)
+        self.horizon = self.middle
+        for _ in range(RATES):
+            at, tried = self._at(self.middle), [r for r in self.curves if len(self.curves[r]) >= self.middle]
+            best = self._best(self.middle)
+            lowest = min(r for r in self.curves if r in at or r in trio)
+            beside = lowest if best is None else best
+            wanted = [beside / FINE] if best is None else [best / FINE, best * FINE]
+            new = [self._known(r) for r in wanted]
+            new = [r for r in new if r not in tried and (r not in self.curves or self.members.alive(r))]
+            if not new:
+                self.bracketed = best is not None
                 return
+            if not self._affords(new[:1], self.middle, WALKING):
+                return
+            self.members.train(new[:1], self.middle)
+            trio.append(new[0])
 
-    @property
-    def longest(self) -> list[float]:
-        """The rates that reached the horizon."""
-        return [r for r, c in self.curves.items() if len(c) == self.horizon and np.isfinite(c).all()]
+    def _go_on(self) -> None:
+        """The last runs: the best and the better of its neighbours, as far as the steps last."""
+        best = self._best(self.middle)
+        if best is None:
+            return
+        beside = [r for r in self._at(self.middle) if r != best and 1 / 4 < r / best < 4]
+        pair = [best, *sorted(beside, key=lambda r: self._tail(r, self.middle))[:1]]
+        for rates in (pair, [best]):
+            furthest = self._furthest(rates)
+            if furthest > self.middle:
+                self.members.train(rates, furthest)
+                self.horizon = furthest
+                break
+        while self._best(self.horizon) is None:  # all diverged after all: what is below goes on
+            below = [r for r in self._at(self.middle) if r < min(pair)]
+            if not below or not self._affords([max(below)], self.horizon):
+                self.horizon = self.middle
+                return
+            pair = [max(below)]
+            self.members.train(pair, self.horizon)
+
+    def _furthest(self, rates: Sequence[float]) -> int:
+        """The horizon that the rest of the budget pays for, at most that of a whole training."""
+        low, high = self.middle, min(self.steps, self.spend)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._affords(rates, middle) else (low, middle - 1)
+        return self._whole(low)
 
     @property
     def best(self) -> float | None:
-        return self._best(self.longest)
+        """The best of the longest runs; where they say nothing, of the middle ones that did not diverge later."""
+        return self._best(self.horizon)
 
-    def _compare(self, last: int) -> None:
+    def _compare(self) -> None:
         """Whether the best is lower than the start on the same batches by more than noise."""
-        assert self.best is not None
+        best = self.best
+        assert best is not None
+        late = self.members.run(best, self.horizon)
+        assert late is not None
+        last = min(self._reserve, self.spend - self.members.spent, self.horizon - self.horizon // 2)
+        if last < 3:
+            return
         at = np.linspace(self.horizon // 2, self.horizon - 1, last).astype(int)
-        start, after = self.members.control(min(self.curves) * 1e-3, at), self.curves[self.best][at]
+        start, after = self.members.control(min(self.curves) * 1e-3, at.tolist()), late[at]
         gain = start - after
         if not np.isfinite(gain).all() or gain.mean() <= 1e-6 * np.abs(start).mean():
             self.p_value = 1.0
         elif self.members.constant and np.ptp(start) <= 1e-4 * np.abs(start).mean():  # no noise to mistake
             self.p_value = 0.0
         else:  # the same batches in pairs, or all of the second half; twice the chance to be taken in by noise
-            whole = self.curves[self.best][self.horizon // 2 :]
+            whole = late[self.horizon // 2 :]
             apart = math.sqrt(start.var(ddof=1) / last + whole.var(ddof=1) / len(whole))
             ps = [chance(gain.mean(), noise_of(gain) / math.sqrt(last), last - 2)]
             ps += [chance(start.mean() - whole.mean(), apart, last - 1)]
             self.p_value = min(2 * min(ps), 1.0)
 
-    # -- what it says -------------------------------------------------------------------------------
+    # -- its answer ---------------------------------------------------------------------------
 
-    def _peak(self, best: float) -> float:
-        """Where a parabola through the best and its neighbours, over the logarithm of the rate, is lowest."""
-        rates = sorted(self.longest)
-        i = rates.index(best)
-        if not 0 < i < len(rates) - 1:
-            return best
-        start = self.curves[best][0]
-        x = np.log(np.array(rates[i - 1 : i + 2]) / best)
-        y = np.array([min(tail(self.curves[r]), max(start, tail(self.curves[best]))) for r in rates[i - 1 : i + 2]])
-        curved, slope, _ = np.polyfit(x, y, 2)
-        if curved <= 0:
-            return best
-        return best * math.exp(float(np.clip(-slope / (2 * curved), x[0] / 2, x[2] / 2)))
+    @property
+    def _begun(self) -> float:
+        """The loss to begin with: the first, or the lowest rate's over its first steps where that is higher."""
+        lowest = min((r for r in self.curves if self.members.alive(r)), default=min(self.curves))
+        curve = self.curves[lowest]
+        first, later = float(curve[0]), tail(curve[: self.first], 0.5)
+        return max(first, later) if math.isfinite(later) else first
 
     def _judge(self, rate: float, best: float | None, noise: float) -> Rate:
         curve = self.curves[rate]
         steps = int(np.isfinite(curve).sum())
-        start, end = self._begun, tail(curve)
-        say = lambda verdict, number, why: Rate(rate, steps, start, end, start - end, verdict, float(number), why)  # noqa: E731
+        start, end = self._begun, self._tail(rate, len(curve))
+
+        def say(verdict: Verdict, value: float, why: str) -> Rate:
+            return Rate(rate, steps, start, end, start - end, verdict, float(value), why)
+
         if steps < len(curve):
-            return say("diverged", steps, f"at step {steps}")._replace(end=math.nan, decrease=math.nan)
-        most = max((start - tail(c, steps) for c in self.curves.values() if len(c) >= steps), default=0.0)
+            return say(Verdict.DIVERGED, steps, f"at step {steps}")._replace(end=math.nan, decrease=math.nan)
+        if end > start + (HIGH - 1) * abs(start) and start:
+            return say(Verdict.DIVERGED, end / start, f"ended {number(end / start)} times above the start")
+        others = {r: self._tail(r, steps) for r in self.curves}
+        lowest = min(others, key=lambda r: others[r])
+        most = start - others[lowest]
         if best is None or most <= 0:
-            return say("plateau", 0.0, "no decrease")
+            side = Verdict.TOO_HIGH if best is not None and rate > best else Verdict.TOO_LOW
+            return say(side, 0.0, f"no decrease in {steps} steps")
+        part = (start - end) / most
+        against = "the lowest" if rate == lowest else f"{part:.0%} of the decrease of {number(lowest)}"
+        why = f"{against} in {steps} steps"
+        if part >= GOOD or rate == best:
+            return say(Verdict.GOOD, part, why)
         swing = max(noise_of(curve[steps // 2 :]) - 4 * noise, 0.0) / most
         climb = max(float(curve.max()) - start - 4 * noise, 0.0) / most
-        part = (start - end) / most
         if climb > 0.5 or swing > 0.2:
             size, does = (climb, "rose") if climb > 0.5 else (swing, "swings")
-            return say("oscillating", size, f"{does} by {size:.2g} of the best's decrease")
-        why = f"{part:.0%} of the best's decrease in {steps} steps"
-        return say("good" if part >= GOOD else "too slow" if rate < best else "plateau", part, why)
+            return say(Verdict.OSCILLATING, size, f"{does} by {number(size)} of the best's decrease")
+        return say(Verdict.TOO_LOW if rate < best else Verdict.TOO_HIGH, part, why)
 
-    def answer(self, steps: int, tested: RangeTest | None, doubts: list[str]) -> Probe:
-        best, slowest = self.best, self._slowest[: self.first]
-        noise = noise_of(slowest) if np.isfinite(slowest).all() else 0.0
+    def answer(self, tested: RangeTest | None, doubts: list[str]) -> Probe:
+        best = self.best
+        lowest = self.curves[min((r for r in self.curves if self.members.alive(r)), default=min(self.curves))]
+        noise = noise_of(lowest[: self.first]) if np.isfinite(lowest[: self.first]).all() else 0.0
         rates = tuple(self._judge(rate, best, noise) for rate in sorted(self.curves))
         curves = [self.curves[rate.learning_rate] for rate in rates]
         longest = max(map(len, curves))
         losses = np.stack([np.pad(curve, (0, longest - len(curve)), constant_values=np.nan) for curve in curves])
         spent = self.members.spent + (0 if tested is None else tested.steps)
-        rest = (rates, losses, self.horizon, self.p_value, spent, spent / steps, self.usual, tested)
+        rest = (losses, self.horizon, self.p_value, spent, spent / self.steps, self.usual, tested)
         if (reason := self._none(rates, best)) is not None:
-            rates = tuple(r._replace(verdict="plateau", why="no gain") if r.verdict == "good" else r for r in rates)
-            return Probe(None, None, "low", (reason,), rates, *rest[1:])
+            rates = tuple(
+                r._replace(verdict=Verdict.TOO_LOW, why="no gain") if r.verdict == "good" else r for r in rates
+            )
+            return Probe(None, None, "low", (reason,), rates, *rest)
         assert best is not None
-        peak = self._peak(best)
-        risen = [r.learning_rate for r in rates if r.verdict == "oscillating" and r.learning_rate >= best]
-        unstable = risen + [r.learning_rate for r in rates if r.verdict == "diverged"]
-        kind = "same batch" if self.members.constant else "proportional" if self.manner.proportional else "normalised"
-        schedule, limit = self.manner.schedule, min(unstable, default=math.inf) / MARGIN
-        seen = float(schedule[self.horizon // 2 : self.horizon].mean() / schedule.max())
-        # A rate that was still rising was not held for long enough to blow up.
-        below = max(BELOW[kind], MARGIN if seen < 0.9 else 0)
-        chosen = _rounded(min(peak / below, limit) * min(seen, 1.0))
-        confidence, why = self._confidence(best, rates, seen)
-        if limit < peak / below:
-            why.append(f"held {MARGIN:g} times below {min(unstable):.2g}, the lowest rate that was unstable")
-        ends = _rounded(chosen / 2), _rounded(max(chosen, min(peak * min(seen, 1.0), 2 * chosen, limit)))
-        return Probe(chosen, ends, confidence, (*why, *doubts), *rest)
+        chosen = float(f"{best:.3g}")
+        confidence, why = self._confidence(best, rates)
+        return Probe(chosen, _range(chosen, best, rates), confidence, (*why, *doubts), rates, *rest, best=best)
 
     def _none(self, rates: Sequence[Rate], best: float | None) -> str | None:
         if all(r.steps == 0 for r in rates):
@@ -372,28 +464,33 @@ class _Search:
         if all(r.decrease <= 1e-6 * abs(r.start) for r in rates if math.isfinite(r.decrease)) and self.p_value != 0:
             blown = [r.learning_rate for r in rates if r.verdict == "diverged"]
             return "no rate lowers the loss" + (f"; from {min(blown):.2g} up it diverges" if blown else "")
-        if self.p_value > 0.05:
+        if self.p_value > 0.1:
             return f"no rate lowers the loss by more than its noise (p = {self.p_value:.2g})"
         return None
 
-    def _confidence(self, best: float, rates: Sequence[Rate], seen: float) -> tuple[str, list[str]]:
-        doubts, reasons = 0, []
-        below, above = (any(r.learning_rate < best for r in rates), any(r.learning_rate > best for r in rates))
-        if not (below and above):
-            doubts += 2
-            reasons.append(f"the best, {best:.2g}, lies at the edge of what the steps allowed to try")
-        if not 1 / 4 < best / self.early < 4:
+    def _confidence(self, best: float, rates: Sequence[Rate]) -> tuple[str, list[str]]:
+        doubts = 0
+        reasons = [
+            f"{number(best)} had the lowest loss of the longest runs, {self.horizon} of {self.steps} steps; it is the "
+            "suggestion as it is: no factor is taken off"
+        ]
+        moved = best / self.early
+        if not 1 / 12 < moved < 12:
             doubts += 1
-            reasons.append(f"after {self.first} steps {self.early:.2g} was best, after {self.horizon} {best:.2g}")
-        else:
-            reasons.append(f"after {self.first} and {self.horizon} steps the same rates were best, around {best:.2g}")
-        if seen < 0.9:
+        if not 1 / 2 < moved < 2:
+            reasons.append(
+                f"after {self.first} steps {number(self.early)} was best: the best rate moves with the steps"
+            )
+        if not self.bracketed:
             doubts += 1
-            reasons.append(f"the schedule was at {seen:.0%} of its peak: the rate is so much lower than without it")
-        if self.horizon < 15:
+            reasons.append("the steps did not last to try a rate on both sides of the best")
+        higher = [r for r in rates if r.learning_rate > best and r.verdict in ("diverged", "oscillating")]
+        if higher:
+            reasons.append(f"from {number(higher[0].learning_rate)} up the loss is unstable ({higher[0].verdict})")
+        if self.horizon < 15 * self.every or self.horizon < 0.04 * self.steps:
             doubts += 1
-            reasons.append(f"the longest trainings took {self.horizon} steps, which is little")
-        part = 1 - tail(self.curves[best]) / self._begun if self._begun > 0 else 1.0
+            reasons.append(f"the longest runs took {self.horizon} steps, which is little")
+        part = 1 - self._tail(best, self.horizon) / self._begun if self._begun > 0 else 1.0
         if part < 0.02:
             doubts += 2
             reasons.append(f"the best lowered the loss by {part:.2%}, which is little to judge by")
@@ -406,5 +503,9 @@ class _Search:
         return ("high", "medium", "low")[min(doubts, 2)], reasons
 
 
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.2g}")
+def _range(chosen: float, best: float, rates: Sequence[Rate]) -> tuple[float, float]:
+    """Half to twice the suggestion, without rates that are not good."""
+    bad = [r.learning_rate for r in rates if r.verdict != Verdict.GOOD]
+    low = max([chosen / 2, *(math.sqrt(r * best) for r in bad if r < best)])
+    high = min([chosen * 2, *(math.sqrt(r * best) for r in bad if r > best)])
+    return min(float(f"{low:.3g}"), chosen), max(float(f"{high:.3g}"), chosen)

@@ -1,7 +1,7 @@
-"""The classical range test: one training whose learning rate rises from far too small to far too large.
+"""The classical range test: one run whose learning rate rises from far too low to far too high.
 
-It costs a single short run; `jaxsgd.probe` trains each rate from the same start instead, which costs more and
-says more.
+It costs a single short run. `jaxsgd.probe` trains each rate from the same start instead, which costs more and says
+more.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxsgd.ensemble.feed import Feed
 from jaxsgd.ensemble.losses import takes
 from jaxsgd.ensemble.population import Population
 from jaxsgd.progress import Bar
+from jaxsgd.report import Column, Report, Table, number
 from jaxsgd.rules.adaptive import adamw
 from jaxsgd.state import State
 from jaxsgd.train_state import TrainState
@@ -31,18 +32,22 @@ STAIRS = 32
 """So many rates at most for a rule that is traced at each of them."""
 PIECE = 16
 """Steps between two looks at whether the loss has blown up."""
+KEEP, LAST = 0.98, 5
+"""fastai's smoothing, and the steps at the end that its suggestions leave out; they leave out a tenth at the start."""
+ROWS = 8
+"""Rows of the table."""
 
 
-@dataclass(frozen=True)
-class RangeTest:
-    """What a rising learning rate did to the loss.
+@dataclass(frozen=True, repr=False)
+class RangeTest(Report):
+    """The loss under a rising learning rate, with fastai's two suggestions.
 
     Attributes:
       rates: the learning rate of each step taken.
       losses: the loss of each step, up to the one that blew up.
       smoothed: their exponential average, without its bias towards zero.
       steepest: the rate where the average fell fastest, by the logarithm of the rate; None where it never fell.
-      valley: the rate two thirds down the longest descent; None where there is none.
+      valley: the rate in the middle of the longest descent; None where there is none.
       diverged: the rate at which the loss blew up, or None.
       steps: steps taken, some of them after it blew up.
     """
@@ -54,12 +59,36 @@ class RangeTest:
     valley: float | None
     diverged: float | None
     steps: int
+    picture: ClassVar[str] = "range_test"
 
-    def __str__(self) -> str:
-        end = "it did not blow up" if self.diverged is None else f"it blew up at {self.diverged:.2g}"
+    @property
+    def summary(self) -> str:
+        """The two suggestions in one sentence."""
+        end = "it did not blow up" if self.diverged is None else f"it blew up at {number(self.diverged)}"
         if self.steepest is None or self.valley is None:
             return f"range test, {self.steps} steps: the loss never fell; {end}"
-        return f"range test, {self.steps} steps: steepest {self.steepest:.2g}, valley {self.valley:.2g}; {end}"
+        found = f"steepest {number(self.steepest)}, valley {number(self.valley)}"
+        return f"range test, {self.steps} steps: {found}; {end}"
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """The meaning of the two."""
+        if self.steepest is None or self.valley is None:
+            return ()
+        return ("steepest: the smoothed loss fell fastest there; valley: the middle of its longest descent",)
+
+    @property
+    def next(self) -> tuple[str, ...]:
+        """What to do with it."""
+        return ("jaxsgd.probe trains each rate from the same start; its suggestion is better, see docs",)
+
+    @property
+    def table(self) -> Table:
+        """The loss at some of the rates."""
+        index = np.unique(np.linspace(0, len(self.rates) - 1, min(ROWS, len(self.rates))).astype(int))
+        columns = (Column("rate"), Column("loss"), Column("smoothed"))
+        rows = tuple((float(self.rates[i]), float(self.losses[i]), float(self.smoothed[i])) for i in index)
+        return Table(columns, rows if len(self.rates) else ())
 
 
 def range_test(
@@ -74,7 +103,9 @@ def range_test(
     key: int | jax.Array = 0,
     progress: bool | None = None,
 ) -> RangeTest:
-    """The range test (Smith 2015, arXiv:1506.01186): a training whose learning rate rises by a constant factor a step.
+    """Range test (Smith 2015, arXiv:1506.01186): a run whose learning rate rises by a constant factor a step.
+
+    The suggestions are fastai's, with its smoothing and the points that it leaves out.
 
     Args:
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``.
@@ -82,14 +113,22 @@ def range_test(
       data: see `jaxsgd.ensemble.feed.Feed`.
       rule: a rule, or a function of the learning rate that gives a gradient transformation. For one that tests the
         rate in Python (some schedules of optax) the rate rises in at most 32 stairs.
-      steps: how many; that is what it costs.
-      low, high: the first and the last rate; by default four decades below and three above the rule's usual value.
-      key: of the random numbers in the loss.
-      progress: a bar, after two seconds; by default where somebody looks.
+      steps: the number of steps, which is the cost. Default: 100.
+      low, high: the first and the last rate. Default: four decades below and three above the rule's usual rate.
+      key: a seed or a key for the random numbers in the loss. Default: 0.
+      progress: show a bar after two seconds. Default: on if stderr is a terminal.
+
+    Returns:
+      A `RangeTest`.
 
     Raises:
       ValueError: fewer than 10 steps; rates that do not rise.
       TypeError: ``rule`` is a gradient transformation.
+
+    >>> import jax.numpy as jnp
+    >>> found = range_test(lambda p, batch: jnp.sum((p - batch) ** 2), jnp.zeros(3), jnp.ones(3), jaxsgd.sgd)
+    >>> found.valley < found.diverged
+    True
     """
     rule = checked_rule(rule)
     steps = budget(steps, 1.0, 10)
@@ -141,11 +180,13 @@ def rising(given: Any, begin: Callable[..., Any], rule: Any, batches: Any, low: 
         losses = np.append(losses, population.advance(piece)["loss"][0])
         taken = len(losses)
         losses = losses[: _blown(losses)]
-    smoothed = _smoothed(losses, 0.9)
+    smoothed = _smoothed(losses, KEEP)
     rates = levels[stairs] if in_stairs else rates
     seen = rates[: len(losses)]
     blown = None if len(losses) == taken else float(rates[len(losses)])
-    return RangeTest(seen, losses, smoothed, _steepest(seen, smoothed), _valley(seen, smoothed), blown, taken)
+    cut = slice(steps // 10, max(len(seen) - LAST, 0))
+    suggested = _steepest(seen[cut], smoothed[cut]), _valley(seen[cut], smoothed[cut])
+    return RangeTest(seen, losses, smoothed, *suggested, blown, taken)
 
 
 def _blown(losses: np.ndarray) -> int:
@@ -175,30 +216,25 @@ def _smoothed(losses: np.ndarray, keep: float) -> np.ndarray:
 
 
 def _steepest(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
-    if len(smoothed) < 4:
+    """fastai's ``steep``."""
+    if len(smoothed) < 3:
         return None
-    slopes = np.gradient(smoothed)
-    # The first few averages are of hardly any losses.
-    first = min(len(slopes) // 10, len(slopes) - 2)
-    best = first + int(np.argmin(slopes[first:]))
+    slopes = np.diff(smoothed)  # the rates grow by a constant factor
+    best = int(np.argmin(slopes))
     return float(rates[best]) if slopes[best] < 0 else None
 
 
 def _valley(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
-    """Two thirds down the longest descent: the longest falling subsequence of the averages."""
-    count = len(smoothed)
-    if count < 4:
+    """fastai's ``valley``: the middle of the longest falling subsequence, which is taken as if it had no gaps."""
+    if len(smoothed) < 3:
         return None
-    length, before = np.ones(count, int), np.full(count, -1)
-    for i in range(1, count):
-        higher = np.flatnonzero(smoothed[:i] > smoothed[i])
-        if len(higher):
-            best = higher[np.argmax(length[higher])]
-            length[i], before[i] = length[best] + 1, best
-    last = int(np.argmax(length))
+    length, last = np.ones(len(smoothed), int), 0
+    for i in range(1, len(smoothed)):
+        higher = smoothed[:i] > smoothed[i]
+        length[i] = 1 + (length[:i][higher].max() if higher.any() else 0)
+        last = i if length[i] > length[last] else last
     if length[last] < 3:
         return None
-    first = last
-    while before[first] >= 0:
-        first = int(before[first])
-    return float(rates[first + 2 * (last - first) // 3])
+    first = max(0, last - int(length[last]))
+    third = (last - first) / 3
+    return float(rates[first + int(third) + int(third / 2)])

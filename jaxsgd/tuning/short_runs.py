@@ -32,6 +32,7 @@ __all__ = [
     "checked_rule",
     "manner",
     "noise_of",
+    "sets_rate",
     "tail",
     "usual_rate",
 ]
@@ -42,6 +43,15 @@ PLACES = 8
 """Runs in memory at most."""
 CHUNK = 64
 """Batches stacked at a time."""
+OWN_RATE = "jaxsgd.rules.adaptive_lr"
+"""The module of the rules that set their own step size."""
+OWN_RATE_STATES = frozenset(
+    (
+        "MechanizeState", "MechanicState", "ProdigyState", "DAdaptAdamWState", "DoGState", "DoWGState", "MomoState",
+        "MomoAdamState", "COCOBState",
+    )
+)  # fmt: skip
+"""States of transformations that do so, in jaxsgd and in optax."""
 
 
 def usual_rate(rule: Any, params: Any = None) -> tuple[float, str]:
@@ -65,40 +75,79 @@ def usual_rate(rule: Any, params: Any = None) -> tuple[float, str]:
     return known[0] if known else (UNKNOWN, "")
 
 
+def sets_rate(rule: Any, params: Any) -> tuple[str, float] | None:
+    """The name of a rule that sets its own step size, such as Prodigy, and the rate to leave it at; or None."""
+    if isinstance(rule, Rule):
+        return (rule.name, rule.usual_rate or 1.0) if rule.module == OWN_RATE else None
+    try:
+        tx = rule(1.0)
+        found = [(r.name, r.usual_rate or 1.0) for r in rules_in(tx, params) if r.module == OWN_RATE]
+        states = jax.tree.leaves(jax.eval_shape(tx.init, params), is_leaf=_sets_rate)
+    except Exception:  # a rule that takes no concrete rate says so where it is trained
+        return None
+    found += [(type(state).__name__.removesuffix("State").lower(), 1.0) for state in states if _sets_rate(state)]
+    return found[0] if found else None
+
+
+def _sets_rate(node: Any) -> bool:
+    kind = type(node)
+    return kind.__name__ in OWN_RATE_STATES and kind.__module__.split(".")[0] in ("jaxsgd", "optax")
+
+
 class Manner(NamedTuple):
-    """How a rule steps, as it shows on a small parameter.
+    """How a rule steps, as a constant gradient shows it.
 
     Attributes:
-      proportional: whether its steps shrink with the gradient: those of gradient descent do, those of Adam do not.
-      schedule: the learning rate of each step as a part of the one asked for; ones where it cannot be seen.
+      schedule: ``(steps,)``, the learning rate of each step as a part of its peak; ones where it cannot be seen.
+      every: calls for one update, such as those of `jaxsgd.accumulate`.
     """
 
-    proportional: bool
     schedule: np.ndarray
+    every: int
+
+    @property
+    def constant(self) -> bool:
+        """Whether the schedule does not change."""
+        return bool(np.ptp(self.schedule) < 1e-3)
 
 
 def manner(rule: Any, steps: int) -> Manner:
-    """How ``rule`` steps in a training of ``steps`` steps."""
+    """The schedule of ``rule`` in a training of ``steps`` steps, and the calls that one update takes."""
     params = {"w": jnp.ones((2, 2))}
+    gradient = {"w": jnp.full((2, 2), 0.1)}
 
-    def walk(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scheduled(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def walk() -> Any:
         tx = optax.with_extra_args_support(rule(1.0))
 
-        def step(state: Any, _: None) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            updates: Any
-            updates, state = tx.update({"w": jnp.full((2, 2), size)}, state, params, value=jnp.ones(()))
+        def step(state: Any, _: None) -> Any:
+            updates, state = tx.update(gradient, state, params, value=jnp.ones(()))
             rates = [node.hyper["learning_rate"] for _, node in find_states(state) if "learning_rate" in node.hyper]
-            return state, (jnp.abs(updates["w"]).max(), jnp.asarray(rates[0] if rates else 1.0, jnp.float32))
+            rate = jnp.asarray(rates[0] if rates else 1.0, jnp.float32)
+            return state, (rate, jnp.abs(jax.tree.leaves(updates)[0]).max() > 0)
 
-        return jax.lax.scan(step, tx.init(params), length=steps)[1]
+        start = tx.init(params)
+        rates, moved = jax.lax.scan(step, start, length=steps)[1]
+        if not any(map(scheduled, jax.tree.leaves(start, is_leaf=scheduled))):
+            return rates, moved
+
+        def at(count: jax.Array) -> jax.Array:
+            """The size of the first update, if the schedule alone had counted so far."""
+            state = jax.tree.map(lambda x: type(x)(count=count) if scheduled(x) else x, start, is_leaf=scheduled)
+            return jnp.abs(jax.tree.leaves(tx.update(gradient, state, params, value=jnp.ones(()))[0])[0]).max()
+
+        return jax.vmap(at)(jnp.arange(steps, dtype=jnp.int32)), moved
 
     try:
-        sizes, rates = map(np.asarray, jax.jit(jax.vmap(walk))(jnp.array([0.1, 0.01])))
+        rates, moved = map(np.asarray, jax.jit(walk)())
     except Exception:  # a rule made for certain parameters alone
-        return Manner(False, np.ones(steps))
-    few = min(steps, 20)
-    whole = bool(np.isfinite(rates).all() and rates.max() > 0)
-    return Manner(bool(sizes[0, :few].max() > 3 * sizes[1, :few].max()), rates[0] if whole else np.ones(steps))
+        return Manner(np.ones(steps), 1)
+    gaps = np.diff(np.flatnonzero(moved))
+    every = int(np.median(gaps)) if len(gaps) else steps if moved.any() else 1
+    rates = rates if np.isfinite(rates).all() and rates.max() > 0 else np.ones(steps)
+    return Manner(rates / rates.max(), max(1, every))
 
 
 def checked_rule(rule: Any) -> Callable[[Any], Any]:
@@ -120,10 +169,10 @@ def budget(steps: int, share: float, least: int) -> int:
     """The steps to spend: ``share`` of ``steps``.
 
     Raises:
-      ValueError: fewer than ``least``; a share outside (0, 1].
+      ValueError: fewer than ``least``; a share that is not above 0.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: a part of the steps is needed, above 0 and at most 1")
+    if not 0 < share < math.inf:
+        raise ValueError(f"share={share}: a number of trainings is needed, above 0. Use 1 for the cost of one")
     spend = int(share * steps)
     if spend < least:
         raise ValueError(f"steps={steps}, share={share}: {spend} steps to spend, at least {least} are needed")
@@ -153,21 +202,36 @@ def beginning(loss_fn: Callable[..., Any], model: Any, key: int | jax.Array) -> 
 
 
 class Members:
-    """Trainings by learning rate: a fixed number of places, that rates move in and out of.
+    """Runs by learning rate: a fixed number of places, that rates move in and out of.
+
+    A schedule is applied as a whole: a run of h steps takes the schedule of ``steps`` steps in h. Such a run cannot be
+    prolonged, so a longer one starts from the beginning.
+
+    Args:
+      given, begin: see `beginning`.
+      rule: a function of the learning rate.
+      feed: the batches.
+      bar: shows the steps taken.
+      schedule: ``(steps,)``, the rate of each step of a whole training. Default: None, constant.
 
     Attributes:
-      curves: learning rate -> the loss of each step so far, NaN from where it diverged.
+      curves: learning rate -> the loss of each step of its last run, NaN from where it diverged.
       spent: steps taken by all of them.
     """
 
-    def __init__(self, given: Any, begin: Callable[..., Any], rule: Any, feed: Feed, bar: Bar) -> None:
-        def build(given: Any, learning_rate: Any) -> tuple[Any, Any]:
-            return begin(given, rule(learning_rate))
+    def __init__(
+        self, given: Any, begin: Callable[..., Any], rule: Any, feed: Feed, bar: Bar, schedule: np.ndarray | None = None
+    ) -> None:
+        def build(given: Any, learning_rate: Any, horizon: Any) -> tuple[Any, Any]:
+            tx = rule(learning_rate)
+            return begin(given, tx if schedule is None else optax.chain(tx, _compressed(schedule, horizon)))
 
-        self._population = Population(build, {"learning_rate": np.ones(PLACES, np.float32)}, given=given)
-        self._feed, self._bar = feed, bar
+        ones = np.ones(PLACES, np.float32)
+        self._population = Population(build, {"learning_rate": ones, "horizon": ones}, given=given)
+        self._feed, self._bar, self._whole = feed, bar, schedule is None
         self._batches: list[Any] = []
         self._places: list[float | None] = [None] * PLACES
+        self._past: dict[tuple[float, int], np.ndarray] = {}
         self.curves: dict[float, np.ndarray] = {}
         self.spent = 0
 
@@ -180,25 +244,38 @@ class Members:
         """Whether a rate has not diverged."""
         return bool(np.isfinite(self.curves[rate]).all())
 
-    def ready(self, rate: float) -> bool:
-        """Whether a rate can go on: it has not diverged, nor given its place away."""
-        return self.alive(rate) and rate in self._places
+    def run(self, rate: float, steps: int) -> np.ndarray | None:
+        """The losses of a run of ``steps`` steps, or None if there was none."""
+        if not self._whole:
+            return self._past.get((rate, steps))
+        curve = self.curves[rate]
+        return curve[:steps] if len(curve) >= steps else None
+
+    def cost(self, rate: float, horizon: int) -> int:
+        """The steps that it takes to bring a rate to ``horizon`` steps."""
+        if not self._whole or rate not in self._places:
+            return 0 if rate in self.curves and len(self.curves[rate]) == horizon else horizon
+        return max(0, horizon - len(self.curves[rate])) if self.alive(rate) else 0
 
     def train(self, rates: Sequence[float], horizon: int) -> None:
-        """Take rates to ``horizon`` steps, new ones from the start; each is new or `ready`."""
+        """Take rates to ``horizon`` steps, from the start where they cannot be prolonged."""
         while len(self._batches) < horizon:
             self._batches.append(self._feed.next())
-        self._settle([rate for rate in rates if rate not in self.curves], rates)
+        again = [r for r in rates if self.cost(r, horizon) == horizon]
+        self._settle(again, rates, horizon)
         while behind := [r for r in rates if self.alive(r) and len(self.curves[r]) < horizon]:
             first = min(len(self.curves[r]) for r in behind)
             now = [r for r in behind if len(self.curves[r]) == first]
             # Those that are ahead wait until the others have caught up.
             until = min([horizon, *(len(self.curves[r]) for r in behind if r not in now), first + CHUNK])
             self._advance(now, self._batches[first:until])
+        for rate in rates:
+            curve = self.curves[rate]
+            self._past[rate, horizon] = np.pad(curve, (0, horizon - len(curve)), constant_values=np.nan)
 
     def control(self, rate: float, steps: Sequence[int]) -> np.ndarray:
         """The losses at a rate too small to move the weights on the batches of these steps."""
-        self._settle([rate], [])
+        self._settle([rate], [], len(self._batches))
         self._advance([rate], [self._batches[i] for i in steps])
         return self.curves.pop(rate)
 
@@ -214,26 +291,44 @@ class Members:
             self.spent += taken
             self._bar.advance(taken, f"at {rate:.2g}")
 
-    def _settle(self, new: Sequence[float], keep: Sequence[float]) -> None:
-        """Give new rates places: free ones, then those of rates that diverged or did worst."""
+    def _settle(self, new: Sequence[float], keep: Sequence[float], horizon: int) -> None:
+        """Give new rates places: their own, free ones, then those of rates that diverged or did worst."""
         if not new:
             return
-        free = [i for i, rate in enumerate(self._places) if rate is None]
-        held = [i for i, rate in enumerate(self._places) if rate is not None and rate not in keep]
+        free = [i for i, rate in enumerate(self._places) if rate is None or rate in new]
+        held = [i for i, rate in enumerate(self._places) if i not in free and rate not in keep]
         free += sorted(held, key=lambda i: -tail(self.curves.get(self._places[i] or 0.0, np.zeros(0))))
-        mask, values = np.zeros(PLACES, bool), np.ones(PLACES, np.float32)
+        mask = np.zeros(PLACES, bool)
+        values = {"learning_rate": np.ones(PLACES, np.float32), "horizon": np.full(PLACES, horizon, np.float32)}
         for rate, i in zip(new, free[: len(new)], strict=True):
-            self._places[i], mask[i], values[i] = rate, True, rate
+            mask[i], values["learning_rate"][i] = True, rate
+            self._places = [None if held == rate else held for held in self._places]
+            self._places[i] = rate
             self.curves[rate] = np.zeros(0)
-        self._population.restart(mask, {"learning_rate": values})
+        self._population.restart(mask, values)
 
 
-def tail(curve: np.ndarray, steps: int | None = None) -> float:
-    """The mean loss over the second half of the first ``steps``; infinite for what diverged or never began."""
-    curve = curve[:steps]
+def _compressed(schedule: np.ndarray, horizon: Any) -> optax.GradientTransformation:
+    """Scale updates, so that ``horizon`` steps see the whole schedule."""
+    table = jnp.asarray(schedule, jnp.float32)
+
+    def init(params: Any) -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    def update(updates: Any, count: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+        at = jnp.minimum(((count + 0.5) * len(schedule) / horizon).astype(jnp.int32), len(schedule) - 1)
+        now = table[jnp.minimum(count, len(schedule) - 1)]
+        ratio = table[at] / jnp.where(now > 0, now, 1.0)
+        return jax.tree.map(lambda u: (ratio * u).astype(u.dtype), updates), count + 1
+
+    return optax.GradientTransformation(init, update)
+
+
+def tail(curve: np.ndarray, part: float = 0.25) -> float:
+    """The mean loss over the last ``part`` of a run; infinite for what diverged or never began."""
     if not len(curve) or not np.isfinite(curve).all():
         return math.inf
-    return float(curve[-max(1, round(len(curve) / 2)) :].mean())
+    return float(curve[-max(min(2, len(curve)), round(part * len(curve))) :].mean())
 
 
 def noise_of(losses: np.ndarray) -> float:
