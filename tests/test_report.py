@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transcript
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -241,3 +242,44 @@ def test_one_vocabulary():
     assert Verdict.GOOD == "good" and f"{Verdict.TOO_LOW}" == "too low" and json.dumps(Verdict.STUCK) == '"stuck"'
     assert len({v.value for v in Verdict}) == len({v.sentence for v in Verdict}) == len(Verdict)
     assert all(len(v.sentence.split()) <= 20 for v in Verdict) and len(Verdict.of_curves()) == 9
+
+
+def swept(rates, finals, start=2.0, seeds=1):
+    finals = np.asarray(finals, float)
+    losses = np.stack([np.full(len(finals), start), np.where(np.isfinite(finals), finals, np.nan)], 1)
+    values = {"learning_rate": np.repeat(rates, seeds)}
+    values |= {"seed": np.tile(np.arange(seeds), len(rates))} if seeds > 1 else {}
+    diverged = np.where(np.isfinite(finals), -1, 1)
+    return jaxsgd.Sweep(values, {"loss": losses}, diverged, finals, 1, None, "map", "few runs", 1, 0.1, 0.2)
+
+
+def test_a_sweep_says_what_to_do_next():
+    assert swept([0.1, 0.2, 0.4], [1.0, 0.5, 0.8]).next == ("train with learning_rate=0.2",)
+    assert "sweep further up" in swept([0.1, 0.2, 0.4], [1.0, 0.8, 0.5]).next[0]
+    assert "sweep further down" in swept([0.1, 0.2, 0.4], [0.1, 0.8, np.inf]).next[0]
+    lost = swept([0.1, 0.2], [np.inf, np.inf])
+    assert lost.summary == "all 2 runs diverged: learning_rate from 0.1 to 0.2" and "10 times lower" in lost.next[0]
+    risen = swept([0.1, 0.2, 0.3], [3.0, 2.5, 2.6])
+    assert risen.summary.startswith("no run lowered its loss") and "other values" in risen.next[0]
+    close = swept([0.1, 0.2, 0.4], [1.0, 1.2, 0.9, 1.1, 2.0, 2.1], seeds=2)
+    assert "cannot tell it from learning_rate 0.1:" in close.why[-1]
+    assert "cannot tell" not in " ".join(swept([0.1, 0.2, 0.4], [1.0, 1.01, 0.5, 0.51, 2.0, 2.1], seeds=2).why)
+
+
+# -- a new user's session --------------------------------------------------------------------------
+
+
+def test_the_page_of_the_tools_has_the_calls_of_its_script():
+    assert transcript.faults(transcript.PAGE.read_text()) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_the_tools_is_current():
+    assert transcript.faults(transcript.PAGE.read_text(), transcript.run()) == []
+
+
+def test_a_page_that_is_out_of_date_is_noticed():
+    text = transcript.PAGE.read_text()
+    assert transcript.faults(text.replace("steps=200", "steps=300"))
+    assert transcript.faults(text.replace("is best, with loss", "is best, with loss" + 80 * "!"))
+    assert transcript.faults(text.replace("## Which rule?", "## Which?"))
