@@ -136,6 +136,8 @@ def reports():
     found = [
         jaxsgd.sweep(step, state, data, learning_rate=[1e-3, 1e-2, 1e9], strategy="vmap"),
         jaxsgd.pick(loss_fn, init, data, steps=16, seeds=2, budget=400),
+        jaxsgd.probe(loss_fn, init(jax.random.key(0)), data, jaxsgd.momentum, steps=40),
+        jaxsgd.range_test(loss_fn, init(jax.random.key(0)), data, jaxsgd.momentum, steps=20),
         jaxsgd.sharpness(loss_fn, state, data[0], tx=tx, eigenvalues=2),
         jaxsgd.noise_scale(loss_fn, init(jax.random.key(0)), data),
         jaxsgd.diagnose(2.0 * 0.95 ** np.arange(60), tx=tx),
@@ -145,7 +147,7 @@ def reports():
     return {type(report): report for report in found}
 
 
-TOOLS = [jaxsgd.Sweep, Pick, Sharpness, NoiseScale, Diagnosis, Plan, Comparison]
+TOOLS = [jaxsgd.Sweep, Pick, jaxsgd.Probe, jaxsgd.RangeTest, Sharpness, NoiseScale, Diagnosis, Plan, Comparison]
 
 
 class Text(html.parser.HTMLParser):
