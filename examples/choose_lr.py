@@ -2,10 +2,10 @@
 
     python examples/choose_lr.py --rule adamw --steps 400
 
-On the 1,797 handwritten digits that scikit-learn ships: a probe and the range test, a training with what they suggest,
-what its curve shows, how sharp the loss is there and which rates that allows, how noisy the gradient is and what a
-larger batch would buy, a sweep to see whether the suggestion was any good, and with --race which of AdamW and SGD with
-momentum to take. The pictures go to --out.
+On the 1,797 handwritten digits that scikit-learn ships: a probe and the range test, a training with the suggestion, a
+diagnosis of its curve, the sharpness of the loss and the rates that it allows, the noise of the gradient and the gain
+of a larger batch, a sweep to check the suggestion, and with --race a comparison of AdamW and SGD with momentum. The
+pictures go to --out.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def batches(size: int, epochs: int, seed: int = 0) -> tuple[list[dict[str, np.nd
     train, test = order[: int(0.8 * len(order))], order[int(0.8 * len(order)) :]
     out = []
     for _ in range(epochs):
-        rng.shuffle(train)
-        out += [train[i : i + size] for i in range(0, len(train) - size + 1, size)]
+        order = rng.permutation(train)  # a new array: slices of one shuffled in place would all become the last order
+        out += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     pick = lambda index: {"image": images[index], "label": labels[index]}  # noqa: E731
     return [pick(index) for index in out], pick(test)
 
@@ -67,14 +67,16 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Choose the learning rate for a model on handwritten digits, and see why.")
     parser.add_argument("--rule", default="adamw", help="any rule of jaxsgd")
-    parser.add_argument("--steps", type=int, default=400, help="of one training; at least 120")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="of one training, at least 120; the probe costs as many again"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--race", action="store_true", help="also race AdamW against SGD with momentum")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/choose_lr"))
     args = parser.parse_args(argv)
     if args.steps < 120:
-        parser.error(f"--steps {args.steps}: at least 120 are needed, for a quarter of them to say something")
+        parser.error(f"--steps {args.steps}: at least 120 are needed, for short runs to say something")
     if not 1 <= args.batch_size <= 1437:
         parser.error(f"--batch-size {args.batch_size}: a number from 1 to 1437 is needed")
     return args
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> float | None:
         write(shown, args.out)
         return None
 
-    print(f"== A training at {found.learning_rate:.2g}")
+    print(f"== A training at {found.learning_rate:g}")
     tx = jaxsgd.monitor(rule(found.learning_rate))
     state, step = jaxsgd.TrainState.create(model, tx, key=args.seed), jaxsgd.make_step(loss_fn, tx)
     recorder = jaxsgd.Recorder()
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> float | None:
     recorder.flush()
     accuracy = float((state.model(held_out["image"]).argmax(-1) == held_out["label"]).mean())
     print(f"accuracy on held-out digits {accuracy:.4f}")
-    diagnosis = jaxsgd.diagnose(recorder.records, learning_rate=found.learning_rate)
+    diagnosis = jaxsgd.diagnose(recorder.records, tx=tx, steps_per_epoch=1437 // args.batch_size)
     print(diagnosis, end="\n\n")
     shown["curve"] = plot.diagnosis(diagnosis, [record["loss"] for record in recorder.records])
 

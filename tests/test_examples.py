@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -139,12 +140,41 @@ def test_paths_draws_and_refuses(tmp_path, capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_choose_lr_shuffles_every_epoch():
+    """Each epoch has all digits but a rest, in an order of its own."""
+    data, _ = choose_lr.batches(64, epochs=3)
+    epochs = [np.concatenate([batch["label"] for batch in data[i : i + 22]]) for i in (0, 22, 44)]
+    assert len(data) == 66
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert 0.05 < (epochs[one] == epochs[other]).mean() < 0.2, "as often equal as by chance"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["momentum", "muon"])
-def test_choose_lr_goes_from_a_probe_to_a_rate_that_works(rule, tmp_path, capsys):
+@pytest.mark.parametrize("rule", [*MAIN, "muon"])
+def test_choose_lr_does_not_contradict_itself(rule, tmp_path, capsys):
+    """Probe, diagnosis and sweep agree."""
     rate = choose_lr.main(["--rule", rule, "--steps", "200", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert rate is not None and f"learning rate {rate:.2g}" in said
+    probed, training, swept = (part.split("\n== ")[0] for part in (
+        said.split("== Probe")[1], said.split("== A training")[1], said.split("== A sweep")[1]
+    ))  # fmt: skip
+    found = re.search(r"learning rate (\S+), range (\S+) to (\S+); confidence (\w+)", probed)
+    assert found and rate is not None
+    suggested, low, high = (float(x.replace(",", "")) for x in found.groups()[:3])
+    assert suggested == pytest.approx(rate, rel=6e-3) and low <= suggested <= high
+    rows = re.findall(r"^\W*([\d.e-]+) +\d+ +\S+ +\S+ +(good|too low|too high|oscillating|diverged)", probed, re.M)
+    assert len(rows) >= 4
+    inside = {verdict for x, verdict in rows if low <= float(x) <= high}
+    assert inside <= {"good"}, probed
+    assert found[4] != "high" or "good" in dict(rows).values()
+
+    best = float(re.search(r"learning_rate (\S+) is best", swept)[1])
+    advice = training.split("Next:")[1].split("measure")[0]
+    if "lower the learning rate" in advice or "rate 2-3x lower" in advice:
+        assert best <= 1.01 * rate, training + swept
+    if "raise the learning rate" in advice or "higher learning rate" in advice:
+        assert best >= 0.99 * rate, training + swept
+
     share = float(said.split("the suggestion reaches ")[1].split("%")[0])
     assert share > 90
     assert ("not treat" in said or "muon" in said.split("== Sharpness")[1]) if rule == "muon" else "stable" in said

@@ -139,16 +139,17 @@ def test_numbers_on_axes_have_one_size():
 
 def test_a_probe_and_its_range_test_are_drawn(tmp_path):
     rates = np.geomspace(1e-4, 1e-1, 4)
-    ends, verdicts = [2.0, 1.0, 0.5, np.inf], ["too slow", "good", "good", "diverged"]
+    ends, verdicts = [2.0, 1.0, 0.5, np.inf], ["too low", "good", "good", "diverged"]
     rows = tuple(
         Rate(r, 10, 2.1, e, 2.1 - e, v, 0.0, "") for r, e, v in zip(rates.tolist(), ends, verdicts, strict=True)
     )
     losses = np.geomspace(2.0, 1.0, 20)
     test = jaxsgd.RangeTest(np.geomspace(1e-6, 1, 20), losses, losses, 1e-2, 1e-3, None, 20)
     found = jaxsgd.Probe(5e-3, (2e-3, 1e-2), "high", ("why",), rows, np.ones((4, 10)), 10, 0.01, 40, 0.1, 1e-3, test)
-    lines = drawn(plot.probe(found), tmp_path)
+    figure = plot.probe(found)
+    lines, points = drawn(figure, tmp_path), {c.get_label(): c.get_offsets() for c in figure.axes[0].collections}
     assert lines["suggested 0.005"].get_xdata()[0] == 5e-3 and lines["steepest 0.01"].get_xdata()[0] == 1e-2
-    assert list(lines["diverged"].get_xdata()) == [0.1] and len(lines["good"].get_xdata()) == 2
+    assert list(lines["diverged"].get_xdata()) == [0.1] and len(points["good"]) == 2
     assert "valley 0.001" in drawn(plot.range_test(test), tmp_path)
     nothing = jaxsgd.Probe(None, None, "low", ("noise",), rows, np.ones((4, 10)), 10, 0.5, 40, 0.1, 1e-3)
     assert "no good rate" in plot.probe(nothing).axes[0].get_title(loc="left")

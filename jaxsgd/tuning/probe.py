@@ -429,8 +429,13 @@ class _Search:
         why = f"{against} in {steps} steps"
         if part >= GOOD or rate == best:
             return say(Verdict.GOOD, part, why)
+        peak = float(curve.max())
+        if peak > start + (HIGH - 1) * abs(start) + 4 * noise and start:
+            return say(
+                Verdict.DIVERGED, peak / start, f"rose to {number(peak)}, {number(peak / start)} times the start"
+            )
         swing = max(noise_of(curve[steps // 2 :]) - 4 * noise, 0.0) / most
-        climb = max(float(curve.max()) - start - 4 * noise, 0.0) / most
+        climb = max(peak - start - 4 * noise, 0.0) / most
         if climb > 0.5 or swing > 0.2:
             size, does = (climb, "rose") if climb > 0.5 else (swing, "swings")
             return say(Verdict.OSCILLATING, size, f"{does} by {number(size)} of the best's decrease")
