@@ -123,7 +123,7 @@ def weather(of: str = "kind", raw: bool = False) -> tuple[Any, Any]:
 
 @functools.cache
 def airports() -> tuple[Any, Any]:
-    """3,376 airports: the state, of the twenty with most, from latitude and longitude."""
+    """Airports: the state, of the nineteen with most on the mainland, from latitude and longitude."""
     rows = [row for row in vega("airports.csv") if row["state"] and row["country"] == "USA"]
     names, counts = np.unique([row["state"] for row in rows], return_counts=True)
     common = set(names[np.argsort(-counts)[:20]]) - {"AK", "HI"}
@@ -525,10 +525,10 @@ if importlib.util.find_spec("vega_datasets") is not None:
     _table("weather batchnorm nadam", weather, 64, mlp(6, 24, 24, 5, norm=0), classes, jaxsgd.nadam, 300)
     _table("weather warmest linear momentum", _warmest, 16, mlp(5, 1), squares, jaxsgd.momentum, 300)
     _table("weather warmest mlp adagrad", _warmest, 32, mlp(5, 16, 1), squares, jaxsgd.adagrad, 400)
-    _table("airports mlp adam", airports, 64, mlp(2, 32, 32, 18), classes, jaxsgd.adam, 1000)
-    _table("airports tanh momentum", airports, 64, mlp(2, 32, 18, act=tanh), classes, jaxsgd.momentum, 800)
-    _table("airports layernorm rmsprop", airports, 32, mlp(2, 32, 32, 18, norm=-1), classes, jaxsgd.rmsprop, 500)
-    _table("airports mlp sgd", airports, 64, mlp(2, 32, 18), classes, jaxsgd.sgd, 3000)
+    _table("airports mlp adam", airports, 64, mlp(2, 32, 32, 19), classes, jaxsgd.adam, 1000)
+    _table("airports tanh momentum", airports, 64, mlp(2, 32, 19, act=tanh), classes, jaxsgd.momentum, 800)
+    _table("airports layernorm rmsprop", airports, 32, mlp(2, 32, 32, 19, norm=-1), classes, jaxsgd.rmsprop, 500)
+    _table("airports mlp sgd", airports, 64, mlp(2, 32, 19), classes, jaxsgd.sgd, 3000)
     _table("barley linear sgd full", barley, None, mlp(18, 1), squares, jaxsgd.sgd, 200)
     _table("barley linear adamw", barley, 16, mlp(18, 1), squares, jaxsgd.adamw, 500)
     _table("barley mlp adafactor", barley, 16, mlp(18, 16, 1), squares, jaxsgd.adafactor, 300)

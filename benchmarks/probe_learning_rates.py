@@ -220,7 +220,6 @@ class Outcome(NamedTuple):
     end: float
     confidence: str
     cost: float
-    inside: bool
     scores: dict[str, Score]
 
 
@@ -234,11 +233,9 @@ def outcome(name: str, seed: int, share: float, baselines: bool) -> Outcome:
     tried = train(task, [runs.rates[0] if rate is None else rate for rate in rates.values()], seed)
     scores = {which: score(runs, tried, i, rate) for i, (which, rate) in enumerate(rates.items())}
     best = int(np.argmin(runs.ends))
-    span = found.range or (np.inf, 0.0)
-    inside = bool(span[0] <= runs.rates[best] <= span[1])
     end = float(runs.ends[best])
     rate = float(runs.rates[best])
-    return Outcome(name, task.data_set, seed, task.steps, rate, end, found.confidence, found.share, inside, scores)
+    return Outcome(name, task.data_set, seed, task.steps, rate, end, found.confidence, found.share, scores)
 
 
 def interval(values: np.ndarray, statistic: Callable[[np.ndarray], float], sets: Sequence[str]) -> tuple[float, float]:
@@ -281,15 +278,18 @@ def summary(found: Sequence[Outcome]) -> Table:
 
 def calibration(found: Sequence[Outcome]) -> str:
     lines = []
+    blown = [f.task for f in found if f.scores["probe"].ratio > 2]
+    lines.append(f"ratio above 2: {', '.join(dict.fromkeys(blown)) or 'none'}")
+    missed = [f.task for f in found if f.scores["probe"].part < ENOUGH]
+    lines.append(f"below 95%: {', '.join(dict.fromkeys(missed)) or 'none'}")
     for level in ("high", "medium", "low"):
         parts = np.array([f.scores["probe"].part for f in found if f.confidence == level])
         if len(parts):
             lines.append(f'"{level}": {len(parts)} suggestions, {np.mean(parts >= ENOUGH):.1%} of them right')
     logs = [np.log(f.scores["probe"].rate / f.best) for f in found if f.scores["probe"].rate]
     factor = float(np.exp(np.median(logs)))
-    inside, cost = np.mean([f.inside for f in found]), max(f.cost for f in found)
-    lines.append(f"suggested / best rate: median {factor:.2f}; the best rate is in the range in {inside:.0%}")
-    lines.append(f"cost: at most {cost:.2f} trainings")
+    lines.append(f"suggested / best rate: median {factor:.2f}")
+    lines.append(f"cost: at most {max(f.cost for f in found):.2f} trainings")
     return "\n".join(f"- {line}" for line in lines)
 
 

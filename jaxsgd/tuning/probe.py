@@ -47,6 +47,8 @@ EXPLORING, WALKING = 0.4, 0.75
 """The parts of the budget after which the grid no longer grows, and the middle runs no longer move."""
 GOOD = 0.9
 """A rate is good that lowers the loss by this much of what the best does in as many steps."""
+ALIKE = 0.95
+"""The range takes in rates that do so to this part in the longest runs."""
 HIGH = 4.0
 """A loss that ends so many times above the start has diverged."""
 RATES = 24
@@ -459,7 +461,9 @@ class _Search:
         assert best is not None
         chosen = float(f"{best:.3g}")
         confidence, why = self._confidence(best, rates)
-        return Probe(chosen, _range(chosen, best, rates), confidence, (*why, *doubts), rates, *rest, best=best)
+        return Probe(
+            chosen, _range(chosen, best, rates, self.horizon), confidence, (*why, *doubts), rates, *rest, best=best
+        )
 
     def _none(self, rates: Sequence[Rate], best: float | None) -> str | None:
         if all(r.steps == 0 for r in rates):
@@ -508,9 +512,10 @@ class _Search:
         return ("high", "medium", "low")[min(doubts, 2)], reasons
 
 
-def _range(chosen: float, best: float, rates: Sequence[Rate]) -> tuple[float, float]:
-    """Half to twice the suggestion, without rates that are not good."""
+def _range(chosen: float, best: float, rates: Sequence[Rate], horizon: int) -> tuple[float, float]:
+    """Half to twice the suggestion, and on to rates as good in the longest runs, without rates that are not good."""
     bad = [r.learning_rate for r in rates if r.verdict != Verdict.GOOD]
-    low = max([chosen / 2, *(math.sqrt(r * best) for r in bad if r < best)])
-    high = min([chosen * 2, *(math.sqrt(r * best) for r in bad if r > best)])
+    alike = [r.learning_rate for r in rates if r.steps == horizon and r.verdict == Verdict.GOOD and r.number >= ALIKE]
+    low = max([min([chosen / 2, *alike]), *(math.sqrt(r * best) for r in bad if r < best)])
+    high = min([max([chosen * 2, *alike]), *(math.sqrt(r * best) for r in bad if r > best)])
     return min(float(f"{low:.3g}"), chosen), max(float(f"{high:.3g}"), chosen)

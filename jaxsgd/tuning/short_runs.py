@@ -315,7 +315,8 @@ def _compressed(schedule: np.ndarray, horizon: Any) -> optax.GradientTransformat
     def init(params: Any) -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
-    def update(updates: Any, count: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = state
         at = jnp.minimum(((count + 0.5) * len(schedule) / horizon).astype(jnp.int32), len(schedule) - 1)
         now = table[jnp.minimum(count, len(schedule) - 1)]
         ratio = table[at] / jnp.where(now > 0, now, 1.0)
