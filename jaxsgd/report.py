@@ -57,14 +57,12 @@ def number(value: Any, digits: int = DIGITS) -> str:
         return "-"
     if math.isinf(value) or value == 0:
         return "0" if value == 0 else "inf" if value > 0 else "-inf"
-    exact = float(f"{value:.{digits - 1}e}")
-    power = math.floor(math.log10(abs(exact)))
-    if -4 <= power < 6:
-        text = f"{exact:,.{max(0, digits - 1 - power)}f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    mantissa, _, exponent = f"{exact:.{digits - 1}e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}"
+    exact = f"{value:.{digits - 1}e}"
+    mantissa, _, exponent = exact.partition("e")
+    power = int(exponent)
+    text = f"{float(exact):,.{max(0, digits - 1 - power)}f}" if -4 <= power < 6 else mantissa
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text if -4 <= power < 6 else f"{text}e{power}"
 
 
 def plus_minus(value: float, error: float) -> str:

@@ -161,7 +161,8 @@ def diagnose(
       ValueError: it is empty or has no loss; arrays disagree on their length; ``best_known`` is not finite.
 
     >>> import numpy as np
-    >>> print(diagnose(2.3 - 0.002 * np.arange(100.0), rule="sgd", learning_rate=0.01).advice)
+    >>> noise = 0.01 * np.random.default_rng(0).standard_normal(100)
+    >>> print(diagnose(2.3 - 0.002 * np.arange(100.0) + noise, rule="sgd", learning_rate=0.01).advice)
     try a rate 10x higher (to 0.1), for a straight line has no end in sight; or set momentum=0.9
     """
     if best_known is not None and not math.isfinite(best_known):
