@@ -317,22 +317,49 @@ def rows_of(found: Sequence[Outcome]) -> Table:
     return Table(columns, tuple(rows))
 
 
+def lead(found: Sequence[Outcome]) -> str:
+    """The unflattering numbers first."""
+    scores = [f.scores["probe"] for f in found]
+    worse, missed = sum(s.ratio > 2 for s in scores), sum(s.part < ENOUGH for s in scores)
+    sure = [s for s, f in zip(scores, found, strict=True) if f.confidence == "high"]
+    wrong, count = sum(s.part < ENOUGH for s in sure), len(scores)
+    median = float(np.median([s.ratio for s in scores]))
+    low, high = interval(
+        np.array([s.ratio for s in scores]), lambda x: float(np.median(x)), [f.data_set for f in found]
+    )
+    return (
+        f"On data sets that the probe was not designed on, {worse} of {count} suggestions ({worse / count:.0%}) end at "
+        f"more than twice the best loss, and {missed} ({missed / count:.0%}) miss 95% of the best decrease; {wrong} of "
+        f'{len(sure)} given with "high" confidence do. {sum(s.ratio == np.inf for s in scores)} diverge. The median '
+        f"ratio of the final losses is {median:.2f} (95% interval {low:.2f} to {high:.2f})."
+    )
+
+
 def page(found: Sequence[Outcome]) -> str:
-    lines = [INTRO.format(seeds=1 + max(f.seed for f in found), command=COMMAND)]
+    held = [f for f in found if f.task in HELD_OUT]
+    lines = ["# How good the suggested learning rates are", "", lead(held) if held else "", ""]
+    lines += [INTRO.format(command=COMMAND)]
     for title, names in (("Held-out data sets", HELD_OUT), ("Data sets of the design", DESIGN)):
         here = [f for f in found if f.task in names]
         if here:
             sets = ", ".join(dict.fromkeys(f.data_set for f in here))
             count = len({f.task for f in here})
-            lines += ["", f"## {title}", "", f"{count} tasks on {sets}.", "", summary(here).markdown(), ""]
+            seeds = 1 + max(f.seed for f in here)
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                f"{count} tasks on {sets}; seeds 0 to {seeds - 1}.",
+                "",
+                summary(here).markdown(),
+                "",
+            ]
             lines += [calibration(here), "", rows_of(here).markdown()]
     return "\n".join(lines) + "\n"
 
 
 COMMAND = "python benchmarks/probe_learning_rates.py --write docs/learning_rates.md"
-INTRO = """# How good the suggested learning rates are
-
-Made by `{command}`, {seeds} seeds; not written by hand.
+INTRO = """Made by `{command}`; not written by hand.
 
 A task is a data set, a model, a rule, a batch size and 100 to 3,000 steps (`benchmarks/learning_rate_tasks.py`). Full
 trainings at 49 rates, a factor of 1.33 apart, are the truth. The final loss is the mean of the last 5% of the steps.

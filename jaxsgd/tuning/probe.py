@@ -498,7 +498,8 @@ class _Search:
             reasons.append(f"from {number(higher[0].learning_rate)} up the loss is unstable ({higher[0].verdict})")
         if self.horizon < 15 * self.every or self.horizon < 0.04 * self.steps:
             doubts += 1
-            reasons.append(f"the longest runs took {self.horizon} steps, which is little")
+            updates = f" with {self.horizon // self.every} updates" if self.every > 1 else ""
+            reasons.append(f"the longest runs took {self.horizon} steps{updates}, which is little")
         part = 1 - self._tail(best, self.horizon) / self._begun if self._begun > 0 else 1.0
         if part < 0.02:
             doubts += 2
