@@ -30,6 +30,7 @@ __all__ = [
     "budget",
     "chance",
     "checked_rule",
+    "compressed",
     "manner",
     "noise_of",
     "sets_rate",
@@ -224,7 +225,7 @@ class Members:
     ) -> None:
         def build(given: Any, learning_rate: Any, horizon: Any) -> tuple[Any, Any]:
             tx = rule(learning_rate)
-            return begin(given, tx if schedule is None else optax.chain(tx, _compressed(schedule, horizon)))
+            return begin(given, tx if schedule is None else optax.chain(tx, compressed(schedule, horizon)))
 
         ones = np.ones(PLACES, np.float32)
         self._population = Population(build, {"learning_rate": ones, "horizon": ones}, given=given)
@@ -308,7 +309,7 @@ class Members:
         self._population.restart(mask, values)
 
 
-def _compressed(schedule: np.ndarray, horizon: Any) -> optax.GradientTransformation:
+def compressed(schedule: np.ndarray, horizon: Any) -> optax.GradientTransformation:
     """Scale updates, so that ``horizon`` steps see the whole schedule."""
     table = jnp.asarray(schedule, jnp.float32)
 
