@@ -374,8 +374,8 @@ trainings at 49 rates, a factor of 1.33 apart, are the truth. The final loss is 
 and skipped points, and as many steps as one training. `usual` is the rule's usual rate, without any search.
 
 A cheaper probe is worse. With `--tasks held-out --share 0.25`, seed 0, 82% reach 95% of the best decrease, 12% have a
-ratio above 2, and "high" confidence is right in 83%. Four tasks (airports) were repaired after their first run: they had
-one output less than classes."""
+ratio above 2, and "high" confidence is right in 83%. Four tasks (airports) were repaired after their first run: they
+had one output less than classes."""
 
 
 def main() -> None:
