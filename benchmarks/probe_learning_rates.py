@@ -338,7 +338,7 @@ def lead(found: Sequence[Outcome]) -> str:
 def page(found: Sequence[Outcome]) -> str:
     held = [f for f in found if f.task in HELD_OUT]
     lines = ["# How good the suggested learning rates are", "", lead(held) if held else "", ""]
-    lines += [INTRO.format(command=COMMAND)]
+    lines += [INTRO]
     for title, names in (("Held-out data sets", HELD_OUT), ("Data sets of the design", DESIGN)):
         here = [f for f in found if f.task in names]
         if here:
@@ -358,8 +358,9 @@ def page(found: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-COMMAND = "python benchmarks/probe_learning_rates.py --write docs/learning_rates.md"
-INTRO = """Made by `{command}`; not written by hand.
+SCRIPT = "python benchmarks/probe_learning_rates.py"
+INTRO = f"""Made by `{SCRIPT} --tasks held-out --seeds 3`, then
+`{SCRIPT} --tasks design --write docs/learning_rates.md`; not written by hand.
 
 A task is a data set, a model, a rule, a batch size and 100 to 3,000 steps (`benchmarks/learning_rate_tasks.py`). Full
 trainings at 49 rates, a factor of 1.33 apart, are the truth. The final loss is the mean of the last 5% of the steps.
@@ -369,6 +370,7 @@ trainings at 49 rates, a factor of 1.33 apart, are the truth. The final loss is 
 - metric: accuracy, or the variance explained, on held-out examples, less that of the best rate.
 - needed: the part of the steps that the best rate needs to reach the suggestion's final loss.
 - interval: 95%, from a bootstrap over data sets.
+- valley's part: -999 where the training at that rate diverged.
 
 `valley`, `steep` and `minimum` are fastai's suggestions, `lightning` is Lightning's. Both have their smoothing, range
 and skipped points, and as many steps as one training. `usual` is the rule's usual rate, without any search.
@@ -380,7 +382,7 @@ had one output less than classes."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score the probe's suggestions against full trainings.")
-    parser.add_argument("--write", type=pathlib.Path, help="write the page to this file")
+    parser.add_argument("--write", type=pathlib.Path, help="write the page with all finished rows to this file")
     parser.add_argument("--tasks", default="all", help="design, held-out, all, or names divided by commas")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of weights, batches and dropout")
     parser.add_argument("--share", type=float, default=1.0, help="of the probe")
@@ -414,7 +416,8 @@ def main() -> None:
             )
     print(f"\n{summary(found).text(120)}\n{calibration(found)}")
     if args.write:
-        args.write.write_text(page(found))
+        order = {name: place for place, name in enumerate((*HELD_OUT, *DESIGN))}
+        args.write.write_text(page(sorted(done.values(), key=lambda f: (f.seed, order[f.task]))))
 
 
 if __name__ == "__main__":

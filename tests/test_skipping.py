@@ -232,7 +232,7 @@ def test_probe_finds_the_same_rate_with_batches_that_the_guard_skips():
 
 def test_probe_and_range_test_do_not_judge_what_the_guard_skips():
     probed = jaxsgd.probe(square_loss, ZEROS, regression(True), guarded, steps=480)
-    assert probed.learning_rate is not None and probed.confidence != "none"
+    assert probed.learning_rate is not None and 0.01 <= probed.learning_rate <= 0.5
     assert np.isfinite(jaxsgd.range_test(square_loss, ZEROS, regression(True), guarded, steps=60).losses[:30]).all()
     unguarded = jaxsgd.range_test(square_loss, ZEROS, regression(True), jaxsgd.adam, steps=60)
     assert len(unguarded.losses) < 30 or not np.isfinite(unguarded.losses[:30]).all()
