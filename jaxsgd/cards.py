@@ -20,7 +20,18 @@ from jaxsgd.paths import aligned, nearest
 from jaxsgd.registry import RULES, Rule
 from jaxsgd.report import Column, Table
 
-__all__ = ["agreement", "arguments", "card", "digits", "family", "like", "rules_table", "state_bytes", "titled"]
+__all__ = [
+    "agreement",
+    "arguments",
+    "card",
+    "digits",
+    "family",
+    "like",
+    "relatives",
+    "rules_table",
+    "state_bytes",
+    "titled",
+]
 
 TITLE = re.compile(r"(?P<name>.+?) \((?P<source>[^$]+)\): (?P<equation>[^$]*\$.+?\$([^$.]*\$.+?\$)*)\.?( |$)")
 KERNEL = (256, 512)
@@ -83,8 +94,13 @@ def like(name: str) -> list[Rule]:
     return sorted(found, key=lambda rule: (rule.name != name, rule.module not in families, rule.name))
 
 
+def relatives(rule: Rule) -> list[str]:
+    """The names of the other rules of a family."""
+    return sorted(other.name for other in RULES.values() if other.module == rule.module and other is not rule)
+
+
 def rules_table(rules: list[Rule]) -> Table:
-    """Rules as a table: name, source, bytes of state, family."""
+    """Rules as a table: name, bytes of state, what it is with its source."""
     columns = (
         Column("rule", kind="text"),
         Column("state", unit="bytes a parameter"),
@@ -120,6 +136,5 @@ def card(rule: Rule) -> str:
     measured = agreement().get(rule.name, {})
     lines += ["", "agreement after 50 steps in float64"]
     lines += [f"  {package}: {digits(error)}" for package, error in measured.items()] or ["  not measured"]
-    others = [r.name for r in RULES.values() if r.module == rule.module and r is not rule]
-    lines += ["", f"related: {', '.join(sorted(others)) or 'none'}"]
+    lines += ["", f"related: {', '.join(relatives(rule)) or 'none'}"]
     return "\n".join(lines)

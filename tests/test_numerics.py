@@ -91,6 +91,8 @@ def test_a_seed_or_a_key_everywhere():
         "create": lambda key: jaxsgd.TrainState.create(params, tx, key=key),
         "sharpness": lambda key: jaxsgd.sharpness(loss_fn, params, batches[0], key=key),
         "noise_scale": lambda key: jaxsgd.noise_scale(loss_fn, params, batches, key=key),
+        "probe": lambda key: jaxsgd.probe(loss_fn, params, batches, jaxsgd.sgd, steps=40, key=key),
+        "range_test": lambda key: jaxsgd.range_test(loss_fn, params, batches, jaxsgd.sgd, steps=20, key=key),
         "plan": lambda key: jaxsgd.plan(loss_fn, params, tx, batches[0], key=key),
     }
     for name, tool in tools.items():

@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 from stubs import homes
 
 import jaxsgd
-from jaxsgd.cards import agreement, arguments, digits, family, like, state_bytes, titled
+from jaxsgd.cards import agreement, arguments, digits, family, relatives, state_bytes, titled
 from jaxsgd.registry import RULES, Rule
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,7 +83,6 @@ def rule_page(rule: Rule) -> str:
     kept = state_bytes(rule)
     shown = {n: "" if d is inspect.Parameter.empty else f"`{d!r}`" for n, d in arguments(rule).items()}
     measured = agreement().get(rule.name, {})
-    others = [r.name for r in like(rule.name) if r.module == rule.module and r is not rule]
     slots = [(f"`{n}`", kind(rule, n), f"{b:.3g}") for n, b in kept.items()]
     parts = [
         [f"# {rule.name}", "", f"**{name}** ({source})", "", shown_equation(equation), "", *map(ours, rest)],
@@ -96,7 +95,7 @@ def rule_page(rule: Rule) -> str:
         table(("compared with", "agrees"), [(package, digits(error)) for package, error in measured.items()]),
         cost(rule.name),
         ["## The code", "", "```python", code(rule), "```"],
-        ["## Related", "", ", ".join(f"[{other}]({other}.md)" for other in others) or "None."],
+        ["## Related", "", ", ".join(f"[{other}]({other}.md)" for other in relatives(rule)) or "None."],
         [f"Family: {family(rule)}."],
     ]
     lines = [line for part in parts for line in (*part, "")]

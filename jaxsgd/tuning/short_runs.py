@@ -17,6 +17,7 @@ from jaxsgd.ensemble.feed import Feed, stacked
 from jaxsgd.ensemble.losses import apart
 from jaxsgd.ensemble.population import Population
 from jaxsgd.loss import is_stateful, with_all_arguments
+from jaxsgd.numerics import as_key
 from jaxsgd.progress import Bar
 from jaxsgd.registry import RULES, Rule
 from jaxsgd.state import find_states
@@ -189,7 +190,7 @@ def beginning(loss_fn: Callable[..., Any], model: Any, key: int | jax.Array) -> 
       key: a seed or a key.
     """
     graphdef, params, held = apart(model)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     loss = with_all_arguments(loss_fn, is_stateful(graphdef, held))
 
     def begin(given: Any, tx: Any) -> tuple[Any, TrainState]:
