@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,14 @@ def cauchy_point(
     return jnp.where(bends <= t, jnp.where(d < 0, low, jnp.where(d > 0, high, x)), jnp.clip(x + t * d, low, high))
 
 
+class _Matrices(NamedTuple):
+    """The pairs, and their products ``s_i y_j`` and ``s_i s_j``, [m, m]."""
+
+    pairs: Pairs
+    sy: jax.Array
+    ss: jax.Array
+
+
 class LBFGSB:
     """L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995, doi:10.1137/0916069; subspace step: Morales & Nocedal 2011).
 
@@ -76,21 +84,23 @@ class LBFGSB:
     def __init__(self, memory: int, limits: Limits) -> None:
         self.memory, self.limits = memory, limits
 
-    def init(self, x: Vector) -> Pairs:
-        return empty(x, self.memory)
+    def init(self, x: Vector) -> _Matrices:
+        square = jnp.zeros((self.memory, self.memory), x[0].dtype)
+        return _Matrices(empty(x, self.memory), square, square)
 
-    def advance(self, memory: Pairs, move: Move) -> tuple[Pairs, Vector, Any, Any, Any]:
+    def advance(self, memory: _Matrices, move: Move) -> tuple[_Matrices, Vector, Any, Any, Any]:
         m = self.memory
-        pairs, _ = remember(memory, move, m)
+        pairs, new = remember(memory.pairs, move, m)
+        sy, ss = new.put(memory.sy, new.y_s, new.s_y), new.put(memory.ss, new.s_s, new.s_s)
         (x,), (g,), (low,), (high,), (rows,) = move.x, move.g, self.limits.lower, self.limits.upper, pairs.rows
         theta = 1 / pairs.gamma
         valid = jnp.arange(m) < pairs.count
         both = valid[:, None] & valid[None, :]
         age = (jnp.arange(m) - pairs.count) % m
-        later = jnp.where(both & (age[:, None] > age[None, :]), pairs.sy, 0)
+        later = jnp.where(both & (age[:, None] > age[None, :]), sy, 0)
         eye = jnp.eye(m, dtype=x.dtype)
-        corner = -jnp.where(both, eye * jnp.diagonal(pairs.sy), eye)
-        other = jnp.where(both, theta * pairs.ss, eye)
+        corner = -jnp.where(both, eye * jnp.diagonal(sy), eye)
+        other = jnp.where(both, theta * ss, eye)
         middle = jnp.block([[corner, later.T], [later, other]])
         w = jnp.concatenate([rows[m:], theta * rows[:m]]) * jnp.concatenate([valid, valid])[:, None]
         sizes = jnp.abs(jnp.diagonal(middle))
@@ -104,7 +114,7 @@ class LBFGSB:
         # Of sums over all variables only those at bounds stay, so that nothing cancels where none is.
         w_free, w_bound = w * free, w * ~free
         y_free, y_bound, s_bound = w_free[:m], w_bound[:m], w_bound[m:] / theta
-        earlier = jnp.where(both & (age[:, None] <= age[None, :]), pairs.sy, 0) - _product(s_bound, y_bound.T)
+        earlier = jnp.where(both & (age[:, None] <= age[None, :]), sy, 0) - _product(s_bound, y_bound.T)
         held = jnp.where(both, theta * _product(s_bound, s_bound.T), eye)
         reduced = jnp.block([[corner - _product(y_free, y_free.T) / theta, -earlier.T], [-earlier, held]])
         reduced = _inverse(reduced, sizes)
@@ -117,4 +127,4 @@ class LBFGSB:
         shortened = moved + share * inward
         p = jnp.where(jnp.vdot(clipped, g) < 0, clipped, shortened)
         p = jnp.where(jnp.vdot(p, g) < 0, p, moved)
-        return pairs, [p], jnp.ones_like(theta), pairs.count > 0, jnp.zeros((), bool)
+        return _Matrices(pairs, sy, ss), [p], jnp.ones_like(theta), pairs.count > 0, jnp.zeros((), bool)

@@ -11,39 +11,55 @@ from jaxsgd.second_order.descent import Move, first_scale
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.vectors import dot, norm, total
 
-__all__ = ["LBFGS", "Pairs"]
+__all__ = ["LBFGS", "Pairs", "empty", "remember"]
 
 
 class Pairs(NamedTuple):
-    """The last pairs of steps and changes of the gradient, and their products.
+    """The last pairs of steps and changes of the gradient.
 
     Attributes:
-      rows: for each array of the vector, its m steps s and m changes y.
-      sy, yy, ss: the products ``s_i y_j``, ``y_i y_j`` and ``s_i s_j``.
+      rows: for each array of the vector, its m steps s and m changes y, [2m, ...].
       count: the number of pairs since the last reset.
       gamma: the scale of the first matrix: the inverse Hessian is about ``gamma`` times the identity.
     """
 
     rows: Vector
-    sy: Any
-    yy: Any
-    ss: Any
     count: Any
     gamma: Any
 
 
+class Newest(NamedTuple):
+    """The newest pair: the products of all rows with its s and y and with the gradient.
+
+    Attributes:
+      good: whether there is a new pair.
+      here: its place, one-hot, [m].
+      s_s, s_y, s_g: products of all s with the new s, the new y and the gradient, [m].
+      y_s, y_y, y_g: products of all y with them, [m].
+    """
+
+    good: Any
+    here: Any
+    s_s: Any
+    s_y: Any
+    s_g: Any
+    y_s: Any
+    y_y: Any
+    y_g: Any
+
+    def put(self, matrix: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+        """The matrix with the new pair's row and column."""
+        changed = jnp.where(self.here[:, None], row[None, :], jnp.where(self.here[None, :], column[:, None], matrix))
+        return jnp.where(self.good, changed, matrix)
+
+
 def _times(rows: Vector, columns: list[Vector]) -> jax.Array:
-    """The products of all rows with some vectors, [2m, number of vectors]."""
+    """The products of some vectors with all rows, [number of vectors, 2m]."""
     parts = []
     for i, block in enumerate(rows):
-        stacked = jnp.stack([column[i].ravel() for column in columns], 1)
-        parts.append(jnp.matmul(block.reshape(len(block), -1), stacked, precision="highest"))
+        stacked = jnp.stack([column[i].ravel() for column in columns])
+        parts.append(jnp.matmul(stacked, block.reshape(len(block), -1).T, precision="highest"))
     return total(parts)
-
-
-def combined(rows: Vector, weights: jax.Array) -> Vector:
-    """The sum of rows with weights."""
-    return [jnp.tensordot(weights, block, 1, precision="highest") for block in rows]
 
 
 def _put(block: jax.Array, row: jax.Array, at: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -51,8 +67,8 @@ def _put(block: jax.Array, row: jax.Array, at: jax.Array, wanted: jax.Array) -> 
     return jax.lax.dynamic_update_index_in_dim(block, jnp.where(wanted, row, old), at, 0)
 
 
-def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, jax.Array]:
-    """The pairs with the newest, and the products of all rows with the gradient, [2m]."""
+def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, Newest]:
+    """The pairs with the newest in place of the oldest, and its products."""
     sy, yy, ss = dot(move.s, move.y), dot(move.y, move.y), dot(move.s, move.s)
     eps = jnp.finfo(sy.dtype).eps
     good = move.took & (sy > eps * jnp.sqrt(ss) * jnp.sqrt(yy)) & (yy > 0)
@@ -61,13 +77,7 @@ def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, jax.Array]:
         _put(_put(block, s, slot, good), y, memory + slot, good)
         for block, s, y in zip(pairs.rows, move.s, move.y, strict=True)
     ]
-    products = _times(rows, [move.s, move.y, move.g])
-    with_s, with_y = products[:, 0], products[:, 1]
-
-    def cross(matrix: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-        here = jnp.arange(memory) == slot
-        changed = jnp.where(here[:, None], row[None, :], jnp.where(here[None, :], column[:, None], matrix))
-        return jnp.where(good, changed, matrix)
+    with_s, with_y, with_g = _times(rows, [move.s, move.y, move.g])
 
     # A first length for the first direction; later the size of the latest pair (Nocedal & Wright 2006, 7.20).
     start = first_scale(move)
@@ -76,27 +86,41 @@ def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, jax.Array]:
     straight = move.took & ~good & (pairs.count == 0)
     gamma = jax.lax.cond(straight, lambda: jnp.maximum(gamma, norm(move.s) / norm(move.g)), lambda: gamma)
     gamma = jnp.where(move.first, start, gamma)
-    new = Pairs(
-        rows,
-        cross(pairs.sy, with_s[memory:], with_y[:memory]),
-        cross(pairs.yy, with_y[memory:], with_y[memory:]),
-        cross(pairs.ss, with_s[:memory], with_s[:memory]),
-        jnp.where(move.reset, 0, pairs.count + good),
-        gamma,
-    )
-    return new, products[:, 2]
+    new = Pairs(rows, jnp.where(move.reset, 0, pairs.count + good), gamma)
+    parts = [part for products in (with_s, with_y, with_g) for part in (products[:memory], products[memory:])]
+    s_s, y_s, s_y, y_y, s_g, y_g = parts
+    return new, Newest(good, jnp.arange(memory) == slot, s_s, s_y, s_g, y_s, y_y, y_g)
 
 
 def empty(x: Vector, memory: int) -> Pairs:
     """No pairs."""
     dtype = x[0].dtype
-    square = jnp.zeros((memory, memory), dtype)
     rows = [jnp.zeros((2 * memory, *leaf.shape), dtype) + 0 * leaf for leaf in x]
-    return Pairs(rows, square, square, square, jnp.zeros((), jnp.int32), jnp.ones((), dtype))
+    return Pairs(rows, jnp.zeros((), jnp.int32), jnp.ones((), dtype))
+
+
+class _Compact(NamedTuple):
+    """The pairs, and the small matrices of the compact form.
+
+    Attributes:
+      pairs: the last pairs.
+      inverse: the inverse of R, the products ``s_i y_j`` of each s with its own y and later ones, [m, m]. Rows and
+        columns are in the places of the pairs: a triangle in order of age. Zero without a pair.
+      yy: the products ``y_i y_j``, [m, m].
+      sy: the products ``s_i y_i``, [m].
+    """
+
+    pairs: Pairs
+    inverse: jax.Array
+    yy: jax.Array
+    sy: jax.Array
 
 
 class LBFGS:
     """L-BFGS in its compact form (Byrd, Nocedal & Schnabel 1994, doi:10.1007/BF01582063).
+
+    A new pair adds a column to the inverse of the triangle R. The oldest pair leaves by its row and column: the rest
+    of the inverse stays as it is. No step solves a triangle or sorts by age.
 
     Args:
       memory: the number of pairs.
@@ -107,28 +131,30 @@ class LBFGS:
     def __init__(self, memory: int) -> None:
         self.memory = memory
 
-    def init(self, x: Vector) -> Pairs:
-        return empty(x, self.memory)
+    def init(self, x: Vector) -> _Compact:
+        square = jnp.zeros((self.memory, self.memory), x[0].dtype)
+        return _Compact(empty(x, self.memory), square, square, square[0])
 
-    def advance(self, memory: Pairs, move: Move) -> tuple[Pairs, Vector, Any, Any, Any]:
-        m = self.memory
-        pairs, products = remember(memory, move, m)
-        # Oldest first. Slots without a pair count as zeros, with one on the diagonal.
-        order = (pairs.count + jnp.arange(m)) % m
-        valid = order < pairs.count
-        both = valid[:, None] & valid[None, :]
-        sy = jnp.where(both, pairs.sy[order][:, order], jnp.eye(m, dtype=pairs.sy.dtype))
-        yy = jnp.where(both, pairs.yy[order][:, order], 0)
-        sg, yg = jnp.where(valid, products[:m][order], 0), jnp.where(valid, products[m:][order], 0)
-
-        def solve(b: jax.Array, trans: int) -> jax.Array:
-            return jax.scipy.linalg.solve_triangular(sy, b, trans=trans)
+    def advance(self, memory: _Compact, move: Move) -> tuple[_Compact, Vector, Any, Any, Any]:
+        pairs, new = remember(memory.pairs, move, self.memory)
+        newest = jnp.sum(jnp.where(new.here, new.s_y, 0))
+        newest = jnp.where(new.good, newest, 1)
+        sy = jnp.where(new.good & new.here, newest, memory.sy)
+        rest = jnp.where(new.here[:, None] | new.here[None, :], 0, memory.inverse)
+        column = jnp.where(new.here, 1, -_product(rest, jnp.where(new.here, 0, new.s_y))) / newest
+        inverse = jnp.where(new.here[None, :], column[:, None], rest)
+        inverse = jnp.where(new.good, inverse, memory.inverse)
+        inverse = jnp.where(move.reset, 0, inverse)
+        yy = new.put(memory.yy, new.y_y, new.y_y)
 
         gamma = pairs.gamma
-        on_y = solve(sg, 0)
-        on_s = solve(jnp.diagonal(sy) * on_y + gamma * (yy @ on_y - yg), 1)
-        weights = jnp.concatenate([jnp.where(valid, on_s, 0), jnp.where(valid, -gamma * on_y, 0)])
-        back = jnp.argsort(order)
-        weights = jnp.concatenate([weights[:m][back], weights[m:][back]])
-        p = [-gamma * g - step for g, step in zip(move.g, combined(pairs.rows, weights), strict=True)]
-        return pairs, p, jnp.ones_like(gamma), pairs.count > 0, jnp.zeros((), bool)
+        on_y = _product(inverse, new.s_g)
+        on_s = _product(sy * on_y + gamma * (_product(yy, on_y) - new.y_g), inverse)
+        weights = jnp.concatenate([on_s, -gamma * on_y])
+        steps = [jnp.tensordot(weights, block, 1, precision="highest") for block in pairs.rows]
+        p = [-gamma * g - step for g, step in zip(move.g, steps, strict=True)]
+        return _Compact(pairs, inverse, yy, sy), p, jnp.ones_like(gamma), pairs.count > 0, jnp.zeros((), bool)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
