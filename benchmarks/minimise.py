@@ -1,11 +1,14 @@
 """Solvers of unconstrained and boxed minimization beside each other, in float64, with 2,000 evaluations each.
 
-    python benchmarks/minimise.py [--quick] [--method lbfgs] [--boxed] [--time] [--details]
+    python benchmarks/minimise.py [--quick] [--method lbfgs] [--boxed] [--squares] [--details]
 
 A problem counts as solved if the value is within 1e-6 of the best that any solver found, in units of the best value
 or 1; or if the point is a local minimum by its gradient and exact Hessian, whatever the solver says. A success that
 is none is a point that the solver calls a success and this test does not. Evaluations are of the value with its
 gradient; their median is over the problems that both solve.
+
+``--squares`` puts `least_squares` beside SciPy's lm and trf and optimistix. There a problem counts as solved if the
+value is within 1e-6 of the best of all, relative to it; or if the point is a strict local minimum.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import problems
 import scipy.optimize
 from problems import Problem
 
-from jaxsgd.second_order import minimize
+from jaxsgd.second_order import least_squares, minimize
 
 MOST = 2000
 OURS = ("lbfgs", "newton", "trust_region", "newton_cg", "bfgs", "cg", "lbfgsb")
@@ -131,7 +134,63 @@ def optimistixs(kind: str) -> Solver:
     return solve
 
 
-def solvers(boxed: bool) -> dict[str, Solver]:
+def our_squares(method: Any) -> Solver:
+    def solve(problem: Problem, _: Any) -> Outcome:
+        bounds = None if problem.lower is None else (problem.lower, problem.upper)
+        assert problem.residual is not None
+        out = least_squares(problem.residual, problem.start, method=method, max_iterations=MOST // 2, bounds=bounds)
+        return Outcome(np.asarray(out.params), int(out.evaluations), out.success)
+
+    return solve
+
+
+def scipy_squares(method: str) -> Solver:
+    def solve(problem: Problem, compiled: Any) -> Outcome:
+        bounds = (-np.inf, np.inf) if problem.lower is None else (problem.lower, problem.upper)
+        if method == "lm" and problem.lower is not None:
+            return Outcome(problem.start, 0, False)
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            try:
+                out = scipy.optimize.least_squares(
+                    lambda x: np.asarray(compiled["residual"](x)),
+                    problem.start,
+                    jac=lambda x: np.asarray(compiled["jacobian"](x)),
+                    method="trf" if problem.lower is not None else method,
+                    bounds=bounds,
+                    ftol=1e-12,
+                    xtol=1e-12,
+                    gtol=1e-12,
+                    max_nfev=MOST,
+                )
+            except (ValueError, np.linalg.LinAlgError):  # lm needs as many residuals as parameters, and finite ones.
+                return Outcome(problem.start, MOST, False)
+        return Outcome(out.x, out.nfev, bool(out.success))
+
+    return solve
+
+
+def optimistix_squares(problem: Problem, _: Any) -> Outcome:
+    import optimistix
+
+    if problem.lower is not None:
+        return Outcome(problem.start, 0, False)
+    solver = optimistix.LevenbergMarquardt(rtol=1e-10, atol=1e-12)
+    out = optimistix.least_squares(
+        lambda x, args: problem.residual(x), solver, jnp.asarray(problem.start), max_steps=MOST, throw=False
+    )
+    success = bool(out.result == optimistix.RESULTS.successful)
+    return Outcome(np.asarray(out.value), int(out.stats["num_steps"]), success)
+
+
+def solvers(boxed: bool, squares: bool = False) -> dict[str, Solver]:
+    if squares:
+        return {
+            **{method: our_squares(method) for method in ("lm", "dogleg")},
+            "SciPy lm": scipy_squares("lm"),
+            "SciPy trf": scipy_squares("trf"),
+            "optimistix LM": optimistix_squares,
+        }
     if boxed:
         tight = {"ftol": 1e-15, "gtol": 1e-6}
         return {
@@ -171,6 +230,28 @@ def is_minimum(problem: Problem, compiled: Any, x: np.ndarray) -> bool:
     return bool(gain <= 1e-6 * max(abs(float(value)), min(1, start)) and values[0] >= -1e-6 * np.max(np.abs(values)))
 
 
+def is_strict(problem: Problem, compiled: Any, x: np.ndarray) -> bool:
+    """Whether ``x`` is a minimum with positive curvature along every parameter that no bound holds."""
+    if not is_minimum(problem, compiled, x):
+        return False
+    grad, hessian = np.asarray(compiled["both"](x)[1]), np.asarray(compiled["hessian"](x))
+    if problem.lower is not None:
+        held = ((x <= problem.lower) & (grad > 0)) | ((x >= problem.upper) & (grad < 0))
+        hessian = hessian[np.ix_(~held, ~held)]
+    size = np.sqrt(np.abs(np.diagonal(hessian)))
+    if not np.all(size > 0):
+        return False
+    return not len(size) or bool(np.linalg.eigvalsh(hessian / size / size[:, None])[0] > 1e-9)
+
+
+def judged_squares(problem: Problem, outcomes: dict[str, Outcome], compiled: Any) -> dict[str, bool]:
+    """Which solvers solved a problem of least squares."""
+    values = {name: float(compiled["both"](out.x)[0]) for name, out in outcomes.items()}
+    best = min(v for v in values.values() if np.isfinite(v))
+    limit = best * (1 + 1e-6) + 1e-12 * min(1, float(compiled["both"](problem.start)[0]))
+    return {name: values[name] <= limit or is_strict(problem, compiled, out.x) for name, out in outcomes.items()}
+
+
 def judged(problem: Problem, outcomes: dict[str, Outcome], compiled: Any) -> dict[str, bool]:
     """Which solvers solved a problem."""
     values = {name: float(compiled["both"](out.x)[0]) for name, out in outcomes.items()}
@@ -207,22 +288,31 @@ class Table:
         return statistics.median(self.outcomes[p][name].evaluations for p in rows) if rows else float("nan")
 
 
-def run(names: list[str] | None = None, boxed: bool = False, every: int = 1) -> Table:
+def run(names: list[str] | None = None, boxed: bool = False, every: int = 1, squares: bool = False) -> Table:
     """Run solvers on the problems.
 
     Args:
       names: the solvers. Default: all.
       boxed: problems with bounds. Default: without.
       every: take one of so many problems. Default: 1.
+      squares: problems of least squares, with bounds and without. Default: of minimization.
     """
     table = Table({}, {})
-    chosen = {name: solve for name, solve in solvers(boxed).items() if names is None or name in names}
-    for problem in (problems.boxed() if boxed else problems.unconstrained())[::every]:
-        compiled = {"both": jax.jit(jax.value_and_grad(problem.fun)), "hessian": jax.jit(jax.hessian(problem.fun))}
+    chosen = {name: solve for name, solve in solvers(boxed, squares).items() if names is None or name in names}
+    every_one = problems.residuals() if squares else problems.boxed() if boxed else problems.unconstrained()
+    compiled: dict[str, Any] = {}
+    last: Any = None
+    for problem in every_one[::every]:
+        if problem.residual is None or problem.residual is not last:
+            jax.clear_caches()
+            compiled = {"both": jax.jit(jax.value_and_grad(problem.fun)), "hessian": jax.jit(jax.hessian(problem.fun))}
+            if problem.residual is not None:
+                compiled["residual"] = jax.jit(problem.residual)
+                compiled["jacobian"] = jax.jit(jax.jacfwd(problem.residual))
+        last = problem.residual
         outcomes = {name: solve(problem, compiled) for name, solve in chosen.items()}
         table.outcomes[problem.name] = outcomes
-        table.solved[problem.name] = judged(problem, outcomes, compiled)
-        jax.clear_caches()
+        table.solved[problem.name] = (judged_squares if squares else judged)(problem, outcomes, compiled)
     return table
 
 
@@ -241,6 +331,10 @@ def show(table: Table, first: str, details: bool) -> None:
             print(f"\n{name} misses: {', '.join(missed)}")
         if table.false(name):
             print(f"{name} calls solved: {', '.join(table.false(name))}")
+    rivals = [name for name in ("SciPy lm", "SciPy trf") if name in names]
+    if rivals:
+        lost = [p for p, row in table.solved.items() if any(row[r] for r in rivals) and not row[first]]
+        print(f"\n{first} misses what {' or '.join(rivals)} solves: {', '.join(lost) or 'nothing'}")
     if details:
         print()
         for p, row in table.outcomes.items():
@@ -253,11 +347,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one of five problems")
     parser.add_argument("--method", nargs="*", help="names of solvers; default: all")
     parser.add_argument("--boxed", action="store_true", help="problems with bounds")
+    parser.add_argument("--squares", action="store_true", help="least_squares beside SciPy and optimistix")
     parser.add_argument("--details", action="store_true", help="evaluations of each solver on each problem")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     begin = time.perf_counter()
-    table = run(options.method, options.boxed, 5 if options.quick else 1)
+    table = run(options.method, options.boxed, 5 if options.quick else 1, options.squares)
     show(table, next(iter(next(iter(table.outcomes.values())))), options.details)
     print(f"\n{time.perf_counter() - begin:.0f} s")
 

@@ -1,19 +1,22 @@
 """Test problems of unconstrained and boxed minimization, from their equations.
 
 Sources: More, Garbow & Hillstrom 1981 (doi:10.1145/355934.355936), whose numbers the comments give; classics of the
-CUTEst collection; logistic regressions and fits on made data.
+CUTEst collection; fits of the NIST's StRD (www.itl.nist.gov/div898/strd); logistic regressions and fits on made data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Problem", "boxed", "unconstrained"]
+__all__ = ["Problem", "boxed", "residuals", "unconstrained"]
+
+
+Residual = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Problem:
       fun: ``fun(x) -> value``.
       start: float64 vector.
       lower, upper: float64 vectors, or None.
+      residual: ``residual(x) -> vector`` whose sum of squares is ``fun``, or None.
     """
 
     name: str
@@ -32,9 +36,7 @@ class Problem:
     start: np.ndarray
     lower: np.ndarray | None = None
     upper: np.ndarray | None = None
-
-
-Residual = Callable[[jax.Array], jax.Array]
+    residual: Residual | None = None
 
 
 def squares(residual: Residual) -> Callable[[jax.Array], jax.Array]:
@@ -371,6 +373,59 @@ def fit(kind: str) -> Residual:
     return residual
 
 
+# -- NIST StRD -------------------------------------------------------------------------------------
+
+
+def _words(text: str) -> np.ndarray:
+    return np.array([float(word) for word in text.split()])
+
+
+MISRA_X = "77.6 114.9 141.1 190.8 239.9 289 332.8 378.4 434.8 477.3 536.8 593.1 689.1 760"
+MISRA_Y = "10.07 14.73 17.94 23.93 29.61 35.18 40.02 44.82 50.76 55.05 61.01 66.40 75.47 81.78"
+RAT43_Y = "16.08 33.83 65.80 97.20 191.55 326.20 386.87 520.53 590.03 651.92 724.93 699.56 689.96 637.56 717.41"
+ECKERLE_X = (
+    "400 405 410 415 420 425 430 435 436.5 438 439.5 441 442.5 444 445.5 447 448.5 450 451.5 453 454.5 456 457.5 459"
+    " 460.5 462 463.5 465 470 475 480 485 490 495 500"
+)
+ECKERLE_Y = (
+    "1.575e-4 1.699e-4 2.350e-4 3.102e-4 4.917e-4 8.710e-4 .0017418 .00464 .0065895 .0097302 .0149002 .023731"
+    " .0401683 .0712559 .1264458 .2073413 .2902366 .3445623 .3698049 .3668534 .3106727 .2078154 .1164354 .0616764"
+    " .03372 .0194023 .0117831 .0074357 .0022732 8.8e-4 4.579e-4 2.345e-4 1.586e-4 1.143e-4 7.1e-5"
+)
+THURBER_X = (
+    "-3.067 -2.981 -2.921 -2.912 -2.840 -2.797 -2.702 -2.699 -2.633 -2.481 -2.363 -2.322 -1.501 -1.460 -1.274 -1.212"
+    " -1.100 -1.046 -.915 -.714 -.566 -.545 -.4 -.309 -.109 -.103 .01 .119 .377 .79 .963 1.006 1.115 1.572 1.841"
+    " 2.047 2.2"
+)
+THURBER_Y = (
+    "80.574 84.248 87.264 87.195 89.076 89.608 89.868 90.101 92.405 95.854 100.696 101.060 401.672 390.724 567.534"
+    " 635.316 733.054 759.087 894.206 990.785 1090.109 1080.914 1122.643 1178.351 1260.531 1273.514 1288.339 1327.543"
+    " 1353.863 1414.509 1425.208 1421.384 1442.962 1464.350 1468.705 1447.894 1457.628"
+)
+
+
+def misra(x: jax.Array) -> jax.Array:
+    return x[0] * (1 - jnp.exp(-x[1] * _words(MISRA_X))) - _words(MISRA_Y)
+
+
+def box_bod(x: jax.Array) -> jax.Array:
+    return x[0] * (1 - jnp.exp(-x[1] * _words("1 2 3 5 7 10"))) - _words("109 149 149 191 213 224")
+
+
+def rat43(x: jax.Array) -> jax.Array:
+    return x[0] / (1 + jnp.exp(x[1] - x[2] * jnp.arange(1.0, 16))) ** (1 / x[3]) - _words(RAT43_Y)
+
+
+def eckerle(x: jax.Array) -> jax.Array:
+    return x[0] / x[1] * jnp.exp(-(((_words(ECKERLE_X) - x[2]) / x[1]) ** 2) / 2) - _words(ECKERLE_Y)
+
+
+def thurber(x: jax.Array) -> jax.Array:
+    t = _words(THURBER_X)
+    below = 1 + x[4] * t + x[5] * t**2 + x[6] * t**3
+    return (x[0] + x[1] * t + x[2] * t**2 + x[3] * t**3) / below - _words(THURBER_Y)
+
+
 # -- the sets --------------------------------------------------------------------------------------
 
 
@@ -429,6 +484,16 @@ FARTHER = {
 }  # fmt: skip
 
 
+FITS = [
+    ("fit of a decay", "decay", _v(1, 1, 0)),
+    ("fit of a peak", "peak", _v(1, 1.5, 1, 0)),
+    ("fit of growth", "logistic growth", _v(1, 1, 1)),
+    ("fit of a sine", "sine", _v(1, 2, 0)),
+    ("fit of saturation", "michaelis menten", _v(1, 1)),
+]
+"""``(name, kind of fit, start)``."""
+
+
 def unconstrained() -> list[Problem]:
     """Problems without bounds."""
     out = [Problem(name, squares(residual), start) for name, residual, start in MGH]
@@ -456,13 +521,8 @@ def unconstrained() -> list[Problem]:
         Problem("logistic, 6 orders", logistic(4, 8, 6, 1e-8), np.zeros(8)),
         Problem("logistic, 60 features", logistic(5, 60, 1, 1e-2), rng.normal(size=60)),
         Problem("poisson", poisson(6, 8), np.zeros(8)),
-        Problem("fit of a decay", squares(fit("decay")), _v(1, 1, 0)),
-        Problem("fit of a peak", squares(fit("peak")), _v(1, 1.5, 1, 0)),
-        Problem("fit of growth", squares(fit("logistic growth")), _v(1, 1, 1)),
-        Problem("fit of a sine", squares(fit("sine")), _v(1, 2, 0)),
-        Problem("fit of saturation", squares(fit("michaelis menten")), _v(1, 1)),
     ]
-    return out
+    return out + [Problem(name, squares(fit(kind)), start) for name, kind, start in FITS]
 
 
 def _box(name: str, fun: Callable, start: np.ndarray, lower: np.ndarray | float, upper: np.ndarray | float) -> Problem:
@@ -510,3 +570,38 @@ def boxed() -> list[Problem]:
         _box("engval", engval, np.full(50, 2.0), 0.5, 2),
         _box("cosine", cosine, np.ones(20), 0.5, 2),
     ]
+
+
+NIST: list[tuple[str, Residual, np.ndarray]] = [
+    ("misra1a", misra, _v(500, 1e-4)),
+    ("boxbod", box_bod, _v(1, 1)),
+    ("boxbod near", box_bod, _v(100, 0.75)),
+    ("rat43", rat43, _v(100, 10, 1, 1)),
+    ("rat43 near", rat43, _v(700, 5, 0.75, 1.3)),
+    ("eckerle4", eckerle, _v(1, 10, 500)),
+    ("eckerle4 near", eckerle, _v(1.5, 5, 450)),
+    ("thurber", thurber, _v(1000, 1000, 400, 40, 0.7, 0.3, 0.03)),
+    ("thurber near", thurber, _v(1300, 1500, 500, 75, 1, 0.4, 0.05)),
+]
+"""The far and the near start of each fit."""
+
+
+def residuals() -> list[Problem]:
+    """Problems of least squares: starts at 1, 10 and 100 times the usual one, fits, and problems with bounds.
+
+    Starts at zero or with residuals that are not finite are left out.
+    """
+    usual = [*MGH, *((name, fit(kind), start) for name, kind, start in FITS)]
+    out = []
+    for name, residual, start in usual:
+        for factor in (1, 10, 100):
+            if factor == 1 or np.any(start) and np.all(np.isfinite(residual(jnp.asarray(factor * start)))):
+                label = name if factor == 1 else f"{name} x{factor}"
+                out.append(Problem(label, squares(residual), factor * start, residual=residual))
+    out += [Problem(name, squares(residual), start, residual=residual) for name, residual, start in NIST]
+    of_name = {name: residual for name, residual, _ in MGH}
+    for problem in boxed():
+        if problem.name in of_name:
+            residual = of_name[problem.name]
+            out.append(replace(problem, name=f"{problem.name} in a box", residual=residual))
+    return out
