@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,13 +17,15 @@ from jaxsgd.storage import Storage
 
 __all__ = ["Blocks", "DynamicBlocks", "Int8", "Packed", "decode", "encode_like", "int8", "packed_as"]
 
-MAPS = ("power", "dynamic")
-STEPS = 2**14
+MAPS = ("octaves", "dynamic")
+DITHER_BITS = 14
+STEPS = 2**DITHER_BITS
 """Stochastic rounding tells apart so many shares of the way between two neighbours."""
+GOLDEN = 0x9E3779B1
 
 
 class Blocks(NamedTuple):
-    """An array at eight bits by the map ``power``, as ordinary arrays that shard, checkpoint and donate like the rest.
+    """An array at eight bits by the map ``octaves``: ordinary arrays that shard, checkpoint and donate like the rest.
 
     Attributes:
       codes: shape of the array; int8 from -127 to 127, or uint8 where no value is negative.
@@ -48,38 +51,77 @@ class DynamicBlocks(NamedTuple):
 
 Packed = Blocks | DynamicBlocks
 
-# -- the map "power" -------------------------------------------------------------------------------
+# -- the map "octaves" -----------------------------------------------------------------------------
+
+MANTISSA = 23
+"""The bits of a float32's mantissa."""
+ONE = np.int32(127 << MANTISSA)
+"""The bits of 1.0."""
 
 
-def power_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> jax.Array:
-    """The codes of values in [-1, 1], or in [0, 1]: each value goes to one of its two neighbours.
+@dataclass(frozen=True)
+class Octaves:
+    """Codes that are the leading bits of ``1 + top * unit`` as a float32, less those of 1.
 
-    Args:
-      unit: the values, float32.
-      dithered: see `dither`. A value goes to the larger neighbour if its share of the way there exceeds them, so that
-        the mean over keys is the value. None: to the nearest.
+    So the values are ``(2**octave * (1 + step / steps) - 1) / top``, evenly spaced within an octave, and a code takes a
+    few operations on whole numbers. The law of telephony (ITU-T G.711, the mu-law) has the same form.
+
+    Attributes:
+      bits: of a step within its octave.
+      codes: how many there are.
     """
-    top = np.float32(127 if signed else 255)
-    size = jnp.abs(unit) if signed else unit
-    low = jnp.floor(jnp.sqrt(jnp.sqrt(size)) * top)
-    below, above = _fourth(low), _fourth(low + 1)
-    threshold = np.float32(STEPS / 2) if dithered is None else dithered
-    up = (size * _fourth(top) - below) * np.float32(STEPS) > threshold * (above - below)
-    code = jnp.minimum(low + up, top)
-    return (jnp.sign(unit) * code).astype(jnp.int8) if signed else code.astype(jnp.uint8)
+
+    bits: int
+    codes: int
+
+    @property
+    def low(self) -> int:
+        """How many bits of a mantissa a code leaves out."""
+        return MANTISSA - self.bits
+
+    @property
+    def top(self) -> np.float32:
+        """What the largest code stands for, before values are divided by it."""
+        octave, step = divmod(self.codes - 1, 1 << self.bits)
+        return np.float32(2.0**octave * (1 + step / (1 << self.bits)) - 1)
+
+    def code(self, size: jax.Array, dithered: jax.Array | None) -> jax.Array:
+        """The codes of magnitudes in [0, 1], float32, as int32: each goes to one of its two neighbours.
+
+        Args:
+          size: the magnitudes.
+          dithered: see `dither`. A value goes to the larger neighbour if its share of the way there exceeds them, so
+            that the mean over keys is the value. None: to the nearest.
+        """
+        above = jax.lax.bitcast_convert_type(size * self.top + 1, jnp.int32) - ONE
+        up = np.int32(1 << (self.low - 1)) if dithered is None else dithered << (self.low - DITHER_BITS)
+        half = np.int32(0 if dithered is None else 1 << (self.low - DITHER_BITS - 1))
+        return jnp.minimum((above + (up + half)) >> self.low, np.int32(self.codes - 1))
+
+    def value(self, code: jax.Array) -> jax.Array:
+        """``top`` times the magnitudes that int32 codes stand for."""
+        return jax.lax.bitcast_convert_type((code << self.low) + ONE, jnp.float32) - 1
 
 
-def power_values(codes: jax.Array, signed: bool) -> jax.Array:
-    """The values of codes: ``(code / 255)**4``, or with the code's sign ``(code / 127)**4``.
-
-    So the distance to the next value is ``4 / code`` of a value: 3% at the block's largest, 10% at 1% of it.
-    """
-    x = codes.astype(jnp.float32) * np.float32(1 / (127 if signed else 255))
-    return (x * x) * (x * jnp.abs(x) if signed else x * x)
+MEAN, SQUARE = Octaves(3, 128), Octaves(3, 256)
+"""Of a magnitude beside a sign: 16 octaves of 8 steps. Of a number that is never negative: 32 octaves."""
 
 
-def _fourth(x: Any) -> Any:
-    return (x * x) * (x * x)
+def octave_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> jax.Array:
+    """The codes of values in [-1, 1], or in [0, 1], rounded as `Octaves.code` says."""
+    if not signed:
+        return SQUARE.code(unit, dithered).astype(jnp.uint8)
+    code = MEAN.code(jnp.abs(unit), dithered)
+    return jnp.where(unit < 0, -code, code).astype(jnp.int8)
+
+
+def octave_values(codes: jax.Array, signed: bool) -> jax.Array:
+    """The values of codes."""
+    code = codes.astype(jnp.int32)
+    if not signed:
+        return SQUARE.value(code) * (1 / SQUARE.top)
+    size = MEAN.value(jnp.abs(code)) * (1 / MEAN.top)
+    return jnp.where(code < 0, -size, size)
 
 
 # -- the map "dynamic" -----------------------------------------------------------------------------
@@ -154,8 +196,12 @@ def _index_of(size: jax.Array, signed: bool) -> jax.Array:
 
 
 def dynamic_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> jax.Array:
-    """The codes of values in [-1, 1], or in [0, 1], as `power_codes` rounds them."""
-    up = np.float32(0.5) if dithered is None else 1 - dithered * np.float32(1 / STEPS)
+    """The codes of values in [-1, 1], or in [0, 1], as `octave_codes` rounds them."""
+    up = (
+        np.float32(0.5)
+        if dithered is None
+        else (dithered.astype(jnp.float32) + np.float32(0.5)) * np.float32(1 / STEPS)
+    )
     if not signed:
         return jnp.minimum(jnp.floor(_index_of(unit, False) + up), np.float32(255)).astype(jnp.uint8)
     index = jnp.floor(jnp.sign(unit) * _index_of(jnp.abs(unit), True) + up)
@@ -171,20 +217,24 @@ def dynamic_values(codes: jax.Array, signed: bool) -> jax.Array:
 # -- the storage -----------------------------------------------------------------------------------
 
 
-def dither(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers in (0, `STEPS`), halves of odd numbers: the same however the array is sharded.
+def dither(key: jax.Array, shape: tuple[int, ...], first: Any = 0) -> jax.Array:
+    """Whole numbers from 0 to `STEPS` - 1, int32: the same however the array is sharded or cut.
 
     Weyl's sequence of the golden ratio over the positions, shifted by the key. Over keys each number is uniform; over
     positions they are spread more evenly than random ones. A hash of each position takes XLA for CPU twice as long to
-    compile. None is near 0 or `STEPS`, so that the rounding error of a share never moves a value of the map.
+    compile. A half is added before they round, so that the rounding error of a share never moves a value of the map.
+
+    Args:
+      first: the position of the first element, where the array is a part of another.
     """
-    position, stride = jnp.zeros((), jnp.uint32), 0x9E3779B1
+    position, stride = jnp.zeros((), jnp.uint32), GOLDEN
     for axis in reversed(range(len(shape))):
         position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
     words = jax.random.key_data(key)
-    shifted = position + hashed(hashed(words[0]) + words[-1])  # scalars: the words of a seed may be 0 and 1
-    return (shifted >> 18).astype(jnp.float32) + np.float32(0.5)
+    shift = hashed(hashed(words[0]) + words[-1])  # scalars: the words of a seed may be 0 and 1
+    shift = shift + jnp.asarray(first).astype(jnp.uint32) * np.uint32(GOLDEN)
+    return ((position + shift) >> (32 - DITHER_BITS)).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -194,7 +244,7 @@ class Int8:
     block: int
     min_size: int
     stochastic: bool
-    map: str = "power"
+    map: str = "octaves"
     signed: bool = True
 
     @property
@@ -213,7 +263,7 @@ class Int8:
         return not small and jnp.issubdtype(x.dtype, jnp.floating)
 
     def _packed(self, codes: jax.Array, scale: jax.Array) -> Packed:
-        return Blocks(codes, scale) if self.map == "power" else DynamicBlocks(codes, scale)
+        return Blocks(codes, scale) if self.map == "octaves" else DynamicBlocks(codes, scale)
 
     def zeros(self, like: jax.ShapeDtypeStruct) -> Any:
         if not self._packs(like):
@@ -234,15 +284,22 @@ class Int8:
         """The scale of each element, in one operation: each one of a leaf counts in a program's compile time."""
         return jax.lax.broadcast_in_dim(scale, shape, range(scale.ndim))
 
-    def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
+    def part(self, shape: tuple[int, ...]) -> int:
+        """See `jaxsgd.storage.Storage`: a block, or a row whose last block is shorter."""
+        return self.block if shape[-1] % self.block == 0 else shape[-1]
+
+    def pack(self, x: jax.Array, key: jax.Array | None = None, row: Any = 0) -> Any:
         if not self._packs(x):
             return x
         blocks = self._blocks(x)
         scale = jnp.max(jnp.abs(blocks) if self.signed else blocks, axis=-1)
         # Below 2**-120 the reciprocal, by which XLA multiplies, would overflow: such a block is 0.
         unit = blocks / self._spread(jnp.maximum(scale, np.float32(2.0**-120).astype(x.dtype)), blocks.shape)
-        dithered = dither(key, unit.shape) if self.stochastic and key is not None else None
-        codes = (power_codes if self.map == "power" else dynamic_codes)(unit.astype(jnp.float32), dithered, self.signed)
+        first = row * math.prod(blocks.shape[-2:])
+        dithered = dither(key, unit.shape, first) if self.stochastic and key is not None else None
+        codes = (octave_codes if self.map == "octaves" else dynamic_codes)(
+            unit.astype(jnp.float32), dithered, self.signed
+        )
         # A barrier: XLA for TPU would move the reshape up and write the scales out in full.
         codes = jax.lax.optimization_barrier(codes)
         return self._packed(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale)
@@ -251,7 +308,7 @@ class Int8:
         if not isinstance(packed, Packed):
             return wide(packed)
         codes, scale = packed
-        unit = (power_values if self.map == "power" else dynamic_values)(codes, self.signed).astype(scale.dtype)
+        unit = (octave_values if self.map == "octaves" else dynamic_values)(codes, self.signed).astype(scale.dtype)
         blocks = self._blocks(unit)
         scaled = blocks * self._spread(scale, blocks.shape)
         return scaled.reshape(*unit.shape[:-1], -1)[..., : unit.shape[-1]]
@@ -262,7 +319,7 @@ def _storage_of(packed: Packed) -> Int8:
     codes, scale = packed
     size, count = codes.shape[-1], scale.shape[-1]
     block = next(b for b in (2**i for i in range(size.bit_length() + 1)) if -(-size // b) == count)
-    return Int8(block, 0, False, "power" if isinstance(packed, Blocks) else "dynamic", codes.dtype == jnp.int8)
+    return Int8(block, 0, False, "octaves" if isinstance(packed, Blocks) else "dynamic", codes.dtype == jnp.int8)
 
 
 def decode(packed: Packed) -> jax.Array:
@@ -285,7 +342,7 @@ def packed_as(parts: Mapping[str, Any]) -> Packed | None:
     return None
 
 
-def int8(*, block: int = 256, min_size: int = 4096, stochastic: bool = True, map: str = "power") -> Storage:
+def int8(*, block: int = 256, min_size: int = 4096, stochastic: bool = True, map: str = "octaves") -> Storage:
     """Moments at eight bits between steps, in blocks that share a scale: ``storage=int8()``.
 
     Block-wise as Dettmers et al. (2022, arXiv:2110.02861). A block is a part of the last axis, so that a slot shards
@@ -297,9 +354,10 @@ def int8(*, block: int = 256, min_size: int = 4096, stochastic: bool = True, map
       min_size: elements of the smallest array that is packed. Default: 4096.
       stochastic: round to one of the two neighbours at random, with the right mean. To nearest, the second moment of
         normal gradients is 5% too large after 5,000 steps of ``b2=0.999``. Default: True.
-      map: the 256 values of a block. ``"power"``: fourth powers of -127/127 to 127/127, or of 0/255 to 255/255, which
-        compile to a few vector instructions. ``"dynamic"``: the map of the paper, as in bitsandbytes, seven decades
-        of which each has twice the values of the one below. Default: ``"power"``.
+      map: the 256 values of a block. ``"octaves"``: in each octave eight at equal distances; 16 octaves and a sign for
+        a mean, 32 for a square. They are the leading bits of a float32, so that a code takes few instructions.
+        ``"dynamic"``: the map of the paper, as in bitsandbytes, seven decades of which each has twice the values of
+        the one below. Default: ``"octaves"``.
 
     Raises:
       ValueError: ``block`` is no power of two, ``min_size`` is below 0, or ``map`` is unknown.

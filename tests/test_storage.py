@@ -35,24 +35,26 @@ def test_the_map_is_that_of_the_paper(signed):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_power_map_goes_to_the_nearest_fourth_power(signed):
-    top = 127 if signed else 255
-    table = np.sign(np.arange(-top, top + 1)) * (np.arange(-top, top + 1) / top) ** 4
+def test_the_octaves_go_to_the_nearest_value(signed):
+    """Written as a table: in each octave eight values at equal distances, twice those of the octave below."""
+    octaves = 16 if signed else 32
+    table = np.concatenate([2.0**k * (1 + np.arange(8) / 8) - 1 for k in range(octaves)])
+    table = table / table[-1]
     x = np.concatenate([np.linspace(0, 1, 9999), 10.0 ** np.linspace(-10, 0, 9999)]).astype(np.float32)
-    x = np.concatenate([x, -x]) if signed else x
     kept = int8(min_size=0, block=2**20, stochastic=False).of_kind("mean" if signed else "square")
-    back = kept.unpack(kept.pack(jnp.asarray(x)))
+    back = kept.unpack(kept.pack(jnp.asarray(np.concatenate([x, -x]) if signed else x)))
     nearest = np.abs(x[:, None] - table).min(axis=1)
-    np.testing.assert_allclose(np.abs(back - x), nearest, rtol=1e-3, atol=4e-7)  # four products in float32
+    for half in np.split(np.abs(back), 2) if signed else [back]:
+        np.testing.assert_allclose(np.abs(half - x), nearest, rtol=1e-3, atol=3e-7)
 
 
-@pytest.mark.parametrize("map", ["power", "dynamic"])
+@pytest.mark.parametrize("map", ["octaves", "dynamic"])
 @pytest.mark.parametrize("kind", ["mean", "square"])
 def test_a_value_of_the_map_never_moves(map, kind):
     """So that a moment without gradients keeps its value, however often it is rounded at random."""
     kept = int8(min_size=0, map=map).of_kind(kind)
     codes = np.arange(256) - 128 if kind == "mean" else np.arange(256)
-    codes = np.clip(codes, -127, 127) if (map, kind) == ("power", "mean") else codes
+    codes = np.clip(codes, -127, 127) if (map, kind) == ("octaves", "mean") else codes
     form = type(kept.zeros(jax.ShapeDtypeStruct((1, 256), jnp.float32)))
     packed = form(jnp.asarray(codes[None], jnp.int8 if kind == "mean" else jnp.uint8), jnp.full((1, 1), 0.37))
     again = jax.jit(jax.vmap(lambda seed: kept.pack(kept.unpack(packed), jax.random.key(seed)).scale))
@@ -61,7 +63,7 @@ def test_a_value_of_the_map_never_moves(map, kind):
     np.testing.assert_array_equal(repacked(jnp.arange(20_000)), np.broadcast_to(packed[0], (20_000, 1, 256)))
 
 
-@pytest.mark.parametrize("map", ["power", "dynamic"])
+@pytest.mark.parametrize("map", ["octaves", "dynamic"])
 @pytest.mark.parametrize("kind", ["mean", "square"])
 def test_over_the_keys_each_element_has_the_right_mean(map, kind):
     kept = int8(min_size=0, map=map).of_kind(kind)
@@ -71,7 +73,8 @@ def test_over_the_keys_each_element_has_the_right_mean(map, kind):
     back = np.asarray(packed(jnp.arange(10_000)), np.float64)
     # Of 10,000 draws of two neighbours the mean deviates by 0.005 distances; six deviations of 1,024 means.
     distance = back.max(axis=0) - back.min(axis=0)
-    assert np.max(np.abs(back.mean(0) - x) - 0.03 * distance) < 1e-5
+    # A neighbour that is an eighth of the value away may not be drawn if its share is below 8 in 10,000.
+    assert np.max(np.abs(back.mean(0) - x) - 0.03 * distance - np.abs(x) / 8 * 8 / 10_000) < 1e-5
     # And the errors at two keys have nothing to do with each other: their product is 1/12 at most, on 10,000 keys.
     error = (back - x) / np.where(distance > 0, distance, 1)
     assert abs(np.mean(error[1:] * error[:-1])) < 4e-3
@@ -85,18 +88,18 @@ def test_what_is_packed_comes_back_to_two_digits(seed, exponent, stochastic):
     packed = kept.pack(x, jax.random.key(seed))
     assert isinstance(packed, Blocks) and packed.codes.shape == x.shape and packed.scale.shape == (64, 3)
     back = kept.unpack(packed)
-    # Neighbours are at most 1 - (126 / 127)**4 = 3.1% of the block's largest apart; at 1% of it 4 / 40 of a value.
-    assert float(jnp.max(jnp.abs(back - x) / jnp.max(jnp.abs(x)))) < 0.0315
-    large = jnp.abs(x) > 1e-2 * jnp.max(jnp.abs(x))
-    assert float(jnp.max(jnp.where(large, jnp.abs(back / x - 1), 0))) < 0.105
+    # Neighbours are at most 1 / 15 of the block's largest apart, and 1 / 8 of a value as long as it is no tiny part.
+    assert float(jnp.max(jnp.abs(back - x) / jnp.max(jnp.abs(x)))) < 0.067
+    large = jnp.abs(x) > 1e-3 * jnp.max(jnp.abs(x))
+    assert float(jnp.max(jnp.where(large, jnp.abs(back / x - 1), 0))) < 0.13
 
 
 @pytest.mark.parametrize("shape", [(4096,), (3, 5000), (7, 11, 300), (5000, 1)])
 def test_any_shape_and_zeros(shape):
-    for map in ("power", "dynamic"):
+    for map in ("octaves", "dynamic"):
         kept = int8(stochastic=False, map=map)
         x = jnp.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
-        assert np.max(np.abs(kept.unpack(kept.pack(x)) - x)) < 0.016
+        assert np.max(np.abs(kept.unpack(kept.pack(x)) - x)) < 0.034
         assert not np.any(kept.unpack(kept.pack(jnp.zeros(shape))))
         written, packed = kept.zeros(jax.ShapeDtypeStruct(shape, x.dtype)), kept.pack(jnp.zeros(shape))
         jax.tree.map(np.testing.assert_array_equal, written, packed)
@@ -158,7 +161,7 @@ def test_pain_9_what_is_no_moment_stays_whole():
         int8(block=0)
     with pytest.raises(ValueError, match="min_size=-1"):
         int8(min_size=-1)
-    with pytest.raises(ValueError, match="map='linear': known are power, dynamic"):
+    with pytest.raises(ValueError, match="map='linear': known are octaves, dynamic"):
         int8(map="linear")
 
 
@@ -169,8 +172,8 @@ def test_an_average_that_may_be_negative_keeps_its_sign():
     whole, packed = jaxsgd.sophia(0.1), jaxsgd.sophia(0.1, storage=int8(min_size=0, stochastic=False))
     truth, held = (tx.update(jax.grad(loss)(p), tx.init(p), p, obj_fn=loss)[1].slots["nu"] for tx in (whole, packed))
     assert isinstance(held, Blocks) and float(truth.min()) < -0.08
-    # Neighbours are at most 3.1% of the block's largest apart, and rounding to nearest is off by half of it.
-    np.testing.assert_allclose(int8(min_size=0).unpack(held), truth, atol=0.016 * float(jnp.max(jnp.abs(truth))))
+    # Neighbours are at most 1 / 15 of the block's largest apart, and rounding to nearest is off by half of it.
+    np.testing.assert_allclose(int8(min_size=0).unpack(held), truth, atol=0.034 * float(jnp.max(jnp.abs(truth))))
 
 
 def marched(tx, dtype=jnp.bfloat16, steps=1000):
@@ -255,7 +258,7 @@ def test_any_rule_with_eight_bits_and_compensated_weights(name):
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("size, block", [(600, 256), (512, 256), (100, 256), (257, 1), (7, 2)])
-@pytest.mark.parametrize("map", ["power", "dynamic"])
+@pytest.mark.parametrize("map", ["octaves", "dynamic"])
 def test_blocks_say_what_packed_them(signed, size, block, map):
     packer = int8(block=block, min_size=0, stochastic=False, map=map)
     packer = packer if signed else packer.of_kind("square")
