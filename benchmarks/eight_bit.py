@@ -1,8 +1,11 @@
-"""Training with moments at eight bits beside float32: final losses of the digits CNN over seeds.
+"""Moments at eight bits beside float32: the time and memory of an update, and final losses of the digits CNN.
 
-    python benchmarks/eight_bit.py [--seeds 5] [--epochs 15]
+    python benchmarks/eight_bit.py [--seeds 5] [--epochs 15] [--millions 64] [--only update|training]
 
-Every array of 256 numbers or more is packed. The seeds draw weights and batches; a seed is the same for all storages.
+update: one array of so many million parameters, the compiled update alone, its state donated; medians of interleaved
+runs beside ``optax.adamw`` in float32.
+training: every array of 256 numbers or more is packed. The seeds draw weights and batches; a seed is the same for all
+storages.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import argparse
 import pathlib
 import statistics
 import sys
+import time
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from rich.progress import track
 
@@ -25,7 +30,7 @@ from digits import CNN, load, loss_fn  # noqa: E402
 
 STORAGES: dict[str, Any] = {
     "float32": None,
-    "int8 power": jaxsgd.int8(min_size=256),
+    "int8 octaves": jaxsgd.int8(min_size=256),
     "int8 dynamic": jaxsgd.int8(min_size=256, map="dynamic"),
 }
 RULES = {"adamw": 2e-3, "lion": 3e-4, "momentum": 0.05, "rmsprop": 1e-3}
@@ -50,11 +55,49 @@ def trained(rule: str, storage: Any, seed: int, epochs: int) -> tuple[float, flo
     return float(np.mean(losses)), float(test)
 
 
+def updates(millions: int, runs: int = 9) -> None:
+    """Print a line for each way to keep AdamW's moments."""
+    shape = (millions * 1024, 1024)
+    grads = jax.random.normal(jax.random.key(0), shape) * 1e-2
+    params = jax.random.normal(jax.random.key(1), shape)
+    ways = {"optax float32": optax.adamw(1e-3), "float32": jaxsgd.adamw(1e-3, weight_decay=1e-4)}
+    ways["int8"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int8())
+    compiled, compiling, states = {}, {}, {}
+    for name, tx in ways.items():
+        states[name] = tx.init(params)
+        lowered = jax.jit(tx.update, donate_argnums=1).lower(grads, states[name], params)
+        begin = time.perf_counter()
+        compiled[name] = lowered.compile()
+        compiling[name] = time.perf_counter() - begin
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(runs):
+        for name, step in compiled.items():
+            begin = time.perf_counter()
+            out, states[name] = jax.block_until_ready(step(grads, states[name], params))
+            times[name].append(time.perf_counter() - begin)
+            del out
+    print(f"{'update':16}{'ns / param':>12}{'ratio':>8}{'state':>10}{'temps':>10}{'compile':>10}   (bytes a param)")
+    first = np.asarray(times["optax float32"][1:])
+    for name, step in compiled.items():
+        own, held = np.asarray(times[name][1:]), sum(x.nbytes for x in jax.tree.leaves(states[name]))
+        temps = step.memory_analysis().temp_size_in_bytes
+        print(
+            f"{name:16}{np.median(own) / params.size * 1e9:12.2f}{np.median(own / first):8.2f}"
+            f"{held / params.size:10.3f}{temps / params.size:10.3f}{compiling[name]:9.2f}s"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--millions", type=int, default=64)
+    parser.add_argument("--only", choices=("update", "training"))
     options = parser.parse_args()
+    if options.only != "training":
+        updates(options.millions)
+    if options.only == "update":
+        return
     print(f"{'rule':10}{'storage':14}{'train loss':>12}{'sd':>10}{'test loss':>12}{'sd':>10}")
     for rule in RULES:
         for name, storage in STORAGES.items():

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.hyper import Hyper, is_off, narrow
-from jaxsgd.numerics import wide, widest
+from jaxsgd.elementwise import elementwise
+from jaxsgd.hyper import Hyper, is_array, is_off, narrow
+from jaxsgd.numerics import wide, wide_dtype, widest
+from jaxsgd.pieces import Pieces, in_pieces, pieces_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.storage import Storage, plain
@@ -60,6 +62,11 @@ class Leaf:
         if changes:
             fields["hyper"] = {**fields.get("hyper", self.hyper), **changes}
         return replaced(self, **fields)
+
+    @property
+    def arrays(self) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+        """What is computed with: the gradient, the parameter, the slots, and those of ``hyper`` that are arrays."""
+        return self.g, self.p, dict(self.slots), {name: x for name, x in self.hyper.items() if is_array(x)}
 
     def named(self) -> dict[str, Any]:
         """Everything by name, for functions that ask by their parameters."""
@@ -227,21 +234,71 @@ class Settings:
 @functools.partial(jax.jit, static_argnums=0)
 def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any) -> Any:
     """One step of one array: its update, its stored slots, and the part that rounding took."""
+    whole = functools.partial(_step, settings)
+    pieces = _pieces(settings, g, p, rested, hyper, lost)
+    if pieces is None:
+        return whole(g, p, rested, hyper, lost, keys)
+
+    def by_pieces(*arguments: Any) -> Any:
+        return _step_in_pieces(settings, pieces, *arguments)
+
+    return jax.lax.platform_dependent(g, p, rested, hyper, lost, keys, cpu=by_pieces, default=whole)
+
+
+def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, row: Any = None) -> Any:
+    """`step_leaf` of an array, or of the part of one that begins at the ``row``."""
     leaf, _ = settings.leaf(g, p, rested, hyper)
     leaf = settings.rule.step(leaf)
+    part = {} if row is None else {"row": row}
     packed = {}
     for name, old in rested.items():
         if old is None:
             packed[name] = None
             continue
         storage = settings.storages.get(name, plain)
-        new = leaf.slots[name] if storage is plain else storage.pack(leaf.slots[name], keys.get(name))
+        new = leaf.slots[name] if storage is plain else storage.pack(leaf.slots[name], keys.get(name), **part)
         packed[name] = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
     like = g if p is None else p
     if settings.rounding is not None and rounds(like, settings.rounding):
         update, lost = rounded(settings.rounding, p, leaf.delta, lost, keys.get(LOST))
         return update, packed, lost
     return leaf.delta.astype(like.dtype), packed, lost
+
+
+def _pieces(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any) -> Pieces | None:
+    """How the step of an array is cut; None where it has no packed slot, or its numbers depend on each other."""
+    packing = {name: s for name, s in settings.storages.items() if s is not plain and rested.get(name) is not None}
+    if not packing or settings.rounding == "stochastic":
+        return None
+    pieces = pieces_of(g, packing, (p, rested, hyper, lost))
+    if pieces is None:
+        return None
+    shapes = jax.eval_shape(lambda *arrays: settings.leaf(*arrays)[0].arrays, g, p, rested, hyper)
+
+    def stepped(arrays: Any) -> Any:
+        g, p, slots, hyper = arrays
+        leaf = settings.rule.step(Leaf(g, p, slots, {**hyper, **settings.known}))
+        return leaf.delta, leaf.slots
+
+    alone = elementwise(stepped, (shapes,), (jax.tree.map(pieces.shape, shapes),))
+    return pieces if alone else None
+
+
+def _step_in_pieces(
+    settings: Settings, pieces: Pieces, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any
+) -> Any:
+    like = g if p is None else p
+    # The update takes the gradient's place where it can, which needs no memory in a training step.
+    dtype = wide_dtype(like.dtype) if rounds(like, settings.rounding) else like.dtype
+    there = g.dtype == dtype
+    update = g if there else jnp.zeros_like(g, dtype)
+
+    def step(read: Any, kept: Any, row: Any) -> Any:
+        g, p, hyper = read
+        update, rested, lost = kept
+        return _step(settings, update if there else g, p, rested, hyper, lost, keys, row)
+
+    return in_pieces(step, pieces, (None if there else g, p, hyper), (update, rested, lost), hyper["t"] >= 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,112 @@
+"""The step of a large array in pieces that fit a processor's cache.
+
+XLA for CPU writes out whole what a reduction reads, such as a moment whose blocks get a scale. A loop over pieces keeps
+these temporaries small, and updates the stored slots in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jaxsgd.storage import Storage
+
+__all__ = ["Pieces", "in_pieces", "pieces_of"]
+
+PIECE = 2**17
+"""The elements of a piece: half a megabyte in float32."""
+LARGE = 2**21
+"""The elements of the smallest array that is cut: a loop takes longer to compile than a step of the whole."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How an array is cut: it is seen as ``(rows, row)``, and a piece has ``length`` rows.
+
+    The last piece may be shorter.
+    """
+
+    rows: int
+    row: int
+    length: int
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        """The array, or a part of its stored form, with its rows as the first axis."""
+        return x.reshape(self.rows, x.size // self.rows)
+
+    def shape(self, x: Any) -> jax.ShapeDtypeStruct:
+        """Of a piece of ``x``; a scalar stays."""
+        shape = () if jnp.ndim(x) == 0 else (self.length, x.size // self.rows)
+        return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
+
+
+def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> Pieces | None:
+    """How to cut an array of the shape ``like``; None where it is small, split over devices, or packed as one.
+
+    Args:
+      storages: those of its slots.
+      arrays: all that the step reads.
+    """
+    if like.size < LARGE or not _on_one_device([like, *jax.tree.leaves(arrays)]):
+        return None
+    row = 1
+    for storage in storages.values():
+        part = getattr(storage, "part", None)
+        if part is None:
+            return None
+        row = math.lcm(row, part(like.shape))
+    if like.shape[-1] % row:
+        return None
+    if row == 1:
+        row = math.gcd(like.shape[-1], PIECE)
+    rows, most = like.size // row, PIECE // row
+    if most < 1:
+        return None
+    even = next((n for n in range(most, most // 8, -1) if rows % n == 0), most)
+    return Pieces(rows, row, even)
+
+
+def _on_one_device(arrays: list[Any]) -> bool:
+    """Whether each device steps the whole of what it sees: no array is split by the compiler."""
+    types = [jax.typeof(x) for x in arrays]
+    meshes = [t.sharding.mesh for t in types]
+    whole = all(m.empty or m.size == 1 or set(m.axis_types) == {AxisType.Manual} for m in meshes)
+    return whole and len({t.manual_axis_type for t in types if t.ndim}) <= 1
+
+
+def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, alive: jax.Array) -> Any:
+    """``step(read, kept, row)`` over the pieces of ``read`` and ``kept``.
+
+    Args:
+      step: from a piece of each, and the number of its first row, to the next ``kept``.
+      read: a pytree; scalars in it are the same for all pieces.
+      kept: a pytree of arrays, replaced piece by piece.
+      alive: a scalar that is true, which the compiler does not know.
+
+    Returns:
+      ``kept`` after the step, in its shapes.
+    """
+    seen = jax.tree.map(lambda x: pieces.seen(x) if jnp.ndim(x) else x, read)
+    held = jax.tree.map(pieces.seen, kept)
+
+    def stepped(held: Any, first: Any, length: int) -> Any:
+        def cut(x: Any) -> Any:
+            return jax.lax.dynamic_slice_in_dim(x, first, length) if jnp.ndim(x) else x
+
+        now, then = jax.tree.map(cut, seen), jax.tree.map(cut, held)
+        # A branch that the compiler cannot resolve: it would else read slices of what the loop replaces wherever a
+        # result needs them, and copy the whole of it first.
+        new = jax.lax.cond(alive, lambda now, then: step(now, then, first), lambda now, then: then, now, then)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0), held, new)
+
+    whole, rest = divmod(pieces.rows, pieces.length)
+    held = jax.lax.fori_loop(0, whole, lambda i, held: stepped(held, i * pieces.length, pieces.length), held)
+    if rest:
+        held = stepped(held, whole * pieces.length, rest)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), held, kept)
