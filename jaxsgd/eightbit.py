@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -99,8 +98,11 @@ class Octaves:
         return jnp.minimum((above + (up + half)) >> self.low, np.int32(self.codes - 1))
 
     def value(self, code: jax.Array) -> jax.Array:
-        """``top`` times the magnitudes that int32 codes stand for."""
-        return jax.lax.bitcast_convert_type((code << self.low) + ONE, jnp.float32) - 1
+        """The magnitudes that int32 codes stand for; 1 exactly for the largest, so that no scale ever drifts."""
+        share = np.float32(1) / self.top
+        share = share if self.top * share >= 1 else np.nextafter(share, np.float32(1))
+        value = jax.lax.bitcast_convert_type((code << np.int32(self.low)) + ONE, jnp.float32) - 1
+        return jnp.minimum(value * share, 1)
 
 
 MEAN, SQUARE = Octaves(3, 128), Octaves(3, 256)
@@ -119,8 +121,8 @@ def octave_values(codes: jax.Array, signed: bool) -> jax.Array:
     """The values of codes."""
     code = codes.astype(jnp.int32)
     if not signed:
-        return SQUARE.value(code) * (1 / SQUARE.top)
-    size = MEAN.value(jnp.abs(code)) * (1 / MEAN.top)
+        return SQUARE.value(code)
+    size = MEAN.value(jnp.abs(code))
     return jnp.where(code < 0, -size, size)
 
 
@@ -217,7 +219,7 @@ def dynamic_values(codes: jax.Array, signed: bool) -> jax.Array:
 # -- the storage -----------------------------------------------------------------------------------
 
 
-def dither(key: jax.Array, shape: tuple[int, ...], first: Any = 0) -> jax.Array:
+def dither(key: jax.Array, shape: tuple[int, ...], rows: Any = None) -> jax.Array:
     """Whole numbers from 0 to `STEPS` - 1, int32: the same however the array is sharded or cut.
 
     Weyl's sequence of the golden ratio over the positions, shifted by the key. Over keys each number is uniform; over
@@ -225,16 +227,18 @@ def dither(key: jax.Array, shape: tuple[int, ...], first: Any = 0) -> jax.Array:
     compile. A half is added before they round, so that the rounding error of a share never moves a value of the map.
 
     Args:
-      first: the position of the first element, where the array is a part of another.
+      rows: where the array is a part of another, the numbers of its rows, along its first axis, there; they broadcast
+        to ``shape``.
     """
-    position, stride = jnp.zeros((), jnp.uint32), GOLDEN
-    for axis in reversed(range(len(shape))):
-        position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
-        stride *= shape[axis]
     words = jax.random.key_data(key)
     shift = hashed(hashed(words[0]) + words[-1])  # scalars: the words of a seed may be 0 and 1
-    shift = shift + jnp.asarray(first).astype(jnp.uint32) * np.uint32(GOLDEN)
-    return ((position + shift) >> (32 - DITHER_BITS)).astype(jnp.int32)
+    position, stride = jnp.broadcast_to(shift, shape), GOLDEN
+    for axis in reversed(range(0 if rows is None else 1, len(shape))):
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    if rows is not None:
+        position = position + rows.astype(jnp.uint32) * np.uint32(stride % 2**32)
+    return (position >> np.uint32(32 - DITHER_BITS)).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -274,35 +278,37 @@ class Int8:
         return self._packed(codes, jnp.zeros((*like.shape[:-1], blocks), like.dtype))
 
     def _blocks(self, x: jax.Array) -> jax.Array:
-        """``x`` with its last axis cut into blocks of equal length, the last filled up with zeros."""
+        """``x`` with its last axis cut into blocks of equal length, the last filled up; ``x`` itself if that is one."""
         block = min(self.block, x.shape[-1])
+        if block == x.shape[-1] and x.ndim > 1:
+            return x
         missing = -x.shape[-1] % block
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
         return padded.reshape(*x.shape[:-1], -1, block)
 
-    def _spread(self, scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The scale of each element, in one operation: each one of a leaf counts in a program's compile time."""
-        return jax.lax.broadcast_in_dim(scale, shape, range(scale.ndim))
+    def _joined(self, blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The way back from `_blocks`."""
+        return blocks if blocks.shape == shape else blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
-    def part(self, shape: tuple[int, ...]) -> int:
+    def part(self, like: Any) -> int | None:
         """See `jaxsgd.storage.Storage`: a block, or a row whose last block is shorter."""
-        return self.block if shape[-1] % self.block == 0 else shape[-1]
+        return None if not self._packs(like) else self.block if like.shape[-1] % self.block == 0 else like.shape[-1]
 
-    def pack(self, x: jax.Array, key: jax.Array | None = None, row: Any = 0) -> Any:
-        if not self._packs(x):
+    def pack(self, x: jax.Array, key: jax.Array | None = None, rows: Any = None) -> Any:
+        if not self._packs(x) and rows is None:
             return x
         blocks = self._blocks(x)
-        scale = jnp.max(jnp.abs(blocks) if self.signed else blocks, axis=-1)
+        scale = jnp.max(jnp.abs(blocks) if self.signed else blocks, axis=-1, keepdims=True)
         # Below 2**-120 the reciprocal, by which XLA multiplies, would overflow: such a block is 0.
-        unit = blocks / self._spread(jnp.maximum(scale, np.float32(2.0**-120).astype(x.dtype)), blocks.shape)
-        first = row * math.prod(blocks.shape[-2:])
-        dithered = dither(key, unit.shape, first) if self.stochastic and key is not None else None
-        codes = (octave_codes if self.map == "octaves" else dynamic_codes)(
-            unit.astype(jnp.float32), dithered, self.signed
-        )
-        # A barrier: XLA for TPU would move the reshape up and write the scales out in full.
-        codes = jax.lax.optimization_barrier(codes)
-        return self._packed(codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale)
+        unit = blocks * (1 / jnp.maximum(scale, np.float32(2.0**-120).astype(x.dtype)))
+        dithered = None
+        if self.stochastic and key is not None:
+            dithered = dither(key, unit.shape, rows if rows is None else rows.reshape(-1, *(1,) * (unit.ndim - 1)))
+        coded = octave_codes if self.map == "octaves" else dynamic_codes
+        codes = coded(unit.astype(jnp.float32), dithered, self.signed)
+        if rows is None:  # a barrier: XLA for TPU would move the reshape up and write the scales out in full
+            codes = jax.lax.optimization_barrier(codes)
+        return self._packed(self._joined(codes, x.shape), scale if blocks is x else scale[..., 0])
 
     def unpack(self, packed: Any) -> jax.Array:
         if not isinstance(packed, Packed):
@@ -310,8 +316,7 @@ class Int8:
         codes, scale = packed
         unit = (octave_values if self.map == "octaves" else dynamic_values)(codes, self.signed).astype(scale.dtype)
         blocks = self._blocks(unit)
-        scaled = blocks * self._spread(scale, blocks.shape)
-        return scaled.reshape(*unit.shape[:-1], -1)[..., : unit.shape[-1]]
+        return self._joined(blocks * (scale if blocks is unit else scale[..., None]), unit.shape)
 
 
 def _storage_of(packed: Packed) -> Int8:

@@ -93,6 +93,7 @@ class Equation:
       coupled: weight decay is added to the gradient (L2) instead of the direction.
       fixed: hyperparameters that the wrapper around it has settled.
       advance: a wrapper's step, a function of a leaf; None for a rule of its own.
+      stacked: leaves of one shape and the same settings take their step together, as one stack: for work on matrices.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Equation:
     coupled: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     advance: Callable[[Leaf], Leaf] | None = None
+    stacked: bool = False
 
     @property
     def owns_step(self) -> bool:
@@ -245,11 +247,11 @@ def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost:
     return jax.lax.platform_dependent(g, p, rested, hyper, lost, keys, cpu=by_pieces, default=whole)
 
 
-def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, row: Any = None) -> Any:
-    """`step_leaf` of an array, or of the part of one that begins at the ``row``."""
+def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, rows: Any = None) -> Any:
+    """`step_leaf` of an array, or of the ``rows`` of one, see `jaxsgd.storage.Storage`."""
     leaf, _ = settings.leaf(g, p, rested, hyper)
     leaf = settings.rule.step(leaf)
-    part = {} if row is None else {"row": row}
+    part = {} if rows is None else {"rows": rows}
     packed = {}
     for name, old in rested.items():
         if old is None:
@@ -293,10 +295,10 @@ def _step_in_pieces(
     there = g.dtype == dtype
     update = g if there else jnp.zeros_like(g, dtype)
 
-    def step(read: Any, kept: Any, row: Any) -> Any:
+    def step(read: Any, kept: Any, rows: Any) -> Any:
         g, p, hyper = read
         update, rested, lost = kept
-        return _step(settings, update if there else g, p, rested, hyper, lost, keys, row)
+        return _step(settings, update if there else g, p, rested, hyper, lost, keys, rows)
 
     return in_pieces(step, pieces, (None if there else g, p, hyper), (update, rested, lost), hyper["t"] >= 0)
 

@@ -57,10 +57,10 @@ def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> 
         return None
     row = 1
     for storage in storages.values():
-        part = getattr(storage, "part", None)
+        part = storage.part(like) if hasattr(storage, "part") else None
         if part is None:
             return None
-        row = math.lcm(row, part(like.shape))
+        row = math.lcm(row, part)
     if like.shape[-1] % row:
         return None
     if row == 1:
@@ -81,10 +81,10 @@ def _on_one_device(arrays: list[Any]) -> bool:
 
 
 def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, alive: jax.Array) -> Any:
-    """``step(read, kept, row)`` over the pieces of ``read`` and ``kept``.
+    """``step(read, kept, rows)`` over the pieces of ``read`` and ``kept``.
 
     Args:
-      step: from a piece of each, and the number of its first row, to the next ``kept``.
+      step: from a piece of each, and the numbers of its rows, ``(length, 1)``, to the next ``kept``.
       read: a pytree; scalars in it are the same for all pieces.
       kept: a pytree of arrays, replaced piece by piece.
       alive: a scalar that is true, which the compiler does not know.
@@ -102,7 +102,8 @@ def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, al
         now, then = jax.tree.map(cut, seen), jax.tree.map(cut, held)
         # A branch that the compiler cannot resolve: it would else read slices of what the loop replaces wherever a
         # result needs them, and copy the whole of it first.
-        new = jax.lax.cond(alive, lambda now, then: step(now, then, first), lambda now, then: then, now, then)
+        rows = first + jnp.arange(length)[:, None]
+        new = jax.lax.cond(alive, lambda now, then: step(now, then, rows), lambda now, then: then, now, then)
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0), held, new)
 
     whole, rest = divmod(pieces.rows, pieces.length)

@@ -40,9 +40,9 @@ class Storage(Protocol):
     - ``needs_key = True``: ``pack`` gets a random key in place of None;
     - ``accepts(kind) -> bool``: whether a slot of this kind can be stored so (see `jaxsgd.slots`); by default any;
     - ``of_kind(kind) -> Storage``: the form for slots of this kind; by default itself;
-    - ``part(shape) -> int``: how many numbers at the end of an array of this shape are packed apart from the others,
-      a divisor of its last axis. A large array may then be packed in parts, ``(rows, n * part)``, and ``pack`` takes
-      ``row=``, the number of the first row;
+    - ``part(like) -> int``: how many numbers at the end of an array of this shape and dtype are packed apart from the
+      others, a divisor of its last axis; None where it is not packed. A large array may then be packed in parts,
+      ``(count, n * part)``, and ``pack`` takes ``rows=``, the number of each row in the whole, ``(count, 1)``;
     - ``zeros(like) -> packed``: the form of zeros of ``like``'s shape and dtype, where packing zeros costs more. It is
       called while tracing.
     """
