@@ -23,6 +23,7 @@ from jaxsgd.numerics import global_norm, real_dtype, step_key, wide, widest
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
 from jaxsgd.slots import by_name, parameter_names
+from jaxsgd.stacking import kinds_of, mesh_of, stacks, together
 from jaxsgd.state import State, unpinned
 from jaxsgd.storage import Storage, first_packed, first_zeros, needs_key, plain
 
@@ -89,8 +90,14 @@ class _Part(NamedTuple):
     p: Any
     rested: dict[str, Any]
     hyper: dict[str, Any]
+    own: dict[str, Any]
     lost: Any
     keys: dict[Any, Any]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """All that a leaf has of its own."""
+        return self.g, self.p, self.rested, self.lost, self.own
 
     def refused(self, error: ShapeError) -> ValueError:
         slot, found, wanted = error.args
@@ -374,8 +381,7 @@ class Lift:
         moving = [part for part in parts if part.settings is not None]
         shared = self._shared(moving, state, outside, scalar)
         out, slots = [], {name: [] for name in state.slots}
-        for part in parts:
-            update, kept = self._stepped(part, {**state.shared, **shared})
+        for update, kept in self._all_stepped(parts, {**state.shared, **shared}):
             out.append(update)
             for name, held in slots.items():
                 held.append(kept.get(name))
@@ -405,11 +411,9 @@ class Lift:
         keys = self._keys(count)
         parts = []
         for i, (g, p, group) in enumerate(zip(grads, ps, own, strict=True)):
-            asked = hyper[id(group)]
+            alone = {name: made[i] for name, made in trees.items()}
             if "leaf_key" in self.rule.context:
-                asked = {**asked, "leaf_key": self._leaf_key(count, names[i], outside)}
-            if trees:
-                asked = {**asked, **{name: made[i] for name, made in trees.items()}}
+                alone["leaf_key"] = self._leaf_key(count, names[i], outside)
             parts.append(
                 _Part(
                     names[i],
@@ -417,24 +421,48 @@ class Lift:
                     g,
                     p,
                     {slot: held[i] for slot, held in rested.items()},
-                    asked,
+                    hyper[id(group)],
+                    alone,
                     None if lost is None else lost[i],
                     keys,
                 )
             )
         return parts
 
-    def _stepped(self, part: _Part, shared: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The update of one leaf and its new slots."""
-        if part.settings is None:
-            return jnp.zeros_like(part.g if part.p is None else part.p), part.rested
-        hyper = {**part.hyper, **shared}
-        self._check_given(self.rule.context, {*hyper, *self.constants, *part.settings.known, "p"})
+    def _all_stepped(self, parts: list[_Part], shared: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """The update of each leaf and its new slots; leaves that go together take one step."""
+        out: list[Any] = [None] * len(parts)
+        for indices in self._together(parts):
+            for i, done in zip(indices, self._stepped([parts[i] for i in indices], shared), strict=True):
+                out[i] = done
+        return out
+
+    def _together(self, parts: list[_Part]) -> list[list[int]]:
+        """The leaves of each step."""
+        if not self.rule.stacked:
+            return [[i] for i in range(len(parts))]
+        keys = [part.settings and (part.settings, id(part.hyper), *kinds_of(part.arrays)) for part in parts]
+        return stacks(keys, [part.g for part in parts])
+
+    def _stepped(self, parts: list[_Part], shared: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """The updates of leaves that take one step, and their new slots."""
+        first = parts[0]
+        if first.settings is None:
+            return [(jnp.zeros_like(part.g if part.p is None else part.p), part.rested) for part in parts]
+        hyper = {**first.hyper, **shared}
+        self._check_given(self.rule.context, {*hyper, *first.own, *self.constants, *first.settings.known, "p"})
+
+        def step(g: Any, p: Any, rested: Any, lost: Any, own: Any) -> Any:
+            return step_leaf(first.settings, g, p, rested, {**hyper, **own}, lost, first.keys)
+
         try:
-            update, slots, lost = step_leaf(part.settings, part.g, part.p, part.rested, hyper, part.lost, part.keys)
+            done = together(step, [part.arrays for part in parts], mesh_of(first.settings.known))
         except ShapeError as error:
-            raise part.refused(error) from None
-        return update, slots if part.lost is None else {**slots, LOST: lost}
+            raise first.refused(error) from None
+        return [
+            (update, slots if part.lost is None else {**slots, LOST: lost})
+            for part, (update, slots, lost) in zip(parts, done, strict=True)
+        ]
 
     def _shared(self, moving: list[_Part], state: State, outside: Mapping[str, Any], scalar: Any) -> dict[str, Any]:
         """Map, reduce, map: sums over the tree, then scalars made of them, once a step."""
@@ -445,7 +473,7 @@ class Lift:
             for part in moving:
                 assert part.settings is not None
                 try:
-                    terms = sum_leaf(part.settings, part.g, part.p, part.rested, {**part.hyper, **state.shared})
+                    terms = sum_leaf(part.settings, part.g, part.p, part.rested, {**part.hyper, **part.own, **state.shared})
                 except ShapeError as error:
                     raise part.refused(error) from None
                 for name, value in terms.items():

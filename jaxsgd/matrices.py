@@ -177,27 +177,41 @@ def spectral(x: jax.Array) -> jax.Array:
 # -- Newton-Schulz -------------------------------------------------------------------------------
 
 
-def _prescaled(x: jax.Array, kind: str, eps: Any) -> tuple[jax.Array, jax.Array | None]:
+def _gram(x: jax.Array, tall: bool) -> jax.Array:
+    """The smaller of both Gram matrices."""
+    return adjoint(x) @ x if tall else x @ adjoint(x)
+
+
+def _prescaled(x: jax.Array, kind: str, eps: Any, tall: bool) -> tuple[jax.Array, jax.Array | None]:
     """``x`` with singular values at most 1, and its Gram matrix where that came for free."""
     if kind == "frobenius":
         return x / (frobenius(x) + eps), None
     if kind == "spectral":
         return x / (spectral(x) + eps), None
-    gram = x @ adjoint(x)  # squares: eps bounds their root, so that small gradients are scaled like large ones
-    if kind == "aol":  # almost orthogonal layers: Gershgorin's bound, row by row
+    gram = _gram(x, tall)  # squares: eps bounds their root, so that small gradients are scaled like large ones
+    if kind == "aol":  # almost orthogonal layers: Gershgorin's bound, row by row of the shorter side
         scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(gram), axis=-1, keepdims=True), eps * eps))
     elif kind == "schatten":  # the Schatten-4 norm, squared, is the Gram matrix's Frobenius norm
         scale = jax.lax.rsqrt(jnp.maximum(frobenius(gram), eps * eps))
     else:
         raise ValueError(f"preconditioning={kind!r}: known are {', '.join(PRECONDITIONINGS)}")
     wide = scale.astype(x.dtype)
-    return x * wide, gram * wide * (jnp.swapaxes(wide, -1, -2))
+    across = jnp.swapaxes(wide, -1, -2)
+    return x * (across if tall else wide), gram * wide * across
 
 
 def newton_schulz(
-    x: jax.Array, table: Sequence[Triple], steps: Any, *, eps: Any = 1e-8, preconditioning: str = "frobenius"
+    x: jax.Array,
+    table: Sequence[Triple],
+    steps: Any,
+    *,
+    eps: Any = 1e-8,
+    preconditioning: str = "frobenius",
+    dtype: Any = None,
 ) -> jax.Array:
-    r"""The nearest (semi-)orthogonal matrix, nearly: $X \leftarrow a X + (b A + c A^2) X,\; A = X X^*$.
+    r"""The nearest (semi-)orthogonal matrix, nearly: $X \leftarrow (a I + b A + c A^2) X,\; A = X X^*$.
+
+    A tall matrix is multiplied from the right, by the polynomial of $X^* X$: nothing is transposed.
 
     Args:
       x: matrices in the last two axes.
@@ -207,27 +221,35 @@ def newton_schulz(
       preconditioning: how singular values are brought to at most 1: by the ``"frobenius"`` or ``"spectral"``
         norm, ``"aol"`` (Boissin et al. 2025, arXiv:2512.04632) or ``"schatten"`` (Grishina et al. 2025,
         arXiv:2506.10935).
+      dtype: the type that the steps compute in, after the scaling. Default: that of ``x``.
+
+    Returns:
+      Matrices like ``x``, in its dtype.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    x = adjoint(x) if tall else x  # the smaller Gram matrix
-    x, gram = _prescaled(x, preconditioning, eps)
+    tall, like = x.shape[-2] > x.shape[-1], x.dtype
+    x, gram = _prescaled(x, preconditioning, eps, tall)
+    if dtype is not None:
+        x, gram = x.astype(dtype), None if gram is None else gram.astype(dtype)
+    one = jnp.eye(min(x.shape[-2:]), dtype=x.dtype)
 
     def step(x: jax.Array, gram: jax.Array, abc: Any) -> jax.Array:
         a, b, c = abc
-        return a * x + (b * gram + c * gram @ gram) @ x
+        # With a I in the polynomial, x is read once, by the product.
+        polynomial = a * one + b * gram + c * gram @ gram
+        return x @ polynomial if tall else polynomial @ x
 
     if isinstance(steps, jax.Array):
         rows = jnp.asarray(table, x.dtype)
 
         def body(i: jax.Array, x: jax.Array) -> jax.Array:
-            return step(x, x @ adjoint(x), rows[jnp.minimum(i, len(table) - 1)])
+            return step(x, _gram(x, tall), rows[jnp.minimum(i, len(table) - 1)])
 
         x = jax.lax.fori_loop(0, steps.astype(jnp.int32), body, x)
     else:
         for i in range(int(steps)):
-            known = gram if i == 0 and gram is not None else x @ adjoint(x)
+            known = gram if i == 0 and gram is not None else _gram(x, tall)
             x = step(x, known, table[min(i, len(table) - 1)])
-    return adjoint(x) if tall else x
+    return x.astype(like)
 
 
 @dataclass(frozen=True)

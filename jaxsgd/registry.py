@@ -337,6 +337,7 @@ def rule(
     usual_rate: float | None = None,
     batch_scaling: str | None = None,
     cost: str | None = None,
+    stacked: bool = False,
 ) -> Any:
     """Decorate a function on one array: its signature is its spec, see `jaxsgd.rule`.
 
@@ -353,6 +354,7 @@ def rule(
       coupled: weight decay is added to the gradient. Default: False.
       sums, shared, trees: see `jaxsgd.leaf.Equation`. Default: none.
       usual_rate, batch_scaling, cost: facts, see `Rule`. Default: unknown.
+      stacked: leaves of one shape take their step as one stack, see `jaxsgd.stacking`. Default: False.
 
     Raises:
       TypeError: a signature that is not a rule's.
@@ -373,7 +375,7 @@ def rule(
         made = make_rule(
             fn, name=name, positional=positional, call=call, learning_rate=learning_rate, weight_decay=weight_decay,
             coupled=coupled, sums=sums, shared=shared, trees=trees, usual_rate=usual_rate,
-            batch_scaling=batch_scaling, cost=cost,
+            batch_scaling=batch_scaling, cost=cost, stacked=stacked,
         )  # fmt: skip
         return register(made)
 
@@ -458,6 +460,7 @@ def wrapped(
     shared = of_base if shared is None else shared
     asked = tuple(dict.fromkeys(context))
     equation = Equation(name, fn, {**own_slots, **held}, asked, hyper, sums, shared, kept, trees, advance=advance)
+    equation = replace(equation, stacked=inner.stacked)
     chosen = _in_turn(call, base.call)
     order = None if positional is None else tuple(positional.split())
     rate = base.defaults["learning_rate"] if learning_rate is None else learning_rate

@@ -192,7 +192,7 @@ def _scale(shape: tuple[int, ...], consistent_rms: Any) -> Any:
     positional="learning_rate ns_coeffs ns_steps beta eps weight_decay weight_decay_mask mu_dtype",
     call=orthogonalized,
     usual_rate=0.02,
-    cost="products",
+    cost="products", stacked=True,
 )
 @partitioned
 def muon(
@@ -310,7 +310,7 @@ def _soap_bases(t, nu, factors, bases, frequency):
     return jax.lax.switch(which, (lambda nu, factors, bases: (nu, bases), first, again), nu, factors, bases)
 
 
-@rule(positional="learning_rate b1 b2 eps weight_decay", learning_rate=3e-3, weight_decay=0.01, cost="decomposed")
+@rule(positional="learning_rate b1 b2 eps weight_decay", learning_rate=3e-3, weight_decay=0.01, cost="decomposed", stacked=True)
 @partitioned
 def soap(
     g,
@@ -371,7 +371,7 @@ def _identity_factor(axis: int) -> Callable:
     return begin
 
 
-@rule(usual_rate=0.01, cost="decomposed")
+@rule(usual_rate=0.01, cost="decomposed", stacked=True)
 @partitioned
 def shampoo(
     g,

@@ -59,7 +59,7 @@ def _neurons(p: Any, axes: Any) -> Any:
 POSITIONAL = "learning_rate ns_coeffs ns_steps beta beta2 weight_decay"
 
 
-@rule(positional=POSITIONAL, call=orthogonalized, usual_rate=0.02, cost="products")
+@rule(positional=POSITIONAL, call=orthogonalized, usual_rate=0.02, cost="products", stacked=True)
 @partitioned
 def normuon(
     g,
@@ -100,7 +100,7 @@ def normuon(
     return back(_resized(o / (jnp.sqrt(nu) + eps_nu).astype(o.dtype), size)), mu, nu
 
 
-@rule(positional=POSITIONAL, call=orthogonalized, weight_decay=0.01, usual_rate=0.02, cost="products")
+@rule(positional=POSITIONAL, call=orthogonalized, weight_decay=0.01, usual_rate=0.02, cost="products", stacked=True)
 @partitioned
 def adamuon(
     g,
@@ -191,7 +191,7 @@ def _unit_columns(r: jax.Array, clear: jax.Array, eps: Any) -> jax.Array:
     call=hidden_matrices,
     learning_rate=0.01,
     weight_decay=0.01,
-    cost="decomposed",
+    cost="decomposed", stacked=True,
 )
 @partitioned
 def dion(

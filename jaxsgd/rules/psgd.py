@@ -150,7 +150,7 @@ def _whitened(x: jax.Array, left: Any, right: Any, noise: jax.Array, rate: Any) 
     return _balanced(x.ndim - 2, _fitted(left, a, b, rate), _fitted(right, _turned(a), _turned(b), rate))
 
 
-@rule(positional="learning_rate b1 weight_decay mask", learning_rate=3e-4, shared=_due, cost="decomposed")
+@rule(positional="learning_rate b1 weight_decay mask", learning_rate=3e-4, shared=_due, cost="decomposed", stacked=True)
 @partitioned
 def kron(
     g,
@@ -197,9 +197,11 @@ def kron(
     seen = x if momentum_into_precond_update else _matrix(g, merge_dims)
 
     def fitted():
-        return _whitened(seen, left, right, _noise(leaf_key, g, merge_dims), precond_lr)
+        new = _whitened(seen, left, right, _noise(leaf_key, g, merge_dims), precond_lr)
+        # Only `due` decides the branch: it is the same for all leaves of a stack.
+        return jax.tree.map(lambda q, old: jnp.where(jnp.any(seen != 0), q, old), new, (left, right))
 
-    left, right = jax.lax.cond(due & jnp.any(seen != 0), fitted, lambda: (left, right))
+    left, right = jax.lax.cond(due, fitted, lambda: (left, right))
     u = _both(_preconditioned, x, left, right)
     size = frobenius(u) / math.sqrt(math.prod(u.shape[-2:])) + 1e-12
     return (u * jnp.minimum(1, 1.1 / size).astype(u.dtype)).reshape(g.shape), mu, left, right

@@ -1,0 +1,77 @@
+"""Leaves of one shape as one stack: a rule on matrices runs its products and decompositions once for all of them.
+
+The state keeps one slot for each parameter. Only the step sees the stack, through `jax.vmap`, so that every rule is
+served by its equation on one array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+__all__ = ["kinds_of", "mesh_of", "stacks", "together"]
+
+LEAST = 2**26
+"""Bytes that a stack may always have."""
+
+
+def kinds_of(arrays: Any) -> tuple[Any, ...]:
+    """What arrays must agree in to be stacked: their structure, shapes, dtypes and shardings."""
+    return jax.tree.structure(arrays), *(jax.typeof(x) for x in jax.tree.leaves(arrays))
+
+
+def mesh_of(settings: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that a setting says to spread matrices over."""
+    return next((mesh for value in settings.values() if isinstance(mesh := getattr(value, "mesh", None), Mesh)), None)
+
+
+def stacks(keys: Sequence[Hashable], leaves: Sequence[Any]) -> list[list[int]]:
+    """The indices of the leaves that take one step together, in the order of their first.
+
+    Temporaries are as large as a stack. So none is larger than a quarter of the tree, or than `LEAST`.
+
+    Args:
+      keys: what leaves must agree in; None for a leaf that is alone.
+      leaves: arrays. Leaves below two dimensions, and those on a mesh with Explicit axes, are alone.
+    """
+    most = max(LEAST, sum(_bytes(x) for x in leaves) // 4)
+    groups: dict[Any, list[int]] = {}
+    for i, (key, leaf) in enumerate(zip(keys, leaves, strict=True)):
+        alone = key is None or jnp.ndim(leaf) < 2 or AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
+        groups.setdefault((i,) if alone else key, []).append(i)
+    out = []
+    for indices in groups.values():
+        count = max(1, most // max(1, _bytes(leaves[indices[0]])))
+        parts = -(-len(indices) // count)
+        size = -(-len(indices) // parts)
+        out += [indices[at : at + size] for at in range(0, len(indices), size)]
+    return out
+
+
+def _bytes(x: Any) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mesh: Mesh | None = None) -> list[Any]:
+    """``[step(*own) for own in arguments]``, run once on the stacked arguments.
+
+    Args:
+      step: a function of arrays.
+      arguments: those of each leaf: trees of the same structure, shapes and dtypes.
+      mesh: the mesh over whose devices the stack is spread, padded with zeros to a multiple of their number.
+        Default: the stack is where its leaves are.
+    """
+    if len(arguments) == 1:
+        return [step(*arguments[0])]
+    missing = 0 if mesh is None else -len(arguments) % mesh.size
+
+    def stacked(*leaves: Any) -> Any:
+        return jnp.stack([*leaves, *[jnp.zeros_like(leaves[0])] * missing])
+
+    spread = {} if mesh is None else {"spmd_axis_name": mesh.axis_names}
+    out = jax.vmap(step, **spread)(*jax.tree.map(stacked, *arguments))
+    return [jax.tree.map(lambda x, i=i: x[i], out) for i in range(len(arguments))]
