@@ -266,6 +266,12 @@ NO_MINIMUM = {
     "a plateau": (lambda x: jnp.exp(-x * x) + 1, [7.0], {Status.STEP_TOO_SMALL}),
     "a saddle": (lambda x: jnp.stack([x[0] ** 2 - 1, x[1]]), [0.0, 1.0], {Status.SADDLE_POINT}),
     "a maximum": (lambda x: x * x - 1, [0.0, 0.0], {Status.SADDLE_POINT}),
+    "a plateau without any slope": (lambda x: jnp.exp(-x * x) + 1, [30.0], {Status.FLAT}),
+    "a limit at infinity": (
+        lambda x: jnp.stack([1 + jnp.exp(-x[0]), x[1] - 2]),
+        [1.0, 0.0],
+        {Status.FLAT, Status.STEP_TOO_SMALL},
+    ),
     "no minimum": (lambda x: jnp.arctan(x) - 2, [0.0], {Status.STEP_TOO_SMALL, Status.ITERATION_LIMIT}),
     "a start that is infinite": (lambda x: 1 / x, [0.0], {Status.NOT_FINITE_START}),
     "a Jacobian that is infinite": (lambda x: jnp.sqrt(jnp.abs(x)) + x, [0.0], {Status.NOT_FINITE_START}),
@@ -274,6 +280,8 @@ NO_MINIMUM = {
 MINIMUM = {
     "a Jacobian without full rank": (lambda x: (x[0] + x[1]) * T01 - jnp.sin(3 * T01), [1.0, 2.0], 1.76596122),
     "a parameter without effect": (lambda x: jnp.stack([x[0] - 1 + 0 * x[1], 2 * x[0] - 3]), [3.0, 5.0], 0.1),
+    "a parameter whose effect is of second order": (lambda x: jnp.stack([x[0] ** 2 + 1, x[1] - 3]), [0.0, 1.0], 0.5),
+    "an amplitude of zero": (lambda x: jnp.append(x[0] * jnp.exp(-x[1] * T01), 1.0), [1.0, 1.0], 0.5),
     "fewer residuals than parameters": (lambda x: jnp.stack([x[0] * x[1] - 1, x[2] ** 2 - 2]), [3.0, 1.0, 1.0], 0.0),
     "scales of 16 orders": (lambda x: jnp.stack([1e8 * (x[0] - 1e-6), 1e-8 * (x[1] - 1e9)]), [1.0, 1.0], 0.0),
 }

@@ -34,6 +34,7 @@ class Status(enum.IntEnum):
     NOT_FINITE = 9
     UNBOUNDED = 10
     SADDLE_POINT = 11
+    FLAT = 12
 
     @property
     def sentence(self) -> str:
@@ -63,6 +64,8 @@ SENTENCES = {
     Status.NOT_FINITE: "No finite value was found next to the best point.",
     Status.UNBOUNDED: "The value fell to minus infinity: the function has no minimum.",
     Status.SADDLE_POINT: "The gradient is zero, but the curvature is negative: the point is no minimum.",
+    Status.FLAT: "The value is flat: a parameter has no effect near the best point, but has one elsewhere. "
+    "Another start may find a lower value.",
 }
 
 

@@ -23,6 +23,9 @@ __all__ = ["least_squares"]
 
 LOST = 1e-3
 """A parameter has lost its effect where its column of the Jacobian is below this share of its largest norm."""
+TRIES = ((True, 100.0), (False, 1.0), (False, 0.1), (True, 0.1))
+"""``(scaled, radius)`` of each try: whether columns of the Jacobian scale the parameters, and the first radius in
+units of the length of the start. The first is MINPACK's."""
 METHODS = ("lm", "dogleg", "gauss_newton")
 Method = Literal["lm", "dogleg", "gauss_newton"]
 
@@ -42,9 +45,10 @@ def least_squares(
     r"""Minimize half the sum of squared residuals: $\min_p \frac12 \lVert r(p) \rVert^2$.
 
     Every method factors the Jacobian by QR and never forms its square, which would lose half the digits. Parameters
-    are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region is tried once
-    more from the start, without scales, where it ends without convergence or with a Jacobian that has lost its rank or
-    the effect of a parameter. The better end counts, and ``evaluations`` counts both.
+    are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region is tried up to
+    three times more from the start, without scales or with a smaller region. That happens where it ends without
+    convergence or with a Jacobian that has lost its rank or the effect of a parameter. The best end counts, and
+    ``evaluations`` counts all.
 
     - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
     - ``"dogleg"``: a trust region with a path of two pieces (Powell 1970). A step costs less.
@@ -56,7 +60,8 @@ def least_squares(
 
     Where the gradient is zero, the solver checks the curvature along the singular vectors of the Jacobian and along
     single parameters. If it is negative, the status is ``SADDLE_POINT``, which is no success. The check needs at least
-    as many residuals as parameters.
+    as many residuals as parameters. If a parameter has no effect at the end, but has one elsewhere, the status is
+    ``FLAT``, which is no success either: the search may have left the data behind.
 
     Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
     from the implicit function theorem; they hold at a minimum.
@@ -70,7 +75,8 @@ def least_squares(
       tol: converged is where the part of the residuals that the Jacobian can explain is below ``tol`` times the
         residuals. Default: the square root of the rounding unit, 1.5e-8 in float64: the linear model then predicts a
         relative decrease of the sum of squares below rounding.
-      max_iterations: the largest number of trial steps. Default: ``100 * (parameters + 1)``, at least 200.
+      max_iterations: the largest number of trial steps of the first try, and of all others together. Default:
+        ``100 * (parameters + 1)``, at least 200.
       bounds: ``(lower, upper)``, each a number, None or a tree like ``params``. The start is moved inside them.
         Default: None.
       callback: called with the `Result` so far after every trial step. Default: None.
@@ -202,7 +208,9 @@ class _State(NamedTuple):
     Attributes:
       x, r, norm: the best point, its residuals and their norm.
       factor: R of ``[J | r] = QR``, at the best point.
-      scale: the largest norm so far of each column of the Jacobian.
+      scale: units of the parameters: the largest norm so far of each column of the Jacobian, or 1.
+      peak: the largest norm so far of each column.
+      scaled: whether ``scale`` follows ``peak``.
       radius: of the trust region in scaled parameters; for Gauss-Newton the share of a full step.
       iterations, trials: accepted steps and trial steps.
       code: the status.
@@ -214,6 +222,8 @@ class _State(NamedTuple):
     norm: jax.Array
     factor: jax.Array
     scale: jax.Array
+    peak: jax.Array
+    scaled: jax.Array
     radius: jax.Array
     iterations: jax.Array
     trials: jax.Array
@@ -442,15 +452,16 @@ def _search(
     good &= jnp.isfinite(first)
     zero = jnp.zeros((), jnp.int32)
 
-    def begin(scaled: bool) -> _State:
-        scale = jnp.where(columns > 0, columns, 1) if scaled else jnp.ones_like(columns)
+    def begin(i: jax.Array) -> _State:
+        scaled = jnp.asarray([scaled for scaled, _ in TRIES])[i]
+        scale = jnp.where(scaled & (columns > 0), columns, 1)
         far = _norm(scale * x)
-        # Without scales the first region is as large as the parameters: the second search takes care.
-        radius = (100 if scaled else 1) * jnp.where(far > 0, far, 1) if free else jnp.ones((), dtype)
-        s = _State(x, r, first, factor, scale, radius, zero, zero, zero, jnp.zeros((), bool))
+        share = jnp.asarray([share for _, share in TRIES], dtype)[i]
+        radius = share * jnp.where(far > 0, far, 1) if free else jnp.ones((), dtype)
+        s = _State(x, r, first, factor, scale, columns, scaled, radius, zero, zero, zero, jnp.zeros((), bool))
         return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
 
-    def body(scaled: bool, s: _State) -> _State:
+    def body(s: _State) -> _State:
         if box is None:
             step = STEPS[options.method](_model(s.factor, s.scale), s.radius)
             x = s.x + step / s.scale
@@ -467,7 +478,7 @@ def _search(
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0)
         wanted = (ratio >= 1e-4) & (norm < s.norm)
         factor, columns, good = jax.lax.cond(
-            wanted, factored, lambda x, r: (s.factor, s.scale, jnp.zeros((), bool)), x, r
+            wanted, factored, lambda x, r: (s.factor, s.peak, jnp.zeros((), bool)), x, r
         )
         taken = wanted & good
         ratio = jnp.where(wanted & ~good, -1, ratio)
@@ -486,7 +497,9 @@ def _search(
             jnp.where(taken, r, s.r),
             jnp.where(taken, norm, s.norm),
             jnp.where(taken, factor, s.factor),
-            jnp.where(taken, jnp.maximum(s.scale, columns) if scaled else s.scale, s.scale),
+            jnp.where(taken & s.scaled, jnp.maximum(s.scale, columns), s.scale),
+            jnp.where(taken, jnp.maximum(s.peak, columns), s.peak),
+            s.scaled,
             radius,
             s.iterations + taken,
             s.trials + 1,
@@ -538,30 +551,67 @@ def _search(
         params = space.tree([s.x])
         return Result(params, value, jnp.max(jnp.abs(gradient)), s.iterations, s.trials + 1, s.code, None)
 
-    def search(s: _State, scaled: bool) -> _State:
-        def goes_on(s: _State) -> jax.Array:
-            return (s.code == Status.RUNNING) & (s.trials < options.max_iterations)
-
-        s = jax.lax.while_loop(goes_on, functools.partial(body, scaled), s)
+    def search(s: _State, most: jax.Array) -> _State:
+        s = jax.lax.while_loop(lambda s: (s.code == Status.RUNNING) & (s.trials < most), body, s)
         return s._replace(code=jnp.where(s.code == Status.RUNNING, Status.ITERATION_LIMIT, s.code).astype(jnp.int32))
 
-    s = search(begin(True), True)
-    if free:
-        # Scales from a far start may hold the search back: once more without, from the start.
-        success = s.code <= Status.CONVERGED_STEP
+    def dead(s: _State) -> jax.Array:
+        """Parameters that could double without an effect on the residuals, by the Jacobian."""
         columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
-        lost = jnp.any(columns <= LOST * s.scale) | deficient(s.factor, columns)
-        lost &= s.norm > eps**0.5 * first
-        done = (success & ~lost) | (s.code == Status.NOT_FINITE_START)
-        other = begin(False)
-        other = search(other._replace(code=jnp.where(done, s.code, other.code)), False)
-        better = ~done & (other.norm <= jnp.where(success, 0.999 * s.norm, s.norm))
-        trials, iterations = s.trials + other.trials, s.iterations + other.iterations
-        s = jax.tree.map(lambda a, b: jnp.where(better, a, b), other, s)
-        s = s._replace(trials=trials, iterations=iterations)
+        size = jnp.maximum(jnp.abs(s.x), jnp.abs(x))
+        out = columns * jnp.where(size > 0, size, 1) <= eps**0.5 * s.norm
+        if box is not None:
+            out &= (s.x > box.lower) & (s.x < box.upper)
+        return out & (s.norm > eps**0.5 * first)
+
+    def doubtful(i: jax.Array, s: _State) -> jax.Array:
+        """Whether another try may find a better end than the best of ``i`` tries."""
+        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        lost = jnp.any(columns <= LOST * jnp.where(s.peak > 0, s.peak, 1)) | deficient(s.factor, columns)
+        lost &= (s.norm > eps**0.5 * first) & (i == 1)
+        failed = (s.code > Status.CONVERGED_STEP) & (s.code != Status.NOT_FINITE_START)
+        return failed | lost | jnp.any(dead(s))
+
+    def another(carry: Any) -> Any:
+        i, best, left, trials, iterations = carry
+        s = search(begin(i), left)
+        success = best.code <= Status.CONVERGED_STEP
+        better = (i == 0) | (s.norm <= jnp.where(success, 0.999 * best.norm, best.norm))
+        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), s, best)
+        # The tries after the first share as many steps as the first may take.
+        left = jnp.where(i == 0, left, left - s.trials)
+        return i + 1, best, left, trials + s.trials, iterations + s.iterations
+
+    def goes_on(carry: Any) -> jax.Array:
+        i, best, left, _, _ = carry
+        return (i == 0) | ((i < (len(TRIES) if free else 1)) & (left > 0) & doubtful(i, best))
+
+    def flat(s: _State, i: jax.Array) -> jax.Array:
+        """Whether parameter ``i`` has no curvature here either, and changes the residuals elsewhere."""
+        at, one = s.x[i], jnp.ones((), dtype)
+        places = jnp.stack([x[i], *(at * share for share in (0.5, 0.1, 1e-3, 0, -1)), one, -one])
+        if box is not None:
+            places = jnp.clip(places, box.lower[i], box.upper[i])
+        norms = jax.vmap(lambda place: _norm(residuals(s.x.at[i].set(place))))(places)
+        size = jnp.maximum(jnp.abs(at), jnp.abs(x[i]))
+        way = jnp.zeros_like(x).at[i].set(jnp.where(size > 0, size, 1))
+        second = jax.jvp(lambda x: jax.jvp(residuals, (x,), (way,))[1], (s.x,), (way,))[1]
+        straight = _norm(second) <= eps**0.5 * s.norm
+        return straight & jnp.any(~(jnp.abs(norms - s.norm) <= 1e-4 * s.norm))
+
+    budget = jnp.asarray(options.max_iterations, jnp.int32)
+    carry = jax.lax.while_loop(goes_on, another, (zero, begin(zero), budget, zero, zero))
+    s = carry[1]._replace(trials=carry[3], iterations=carry[4])
     if n <= count:
         # Otherwise J may come from a function with reverse mode alone, and there are many directions.
         saddle = (s.code == Status.CONVERGED_GRADIENT) & bent(s)
         s = s._replace(code=jnp.where(saddle, Status.SADDLE_POINT, s.code).astype(jnp.int32))
+        idle = dead(s) & (s.code <= Status.CONVERGED_STEP)
+        left = jax.lax.cond(
+            jnp.any(idle),
+            lambda: jnp.any(idle & jax.lax.map(functools.partial(flat, s), jnp.arange(n))),
+            lambda: jnp.zeros((), bool),
+        )
+        s = s._replace(code=jnp.where(left, Status.FLAT, s.code).astype(jnp.int32))
     result = _result(s)
     return dataclasses.replace(result, aux=fun(result.params)[1])
