@@ -473,7 +473,9 @@ class Lift:
             for part in moving:
                 assert part.settings is not None
                 try:
-                    terms = sum_leaf(part.settings, part.g, part.p, part.rested, {**part.hyper, **part.own, **state.shared})
+                    terms = sum_leaf(
+                        part.settings, part.g, part.p, part.rested, {**part.hyper, **part.own, **state.shared}
+                    )
                 except ShapeError as error:
                     raise part.refused(error) from None
                 for name, value in terms.items():

@@ -260,13 +260,16 @@ class NewtonSchulz:
       table, whole: see `table_of`; the number of steps counts unless the table is whole.
       preconditioning: see `newton_schulz`.
       mesh: if given, the steps run without communication: the matrices of a stack that divides among all devices are
-        computed each on one device, any other matrix is gathered once and computed on each.
+        computed each on one device, any other matrix is gathered once and computed on each. Leaves of one shape are such
+        a stack too, see `jaxsgd.stacking`.
+      dtype: the type that the steps compute in, for float32 and narrower matrices. Default: that of the matrix.
     """
 
     table: Sequence[Triple] = JORDAN
     whole: bool = False
     preconditioning: str = "frobenius"
     mesh: Mesh | None = None
+    dtype: str | None = None
 
     def orthogonal(self, x: jax.Array, steps: Any, eps: Any) -> jax.Array:
         """The nearest orthogonal matrices, nearly."""
@@ -276,7 +279,9 @@ class NewtonSchulz:
             explicit = AxisType.Explicit in self.mesh.axis_types  # then `partitioned` has set the mesh
             x = jax.lax.with_sharding_constraint(x, spec if explicit else NamedSharding(self.mesh, spec))
         steps = len(self.table) if self.whole else steps
-        return newton_schulz(x, self.table, steps, eps=eps, preconditioning=self.preconditioning)
+        wide = jnp.iscomplexobj(x) or jnp.finfo(x.dtype).bits > 32
+        dtype = None if wide else self.dtype
+        return newton_schulz(x, self.table, steps, eps=eps, preconditioning=self.preconditioning, dtype=dtype)
 
 
 USUAL = NewtonSchulz()

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = ["kinds_of", "mesh_of", "stacks", "together"]
 
@@ -25,8 +25,9 @@ def kinds_of(arrays: Any) -> tuple[Any, ...]:
 
 
 def mesh_of(settings: Mapping[str, Any]) -> Mesh | None:
-    """The mesh that a setting says to spread matrices over."""
-    return next((mesh for value in settings.values() if isinstance(mesh := getattr(value, "mesh", None), Mesh)), None)
+    """The mesh with Auto axes that a setting says to spread matrices over."""
+    meshes = [mesh for value in settings.values() if isinstance(mesh := getattr(value, "mesh", None), Mesh)]
+    return next((mesh for mesh in meshes if AxisType.Explicit not in mesh.axis_types), None)
 
 
 def stacks(keys: Sequence[Hashable], leaves: Sequence[Any]) -> list[list[int]]:
@@ -70,8 +71,21 @@ def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mes
     missing = 0 if mesh is None else -len(arguments) % mesh.size
 
     def stacked(*leaves: Any) -> Any:
-        return jnp.stack([*leaves, *[jnp.zeros_like(leaves[0])] * missing])
+        return _apart(jnp.stack([*leaves, *[jnp.zeros_like(leaves[0])] * missing]), mesh)
 
     spread = {} if mesh is None else {"spmd_axis_name": mesh.axis_names}
     out = jax.vmap(step, **spread)(*jax.tree.map(stacked, *arguments))
+    out = jax.tree.map(lambda x: _apart(x, mesh), out)
     return [jax.tree.map(lambda x, i=i: x[i], out) for i in range(len(arguments))]
+
+
+def _apart(stack: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """``stack`` with whole leaves on each device, or their parts as the leaves have them.
+
+    Where only the matrix work is spread, one transfer leads there and one back. Else XLA takes slices of a stack that
+    is spread over devices by several transfers for each leaf.
+    """
+    if mesh is None:
+        return stack
+    free = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1))
+    return jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, free))

@@ -163,6 +163,7 @@ def orthogonalized(
     muon_weight_dimension_numbers=None,
     adam=NOT_HIDDEN,
     mesh=None,
+    ns_dtype=None,
     **rest,
 ) -> dict[str, Any]:
     """A call that says, too, how matrices are made orthogonal."""
@@ -170,6 +171,10 @@ def orthogonalized(
         raise ValueError(f"preconditioning={preconditioning!r}{nearest(str(preconditioning), PRECONDITIONINGS)}")
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh={mesh!r}: a jax.sharding.Mesh is needed")
+    if ns_dtype is not None:
+        ns_dtype = jnp.dtype(ns_dtype).name
+        if not jnp.issubdtype(ns_dtype, jnp.floating):
+            raise ValueError(f"ns_dtype={ns_dtype!r}: a floating type is needed. Use 'bfloat16', 'float32' or None")
     arguments = hidden_matrices(
         adam_weight_decay=adam_weight_decay,
         adam_learning_rate=adam_learning_rate,
@@ -177,7 +182,7 @@ def orthogonalized(
         adam=adam,
         **rest,
     )
-    return arguments | {"how": NewtonSchulz(*table_of(ns_coeffs), preconditioning, mesh)}
+    return arguments | {"how": NewtonSchulz(*table_of(ns_coeffs), preconditioning, mesh, ns_dtype)}
 
 
 def _scale(shape: tuple[int, ...], consistent_rms: Any) -> Any:
@@ -192,7 +197,8 @@ def _scale(shape: tuple[int, ...], consistent_rms: Any) -> Any:
     positional="learning_rate ns_coeffs ns_steps beta eps weight_decay weight_decay_mask mu_dtype",
     call=orthogonalized,
     usual_rate=0.02,
-    cost="products", stacked=True,
+    cost="products",
+    stacked=True,
 )
 @partitioned
 def muon(
@@ -231,8 +237,11 @@ def muon(
       or a function of the params), None for Adam. Default: a leaf is (..., in, out), and attention's query, key and value
       kernels (in, heads, size). A convolution's (h, w, in, out) is one matrix under
       ``MuonDimensionNumbers((0, 1, 2), 3)``, and a matrix for each tap by default.
-    - ``mesh``: a mesh over whose devices stacked matrices are computed, each on one device, and any other matrix gathered
-      once; without it every Newton-Schulz step of a matrix split by rows gathers three times.
+    - ``mesh``: a mesh over whose devices matrices are spread. Leaves of one shape are computed as one stack, each
+      matrix on one device; any other matrix is gathered once. Without it every Newton-Schulz step of a matrix split by
+      rows gathers three times.
+    - ``ns_dtype``: the type that Newton-Schulz computes in, such as ``"bfloat16"``: half the bytes, two digits. float64
+      parameters are computed in float64. Default: the parameters' type.
     - ``consistent_rms``: 0.2 is the scaling of Moonshot (Liu et al. 2025, arXiv:2502.16982).
     - ``bias_correction=False`` is Jordan's plain momentum; ``adam_eps`` is ``eps`` where None.
     - ``weight_decay`` and its mask are for the matrices, ``adam_weight_decay`` for all others; groups override both.
@@ -263,11 +272,13 @@ muon_jordan = muon.preset(
     r"""Muon as first written (Jordan et al. 2024, kellerjordan.github.io/posts/muon): $M \leftarrow \beta M + (1-\beta) G,\; U = \sqrt{\max(1, \tfrac{out}{in})}\, \operatorname{orth}(\beta M + (1-\beta) G)$.
 
     `muon` with the settings of github.com/KellerJordan/Muon: no bias correction, and for Adam's leaves a learning
-    rate of 3e-4 of their own. It keeps the parameters' precision where the original computes in bfloat16.
+    rate of 3e-4 of their own. Newton-Schulz computes in bfloat16, as the original does; ``ns_dtype="float32"`` keeps the
+    parameters' precision.
     """,
     learning_rate=0.02,
     eps=1e-7,
     bias_correction=False,
+    ns_dtype="bfloat16",
     adam_learning_rate=3e-4,
     adam_b2=0.95,
     adam_eps=1e-10,
@@ -310,7 +321,13 @@ def _soap_bases(t, nu, factors, bases, frequency):
     return jax.lax.switch(which, (lambda nu, factors, bases: (nu, bases), first, again), nu, factors, bases)
 
 
-@rule(positional="learning_rate b1 b2 eps weight_decay", learning_rate=3e-3, weight_decay=0.01, cost="decomposed", stacked=True)
+@rule(
+    positional="learning_rate b1 b2 eps weight_decay",
+    learning_rate=3e-3,
+    weight_decay=0.01,
+    cost="decomposed",
+    stacked=True,
+)
 @partitioned
 def soap(
     g,
