@@ -372,7 +372,7 @@ def _boxed_step(
 
     zero = jnp.zeros_like(s.x)
     # Each turn but the last fixes one parameter more, so that it ends.
-    inward = jax.lax.while_loop(lambda carry: carry[3], body, (held, zero, zero, jnp.ones((), bool)))[2]
+    fixed, _, inward, _ = jax.lax.while_loop(lambda carry: carry[3], body, (held, zero, zero, jnp.ones((), bool)))
     down = jnp.where(held, 0, -gradient)
     square, bend = jnp.sum(down * down), jnp.sum((j @ down) ** 2)
     length = jnp.where(square > 0, jnp.sqrt(square), 1)
@@ -381,10 +381,52 @@ def _boxed_step(
     along = far * 0.25 ** jnp.arange(16, dtype=s.x.dtype)
     steps = jnp.concatenate([inward[None], jnp.clip(along[:, None] * down, low, high)])
     moved = steps @ j.T
-    best = steps[jnp.argmin(jnp.sum(moved * (moved + 2 * c), 1))]
+    values = jnp.sum(moved * (moved + 2 * c), 1)
+    best = steps[jnp.argmin(values)]
+    if shrinks:
+        best = jax.lax.cond(
+            jnp.any(fixed), lambda: _refined(j, c, best, jnp.min(values), low, high, s.radius), lambda: best
+        )
     x = jnp.clip(s.x + best / s.scale, box.lower, box.upper)
     # A parameter that reaches its bound is exactly there, whatever the rounding.
     return best, jnp.where(best <= low, box.lower, jnp.where(best >= high, box.upper, x))
+
+
+def _refined(
+    j: jax.Array, c: jax.Array, z: jax.Array, value: jax.Array, low: jax.Array, high: jax.Array, radius: jax.Array
+) -> jax.Array:
+    """A step inside the bounds that lowers the model further, with parameters that may leave a bound again.
+
+    Each turn goes towards the model's minimum over the parameters that no bound holds, and bends at the bounds (Moré &
+    Toraldo 1991, doi:10.1137/0801008). No entry is longer than the radius, spread over
+    all entries, or than the longest of the first step.
+
+    Args:
+      j, c: the model ``|j z + c|^2``.
+      z, value: a step inside the bounds, and ``|j z + c|^2 - |c|^2`` there.
+      low, high: the bounds of the step.
+      radius: of the trust region.
+    """
+    size = jnp.maximum(radius / len(z) ** 0.5, jnp.max(jnp.abs(z)))
+    low, high = jnp.maximum(low, -size), jnp.minimum(high, size)
+    shares = 0.5 ** jnp.arange(10, dtype=z.dtype)
+
+    def body(carry: Any) -> Any:
+        i, z, value, _ = carry
+        rest = c + j @ z
+        held = _Box(low, high).holds(z, rest @ j)
+        model = _model(jnp.concatenate([jnp.where(held, 0, j), rest[:, None]], 1), jnp.ones_like(z))
+        way = jnp.where(held, 0, model.step(jnp.zeros_like(radius)))
+        steps = jnp.clip(z + shares[:, None] * way, low, high)
+        moved = steps @ j.T
+        values = jnp.sum(moved * (moved + 2 * c), 1)
+        lowest = jnp.min(values)
+        better = lowest < value
+        z = jnp.where(better, steps[jnp.argmin(values)], z)
+        return i + 1, z, jnp.minimum(value, lowest), lowest < value - 1e-3 * jnp.abs(value)
+
+    begin = (jnp.zeros((), jnp.int32), z, value, jnp.ones((), bool))
+    return jax.lax.while_loop(lambda carry: carry[3] & (carry[0] < len(z) + 5), body, begin)[1]
 
 
 def _search(
@@ -555,11 +597,14 @@ def _search(
         s = jax.lax.while_loop(lambda s: (s.code == Status.RUNNING) & (s.trials < most), body, s)
         return s._replace(code=jnp.where(s.code == Status.RUNNING, Status.ITERATION_LIMIT, s.code).astype(jnp.int32))
 
+    def unit(s: _State) -> jax.Array:
+        """The size of each parameter; where it began at zero, at least 1."""
+        return jnp.maximum(jnp.abs(s.x), jnp.where(x == 0, 1, jnp.abs(x)))
+
     def dead(s: _State) -> jax.Array:
         """Parameters that could double without an effect on the residuals, by the Jacobian."""
         columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
-        size = jnp.maximum(jnp.abs(s.x), jnp.abs(x))
-        out = columns * jnp.where(size > 0, size, 1) <= eps**0.5 * s.norm
+        out = columns * unit(s) <= eps**0.5 * s.norm
         if box is not None:
             out &= (s.x > box.lower) & (s.x < box.upper)
         return out & (s.norm > eps**0.5 * first)
@@ -593,8 +638,7 @@ def _search(
         if box is not None:
             places = jnp.clip(places, box.lower[i], box.upper[i])
         norms = jax.vmap(lambda place: _norm(residuals(s.x.at[i].set(place))))(places)
-        size = jnp.maximum(jnp.abs(at), jnp.abs(x[i]))
-        way = jnp.zeros_like(x).at[i].set(jnp.where(size > 0, size, 1))
+        way = jnp.zeros_like(x).at[i].set(unit(s)[i])
         second = jax.jvp(lambda x: jax.jvp(residuals, (x,), (way,))[1], (s.x,), (way,))[1]
         straight = _norm(second) <= eps**0.5 * s.norm
         return straight & jnp.any(~(jnp.abs(norms - s.norm) <= 1e-4 * s.norm))
