@@ -86,37 +86,46 @@ def scipys(method: str, **options: Any) -> Solver:
 
 
 def optaxs(problem: Problem, _: Any) -> Outcome:
-    x, evaluations, size = _optax_loop(problem.fun, jnp.asarray(problem.start))
+    x, evaluations, size = _to_gradient(problem.fun, jnp.asarray(problem.start))
     return Outcome(np.asarray(x), int(evaluations), bool(size <= 1e-6))
 
 
-def _loop(fun: Any, x: Any, done: Any) -> Any:
+def optax_loop(fun: Any, x: Any, going: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any, Any]:
+    """The loop that optax's documentation shows for its L-BFGS.
+
+    Args:
+      fun: ``fun(x) -> value``.
+      x: the start, a pytree.
+      going: ``going(state, iterations, evaluations)``, whether to go on.
+
+    Returns:
+      ``(x, state, evaluations)``.
+    """
     tx = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(fun)
 
     def body(carry: Any) -> Any:
-        x, state, count = carry
+        x, state, iterations, count = carry
         value, grad = value_and_grad(x, state=state)
         updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=fun)
         steps = optax.tree_utils.tree_get(state, "info").num_linesearch_steps
-        return optax.apply_updates(x, updates), state, count + steps.astype(count.dtype)
+        return optax.apply_updates(x, updates), state, iterations + 1, count + steps.astype(count.dtype)
 
-    def going(carry: Any) -> Any:
-        x, state, count = carry
-        return (count == 0) | ~done(state, count)
-
-    return jax.lax.while_loop(going, body, (x, tx.init(x), jnp.int32(0)))
+    begin = x, tx.init(x), jnp.int32(0), jnp.int32(0)
+    x, state, _, count = jax.lax.while_loop(lambda carry: going(*carry[1:]), body, begin)
+    return x, state, count
 
 
 def _gradient(state: Any) -> Any:
     return optax.tree_utils.tree_norm(optax.tree_utils.tree_get(state, "grad"), ord=jnp.inf)
 
 
-def _optax_loop(fun: Any, x: Any) -> Any:
-    def done(state: Any, count: Any) -> Any:
-        return (_gradient(state) <= 1e-6) | (count >= MOST) | ~jnp.isfinite(_gradient(state))
+def _to_gradient(fun: Any, x: Any) -> Any:
+    def going(state: Any, iterations: Any, count: Any) -> Any:
+        size = _gradient(state)
+        return (iterations == 0) | ((size > 1e-6) & (count < MOST) & jnp.isfinite(size))
 
-    x, state, count = jax.jit(lambda x: _loop(fun, x, done))(x)
+    x, state, count = jax.jit(lambda x: optax_loop(fun, x, going))(x)
     return x, count + 1, _gradient(state)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
+from minimise import optax_loop
 from sklearn.datasets import load_breast_cancer, load_digits
 
 from jaxsgd.second_order import minimize
@@ -67,21 +68,12 @@ def tasks() -> dict[str, tuple[Fun, Any, Any]]:
 
 
 @partial(jax.jit, static_argnums=0)
-def optax_loop(fun: Fun, params: Any, data: Any, iterations: Any) -> Any:
-    def value_fn(params: Any) -> jax.Array:
-        return fun(params, data)
+def optax_steps(fun: Fun, params: Any, data: Any, most: Any) -> Any:
+    def going(state: Any, iterations: Any, evaluations: Any) -> Any:
+        return iterations < most
 
-    tx = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(value_fn)
-
-    def body(carry: Any) -> Any:
-        params, state, i = carry
-        value, grad = value_and_grad(params, state=state)
-        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
-        return optax.apply_updates(params, updates), state, i + 1
-
-    out = jax.lax.while_loop(lambda c: c[2] < iterations, body, (params, tx.init(params), 0))
-    return out[0], optax.tree_utils.tree_get(out[1], "value")
+    params, state, _ = optax_loop(lambda params: fun(params, data), params, going)
+    return params, optax.tree_utils.tree_get(state, "value")
 
 
 def scipys(fun: Fun, params: Any, data: Any) -> Callable[[int], float]:
@@ -112,7 +104,7 @@ def runs(fun: Fun, params: Any, data: Any) -> dict[str, Callable[[int], float]]:
         return float(minimize(fun, params, args=(data,), tol=0.0, max_iterations=iterations).value)
 
     def optaxs(iterations: int) -> float:
-        return float(optax_loop(fun, params, data, iterations)[1])
+        return float(optax_steps(fun, params, data, iterations)[1])
 
     return {"jaxsgd lbfgs": ours, "optax.lbfgs loop": optaxs, "SciPy L-BFGS-B": scipys(fun, params, data)}
 
