@@ -260,8 +260,8 @@ class NewtonSchulz:
       table, whole: see `table_of`; the number of steps counts unless the table is whole.
       preconditioning: see `newton_schulz`.
       mesh: if given, the steps run without communication: the matrices of a stack that divides among all devices are
-        computed each on one device, any other matrix is gathered once and computed on each. Leaves of one shape are such
-        a stack too, see `jaxsgd.stacking`.
+        computed each on one device, any other matrix is gathered once and computed on each. Leaves of one shape are
+        such a stack too, see `jaxsgd.stacking`.
       dtype: the type that the steps compute in, for float32 and narrower matrices. Default: that of the matrix.
     """
 

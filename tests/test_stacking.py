@@ -15,7 +15,7 @@ from jaxsgd.matrices import JORDAN
 from jaxsgd.stacking import LEAST, stacks
 
 SHAPES = {
-    "a": (6, 4), "b": (6, 4), "c": (4, 6), "d": (6, 4), "scan": (3, 6, 4), "scan2": (3, 6, 4), "bias": (4,), "bias2": (4,)
+    "a": (6, 4), "b": (6, 4), "c": (4, 6), "d": (6, 4), "scan": (3, 6, 4), "scan2": (3, 6, 4), "bias": (4,),
 }  # fmt: skip
 STEPS = 6
 RULES = ["muon", "muon_jordan", "normuon", "adamuon", "dion", "soap", "shampoo", "kron"]
@@ -147,3 +147,31 @@ def test_newton_schulz_in_bfloat16():
             for tx in (jaxsgd.muon_jordan(1.0), jaxsgd.muon_jordan(1.0, ns_dtype=None))
         ]
         assert np.array_equal(*updates), "float64 parameters are computed in float64"
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo"])
+def test_staggered_refreshes_are_spread_over_the_steps(name):
+    """Each basis changes once in an interval, and every step refreshes as much as any other."""
+    slot = {"soap": "left_basis", "shampoo": "left_root"}[name]
+    shapes = {f"w{i}": (6, 4) for i in range(8)}
+    rng = np.random.RandomState(0)
+    params = {leaf: jnp.asarray(rng.standard_normal(shape), jnp.float32) for leaf, shape in shapes.items()}
+
+    def refreshed(**given):
+        tx = jaxsgd.RULES[name](0.01, precondition_frequency=4, **given)
+        update, state, out = jax.jit(tx.update), tx.init(params), []
+        for _ in range(9):
+            grads = {leaf: jnp.asarray(rng.standard_normal(shape), jnp.float32) for leaf, shape in shapes.items()}
+            before = state.slots[slot]
+            _, state = update(grads, state, params)
+            out.append({leaf for leaf in shapes if not np.array_equal(before[leaf], state.slots[slot][leaf])})
+        return out
+
+    together = [len(changed) for changed in refreshed()]
+    assert together == [8, 0, 0, 0, 8, 0, 0, 0, 8]
+    first, *later = refreshed(stagger=True)
+    assert len(first) == 8
+    assert [len(changed) for changed in later] == [2] * 8
+    assert set.union(*later[:4]) == set(shapes)
+    with pytest.raises(TypeError, match="stagger=1"):
+        jaxsgd.RULES[name](0.01, stagger=1)

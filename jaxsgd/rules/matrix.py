@@ -7,6 +7,7 @@ state and one learning rate to set.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -303,7 +304,38 @@ Left = Annotated[Basis, start(_factor(-2))]
 Right = Annotated[Basis, start(_factor(-1))]
 
 
-def _soap_bases(t, nu, factors, bases, frequency):
+def _staggered(*, stagger=False, **rest) -> dict[str, Any]:
+    """A call that spreads the refreshes of the leaves over the steps: each has an ``offset`` of its own."""
+    if not isinstance(stagger, bool):
+        raise TypeError(f"stagger={stagger!r}: a boolean is needed. Use True or False")
+    if not stagger:
+        return rest
+    frequency, longest = rest["precondition_frequency"], rest["max_precond_dim"]
+    if not isinstance(frequency, int):
+        raise TypeError(f"precondition_frequency={frequency!r}: stagger=True needs a whole number. Use stagger=False")
+    return rest | {"routes": functools.partial(_offsets, frequency=frequency, longest=longest)}
+
+
+def _offsets(params: Any, frequency: int, longest: Any) -> list[dict[str, Any]]:
+    """The step of each matrix within the interval: the costliest first, each to the step with the least work."""
+    leaves = jax.tree.leaves(params)
+    costs = [_refresh_cost(jnp.shape(x), longest) for x in leaves]
+    work, out = [0] * frequency, [{} for _ in leaves]
+    for i in sorted(range(len(leaves)), key=lambda i: -costs[i]):
+        if costs[i]:
+            offset = min(range(frequency), key=work.__getitem__)
+            work[offset] += costs[i]
+            out[i] = {"offset": offset}
+    return out
+
+
+def _refresh_cost(shape: tuple[int, ...], longest: Any) -> int:
+    if len(shape) < 2:
+        return 0
+    return math.prod(shape[:-2]) * sum(size**3 for size in shape[-2:] if size <= longest)
+
+
+def _soap_bases(t, nu, factors, bases, frequency, offset):
     """The bases that the next step turns to, and the second moment, its coordinates sorted as they are now."""
 
     def first(nu, factors, bases):
@@ -317,13 +349,14 @@ def _soap_bases(t, nu, factors, bases, frequency):
                 nu = jnp.take_along_axis(nu, jnp.broadcast_to(index, nu.shape), axis=axis)
         return nu, tuple(q for _, q in pairs)
 
-    which = jnp.where(t == 1, 1, jnp.where((t - 1) % frequency == 0, 2, 0))
+    which = jnp.where(t == 1, 1, jnp.where((t - 1 - offset) % frequency == 0, 2, 0))
     return jax.lax.switch(which, (lambda nu, factors, bases: (nu, bases), first, again), nu, factors, bases)
 
 
 @rule(
     positional="learning_rate b1 b2 eps weight_decay",
     learning_rate=3e-3,
+    call=_staggered,
     weight_decay=0.01,
     cost="decomposed",
     stacked=True,
@@ -349,6 +382,7 @@ def soap(
     precondition_frequency: Count = 10,
     max_precond_dim=10000,
     bias_correction=True,
+    offset: Static = 0,
 ):
     r"""SOAP (Vyas et al. 2024, arXiv:2409.11321): $L, R$ average $G G^T, G^T G$; Adam on $Q_L^T G Q_R$: $U = Q_L\, \tfrac{\hat M}{\sqrt{\hat V} + \epsilon}\, Q_R^T$.
 
@@ -356,7 +390,8 @@ def soap(
     and moves nothing; every ``precondition_frequency`` steps the bases take one step of the QR iteration; a gradient
     meets the bases of the step before. ``shampoo_beta`` is the decay of $L$ and $R$, ``b2`` where None; an axis
     longer than ``max_precond_dim`` is not rotated; weight decay comes after the step: $x \leftarrow (1 - \eta\lambda)(x - \eta U)$.
-    Leaves below two dimensions get Adam; axes before the last two are a batch.
+    Leaves below two dimensions get Adam; axes before the last two are a batch. ``stagger=True`` refreshes the bases of
+    the leaves in turn, a few in each step, so that no step but the first takes several times as long as the others.
     """
     steps, moves, bases = jnp.maximum(t - 1, 1), t > 1, (left_basis, right_basis)
     turned = sq(rotated(g, *bases))
@@ -367,7 +402,7 @@ def soap(
     decay = b2 if shampoo_beta is None else shampoo_beta
     left = None if left is None else ema(left, g @ adjoint(g), decay)
     right = None if right is None else ema(right, adjoint(g) @ g, decay)
-    nu, bases = _soap_bases(t, nu, (left, right), bases, precondition_frequency)
+    nu, bases = _soap_bases(t, nu, (left, right), bases, precondition_frequency, offset)
     return delta, mu, nu, left, right, *bases
 
 
@@ -388,7 +423,7 @@ def _identity_factor(axis: int) -> Callable:
     return begin
 
 
-@rule(usual_rate=0.01, cost="decomposed", stacked=True)
+@rule(call=_staggered, usual_rate=0.01, cost="decomposed", stacked=True)
 @partitioned
 def shampoo(
     g,
@@ -403,6 +438,7 @@ def shampoo(
     precondition_frequency: Count = 1,
     graft=True,
     max_precond_dim=10000,
+    offset: Static = 0,
 ):
     r"""Shampoo (Gupta et al. 2018, arXiv:1802.09568): $L \leftarrow L + G G^T,\; R \leftarrow R + G^T G,\; U = L^{-1/4}\, G\, R^{-1/4}$.
 
@@ -410,6 +446,7 @@ def shampoo(
     (Agarwal et al. 2020, arXiv:2002.11803) each matrix moves as far as diagonal Adagrad would, in Shampoo's direction.
     An axis longer than ``max_precond_dim`` has no factor, and the other one's root is then $-1/2$. Leaves below two
     dimensions get diagonal Adagrad, $G / \sqrt{\epsilon + \sum G^2}$; axes before the last two are a batch.
+    ``stagger=True`` computes the roots of the leaves in turn, a few in each step; the first step computes all.
     """
     diagonal = g / jnp.sqrt(eps + (accumulator := accumulator + sq(g)))
     if left is None and right is None:
@@ -420,7 +457,9 @@ def shampoo(
     def computed():
         return jax.tree.map(lambda factor: inverse_root(factor, order, eps), (left, right))
 
-    roots = jax.lax.cond((t - 1) % precondition_frequency == 0, computed, lambda: (left_root, right_root))
+    roots = jax.lax.cond(
+        (t == 1) | ((t - 1 - offset) % precondition_frequency == 0), computed, lambda: (left_root, right_root)
+    )
     size = frobenius(u := rotated_back(g, roots[0], roots[1]))
     u = u * (frobenius(diagonal) / jnp.where(size == 0, 1, size)).astype(u.dtype) if graft else u
     u = jnp.where(size == 0, g, u)  # only a zero gradient has no size; its sharding passes to the step
