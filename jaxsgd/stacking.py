@@ -73,7 +73,7 @@ def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mes
     def stacked(*leaves: Any) -> Any:
         return _apart(jnp.stack([*leaves, *[jnp.zeros_like(leaves[0])] * missing]), mesh)
 
-    spread = {} if mesh is None else {"spmd_axis_name": mesh.axis_names}
+    spread: dict[str, Any] = {} if mesh is None else {"spmd_axis_name": mesh.axis_names}
     out = jax.vmap(step, **spread)(*jax.tree.map(stacked, *arguments))
     out = jax.tree.map(lambda x: _apart(x, mesh), out)
     return [jax.tree.map(lambda x, i=i: x[i], out) for i in range(len(arguments))]
