@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from jaxsgd.elementwise import elementwise
 from jaxsgd.hyper import Hyper, is_array, is_off, narrow
+from jaxsgd.kernels import in_kernel
 from jaxsgd.numerics import wide, wide_dtype, widest
-from jaxsgd.pieces import Pieces, in_pieces, pieces_of
+from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of, platform_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.storage import Storage, plain
@@ -241,10 +242,13 @@ def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost:
     if pieces is None:
         return whole(g, p, rested, hyper, lost, keys)
 
-    def by_pieces(*arguments: Any) -> Any:
-        return _step_in_pieces(settings, pieces, *arguments)
-
-    return jax.lax.platform_dependent(g, p, rested, hyper, lost, keys, cpu=by_pieces, default=whole)
+    platform = platform_of((g, p, rested))
+    if platform == "cpu" and g.size < LARGE:
+        return whole(g, p, rested, hyper, lost, keys)
+    cut = functools.partial(_step_in_pieces if platform == "cpu" else _step_in_kernel, settings, pieces)
+    # A program may also be exported for another platform than it was traced for.
+    ways = {platform: cut} if platform == "cpu" else {platform: functools.partial(cut, on=platform)}
+    return jax.lax.platform_dependent(g, p, rested, hyper, lost, keys, **ways, default=whole)
 
 
 def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, rows: Any = None) -> Any:
@@ -301,6 +305,24 @@ def _step_in_pieces(
         return _step(settings, update if there else g, p, rested, hyper, lost, keys, rows)
 
     return in_pieces(step, pieces, (None if there else g, p, hyper), (update, rested, lost), hyper["t"] >= 0)
+
+
+def _step_in_kernel(
+    settings: Settings, pieces: Pieces, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, *, on: str
+) -> Any:
+    def step(read: Any, kept: Any, rows: Any) -> Any:
+        g, p, hyper = read
+        rested, lost = kept
+        update, rested, lost = _step(settings, g, p, rested, hyper, lost, keys, rows)
+        return update, (rested, lost)
+
+    like = g if p is None else p
+    made = jax.ShapeDtypeStruct(like.shape, wide_dtype(like.dtype) if rounds(like, settings.rounding) else like.dtype)
+    out = in_kernel(step, pieces, (g, p, hyper), (rested, lost), made, on=on)
+    if out is None:
+        return _step(settings, g, p, rested, hyper, lost, keys)
+    update, (rested, lost) = out
+    return update, rested, lost
 
 
 @functools.partial(jax.jit, static_argnums=0)

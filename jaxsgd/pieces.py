@@ -17,12 +17,14 @@ from jax.sharding import AxisType
 
 from jaxsgd.storage import Storage
 
-__all__ = ["Pieces", "in_pieces", "pieces_of"]
+__all__ = ["LARGE", "Pieces", "in_pieces", "pieces_of", "platform_of"]
 
 PIECE = 2**17
 """The elements of a piece: half a megabyte in float32."""
 LARGE = 2**21
-"""The elements of the smallest array that is cut: a loop takes longer to compile than a step of the whole."""
+"""The elements of the smallest array that a loop steps: it takes longer to compile than a step of the whole."""
+SMALL = 2**14
+"""The elements of an array that is never cut."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,32 @@ def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> 
       storages: those of its slots.
       arrays: all that the step reads.
     """
-    if like.size < LARGE or not _on_one_device([like, *jax.tree.leaves(arrays)]):
+    if like.size < SMALL or not _on_one_device([like, *jax.tree.leaves(arrays)]):
         return None
     row = 1
     for storage in storages.values():
-        part = storage.part(like) if hasattr(storage, "part") else None
-        if part is None:
+        ask = getattr(storage, "part", None)
+        if ask is None or (part := ask(like)) is None:
             return None
         row = math.lcm(row, part)
     if like.shape[-1] % row:
         return None
     if row == 1:
         row = math.gcd(like.shape[-1], PIECE)
-    rows, most = like.size // row, PIECE // row
-    if most < 1:
-        return None
+    rows, most = like.size // row, max(1, PIECE // row)
     even = next((n for n in range(most, most // 8, -1) if rows % n == 0), most)
     return Pieces(rows, row, even)
+
+
+def platform_of(arrays: Any) -> str:
+    """What arrays are on, or will be once the program runs: ``"cpu"``, ``"tpu"`` or ``"cuda"``.
+
+    Arrays with a mesh name the platform of its devices, which this process may not have; others the process's own.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+    named = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device is not None]
+    platform = named[0] if named else jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
 
 
 def _on_one_device(arrays: list[Any]) -> bool:

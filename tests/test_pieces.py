@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
-from jaxsgd import int8, pieces
+from jaxsgd import int8, leaf, pieces
 from jaxsgd.elementwise import elementwise
 
 RULES = ("adamw", "lion", "momentum", "adagrad", "rmsprop", "nesterov", "yogi", "adabelief", "schedule_free_adamw")
@@ -35,7 +35,7 @@ def _params(shape, dtype=jnp.float32):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 2**14)
-    monkeypatch.setattr(pieces, "LARGE", 2**15)
+    monkeypatch.setattr(leaf, "LARGE", 2**15)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def whole(monkeypatch):
 
     def of(make, params):
         with monkeypatch.context() as m:
-            m.setattr(pieces, "LARGE", 2**40)
+            m.setattr(leaf, "LARGE", 2**40)
             jax.clear_caches()
             out = _steps(make(), params)
         jax.clear_caches()

@@ -1,0 +1,113 @@
+"""One kernel unpacks, steps and packs: the numbers are the same. Here it is interpreted; compilers prove its form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxsgd
+from jaxsgd import int8, leaf
+from jaxsgd.planning.targets import available, lookup
+
+RULES = ("adamw", "lion", "momentum", "nesterov", "adagrad", "rmsprop", "yogi", "adan", "schedule_free_adamw")
+
+
+def _steps(tx, params, count=3):
+    state, out, update = tx.init(params), [], jax.jit(tx.update)
+    for i in range(count):
+        grads = jax.tree.map(lambda p, i=i: ((i + 1) * jnp.sin((i + 1) * 40 * p)).astype(p.dtype), params)
+        updates, state = update(grads, state, params)
+        out.append(updates)
+    return out, state
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU's kernel in place of the step; how often it was asked for, and gave a result."""
+    made, kernel = [], leaf._step_in_kernel
+
+    def everywhere(*arguments, tpu=None, default, **others):
+        if tpu is None:
+            return default(*arguments)
+        with monkeypatch.context() as m:
+            m.setattr(leaf, "in_kernel", lambda *a, on, **k: made.append(real(*a, on="interpret", **k)) or made[-1])
+            return kernel(*tpu.args, *arguments, on="interpret")
+
+    real = leaf.in_kernel
+    monkeypatch.setattr(leaf, "platform_of", lambda arrays: "tpu")
+    monkeypatch.setattr(leaf.jax.lax, "platform_dependent", everywhere)
+    jax.clear_caches()
+    yield made
+    jax.clear_caches()
+
+
+def _same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        digit = 2**-7 if a.dtype == jnp.bfloat16 else 1e-5
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        # The compiler may fuse a product and a sum in one program only: a code then goes to its other neighbour.
+        assert a.shape == b.shape and np.mean(~np.isclose(a, b, rtol=digit, atol=1e-9)) < 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_in_a_kernel_is_the_rule(rule, interpreted, request):
+    params, tx = {"w": jax.random.normal(jax.random.key(1), (70, 512))}, jaxsgd.RULES[rule](1e-2, storage=int8())
+    got = _steps(tx, params)
+    assert interpreted and all(out is not None for out in interpreted)
+    request.getfixturevalue("monkeypatch").undo()
+    jax.clear_caches()
+    _same(got, _steps(jaxsgd.RULES[rule](1e-2, storage=int8()), params))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [((3, 40, 256), "float32", {}), ((64, 768), "bfloat16", {}), ((64, 768), "bfloat16", {"rounding": "compensated"})],
+    ids=str,
+)
+def test_shapes_and_dtypes_in_a_kernel(shape, dtype, options, interpreted, request):
+    params = {"w": jax.random.normal(jax.random.key(1), shape).astype(dtype)}
+    make = functools.partial(jaxsgd.adamw, 1e-2, storage=int8(), **options)
+    got = _steps(make(), params)
+    assert interpreted and all(out is not None for out in interpreted)
+    request.getfixturevalue("monkeypatch").undo()
+    jax.clear_caches()
+    _same(got, _steps(make(), params))
+
+
+@pytest.mark.parametrize(
+    ("shape", "storage"), [((40_000,), int8()), ((64, 1000), int8()), ((64, 512), int8(block=64))], ids=str
+)
+def test_what_no_kernel_can_do_is_done_without(shape, storage, interpreted, request):
+    params = {"w": jax.random.normal(jax.random.key(1), shape)}
+    got = _steps(jaxsgd.adamw(1e-2, storage=storage), params)
+    assert interpreted and all(out is None for out in interpreted)
+    request.getfixturevalue("monkeypatch").undo()
+    jax.clear_caches()
+    _same(got, _steps(jaxsgd.adamw(1e-2, storage=storage), params))
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not available(platform), reason=f"no {platform} compiler"))
+        for name, platform in {"v5e:1x1": "tpu", "h100:1": "cuda"}.items()
+    ],
+)
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+def test_the_compilers_make_one_kernel_of_it(rule, topology):
+    target = lookup(topology)
+    there = NamedSharding(target.mesh(), PartitionSpec())
+    tx, params = jaxsgd.RULES[rule](1e-3, storage=int8()), {"w": jax.ShapeDtypeStruct((2048, 4096), jnp.float32)}
+    on = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there))
+    state = jax.eval_shape(tx.init, params)
+    step = target.compile(jax.jit(tx.update, donate_argnums=1).lower(on(params), on(state), on(params)))
+    program = step.as_text()
+    assert (
+        sum(program.count(f'custom_call_target="{name}"') for name in ("tpu_custom_call", "__gpu$xla.gpu.triton")) == 1
+    )
+    large = [line for line in program.splitlines() if "2048,4096]" in line or "32768,256]" in line]
+    assert not any(" fusion(" in line or " copy(" in line for line in large), "no other kernel touches the whole"
+    assert step.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 2048 * 4096
