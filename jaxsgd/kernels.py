@@ -169,7 +169,7 @@ class _OnGPU:
     def call(
         self, body: Body, scalars: list[Any], given: list[Any], results: list[Any], *, interpret: bool
     ) -> list[Any]:
-        from jax.experimental import pallas as pl  # only here: its import takes a third of a second
+        from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton
 
         count, few = self.count, len(scalars)
