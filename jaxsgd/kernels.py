@@ -20,8 +20,15 @@ from jaxsgd.pieces import Pieces
 
 __all__ = ["Body", "body_of", "in_kernel"]
 
-KNOWN = {*ALONE, "broadcast_in_dim", "iota", "reduce_max", "reshape", "squeeze", "expand_dims"}
-"""Primitives that Mosaic and Triton translate."""
+# fmt: off
+UNKNOWN = {
+    "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "complex", "conj", "copy", "cosh", "digamma", "erf",
+    "erfc", "expm1", "imag", "lgamma", "real", "reduce_precision", "round", "sinh",
+}
+# fmt: on
+"""Primitives that Mosaic or Triton does not translate."""
+KNOWN = (ALONE - UNKNOWN) | {"broadcast_in_dim", "iota", "reduce_max", "reshape", "squeeze"}
+"""Primitives that both translate."""
 INSTEAD: dict[str, Callable[[Any], Any]] = {
     "sign": lambda x: jnp.where(x > 0, jnp.ones_like(x), jnp.where(x < 0, -jnp.ones_like(x), x)),
 }

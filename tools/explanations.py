@@ -46,9 +46,10 @@ KEPT_IN_PLACE = (
     "elsewhere and copies it, one leaf at a time."
 )
 EIGHT_BITS = (
-    "the largest of a block must be known before its first code: the new moments are written in float32 and read "
-    "again. On TPU the scales, too, are spread out over their blocks in float32, and codes change their layout by a "
-    "copy; random bits come from many kernels on a few words. What the rule takes without it comes on top."
+    "where each number steps by itself, one kernel reads, unpacks, steps, packs and writes a matrix, which is the minimum "
+    "of `tx.update`; the update that it writes is the temporary, and `optax.apply_updates` reads it and the parameter in "
+    "a second kernel. Where a rule looks at the whole leaf, the largest of a block must be known before its first code: "
+    "the new moments are written in float32 and read again, on TPU with copies to another layout."
 )
 
 EXPLANATIONS: dict[str | tuple[str, str], str] = {
