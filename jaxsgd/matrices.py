@@ -230,7 +230,8 @@ def newton_schulz(
     x, gram = _prescaled(x, preconditioning, eps, tall)
     if dtype is not None:
         x, gram = x.astype(dtype), None if gram is None else gram.astype(dtype)
-    one = jnp.eye(min(x.shape[-2:]), dtype=x.dtype)
+    size = min(x.shape[-2:])
+    one = jnp.broadcast_to(jnp.eye(size, dtype=x.dtype), (*x.shape[:-2], size, size))
 
     def step(x: jax.Array, gram: jax.Array, abc: Any) -> jax.Array:
         a, b, c = abc

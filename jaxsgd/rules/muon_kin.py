@@ -191,7 +191,8 @@ def _unit_columns(r: jax.Array, clear: jax.Array, eps: Any) -> jax.Array:
     call=hidden_matrices,
     learning_rate=0.01,
     weight_decay=0.01,
-    cost="decomposed", stacked=True,
+    cost="decomposed",
+    stacked=True,
 )
 @partitioned
 def dion(
