@@ -55,9 +55,40 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Equations between dollars as MathML; names of rules in the table of rules lead to their pages."""
     if page.file.src_uri == "rules.md":
         markdown = re.sub(r"\[`(\w+)`\]\(#\w+\)", r"[`\1`](rules/\1.md)", markdown)
+        markdown = "\n".join(narrow(line) for line in markdown.split("\n"))
     parts = CODE.split(markdown)  # code is every second one
     parts[::2] = [EQUATION.sub(lambda found: mathml(found[1]), part) for part in parts[::2]]
     return "".join(parts)
+
+
+def narrow(line: str) -> str:
+    """A row of the table of rules in three columns, its equations one below the other: it fits without scrolling."""
+    cells = re.split(r"(?<!\\) \| ", line.strip().removeprefix("| ").removesuffix(" |"))
+    if not line.startswith("| ") or len(cells) != 6:
+        return line
+    rule, name, update, source, state, agrees = cells
+    if set(rule) == {"-"}:
+        return "| --- | --- | --- |"
+    if rule == "rule":
+        return "| rule, state | update | source; agrees with |"
+    return f"| {rule}<br>{name}<br>{state} | {EQUATION.sub(stacked, update)} | {source}<br>agrees with {agrees} |"
+
+
+def stacked(found: re.Match[str]) -> str:
+    """``$a,\\; b$`` as ``$a$`` and ``$b$`` on lines of their own."""
+    return "<br>".join(f"${part}$" for part in parts_of(found[1]))
+
+
+def parts_of(equations: str) -> list[str]:
+    """Equations of one line that a comma and a space separate, outside of any bracket."""
+    parts, depth, begin = [], 0, 0
+    for found in re.finditer(r"[({\[]|[)}\]]|,\s*\\[;,]", equations):
+        if found[0][0] != ",":
+            depth += 1 if found[0] in "({[" else -1
+        elif depth == 0:
+            parts.append(equations[begin : found.start()])
+            begin = found.end()
+    return [part.strip() for part in (*parts, equations[begin:])]
 
 
 def mathml(text: str, display: str = "inline") -> str:
@@ -103,9 +134,9 @@ def rule_page(rule: Rule) -> str:
 
 
 def shown_equation(text: str) -> str:
-    """A single equation on a line of its own; words with equations among them as a sentence."""
+    """Equations on lines of their own; words with equations among them as a sentence."""
     alone = re.fullmatch(r"\$([^$]+)\$", text)
-    return mathml(alone[1], "block") if alone else text
+    return "\n".join(mathml(part, "block") for part in parts_of(alone[1])) if alone else text
 
 
 def ours(text: str) -> str:
