@@ -1,4 +1,4 @@
-"""Moments at eight bits beside float32: the time and memory of an update, and final losses of the digits CNN.
+"""Moments at eight and four bits beside float32: the time and memory of an update, and final losses of the digits CNN.
 
     python benchmarks/eight_bit.py [--seeds 5] [--epochs 15] [--millions 64] [--only update|training]
 
@@ -32,6 +32,7 @@ STORAGES: dict[str, Any] = {
     "float32": None,
     "int8 octaves": jaxsgd.int8(min_size=256),
     "int8 dynamic": jaxsgd.int8(min_size=256, map="dynamic"),
+    "int4": jaxsgd.int4(min_size=256),
 }
 RULES = {"adamw": 2e-3, "lion": 3e-4, "momentum": 0.05, "rmsprop": 1e-3}
 BATCH = 64
@@ -62,6 +63,7 @@ def updates(millions: int, runs: int = 9) -> None:
     params = jax.random.normal(jax.random.key(1), shape)
     ways = {"optax float32": optax.adamw(1e-3), "float32": jaxsgd.adamw(1e-3, weight_decay=1e-4)}
     ways["int8"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int8())
+    ways["int4"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int4())
     compiled, compiling, states = {}, {}, {}
     for name, tx in ways.items():
         states[name] = tx.init(params)

@@ -10,10 +10,10 @@ from types import ModuleType as _ModuleType
 
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
+from jaxsgd.blockwise import int4, int8
 from jaxsgd.curvature.sharpness import Sharpness, sharpness
 from jaxsgd.description import describe
 from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
-from jaxsgd.eightbit import int8
 from jaxsgd.ensemble.sweep import Sweep, sweep
 from jaxsgd.migration import migrate
 from jaxsgd.planning.plan import plan
@@ -94,6 +94,7 @@ __all__ = [
     "diagnose",
     "gauss_newton",
     "init_sharded",
+    "int4",
     "int8",
     "lbfgs",
     "least_squares",

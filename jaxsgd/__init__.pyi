@@ -65,7 +65,8 @@ from jaxsgd.transforms.guarding import guard as guard
 from jaxsgd.transforms.guarding import guard_report as guard_report
 from jaxsgd.rules.curvature import hutchinson as hutchinson
 from jaxsgd.sharding import init_sharded as init_sharded
-from jaxsgd.eightbit import int8 as int8
+from jaxsgd.blockwise import int4 as int4
+from jaxsgd.blockwise import int8 as int8
 from jaxsgd.second_order.rules import lbfgs as lbfgs
 from jaxsgd.second_order.squares import least_squares as least_squares
 from jaxsgd.rules.momentum import look_ahead as look_ahead

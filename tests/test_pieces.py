@@ -75,6 +75,12 @@ def test_a_rule_in_pieces_is_the_rule(rule, small, whole):
     _same(_steps(make(), params), whole(make, params))
 
 
+def test_four_bits_are_cut(small, whole):
+    make, params = functools.partial(jaxsgd.adamw, 1e-2, storage=jaxsgd.int4()), _params(SHAPES["odd"])
+    assert _loops(make(), params)
+    _same(_steps(make(), params), whole(make, params))
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_arrays_of_any_shape_are_cut(shape, small, whole):
     make, params = functools.partial(jaxsgd.adamw, 1e-2, storage=int8()), _params(shape)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
-from jaxsgd import RULES, int8
-from jaxsgd.eightbit import Blocks, decode, dynamic_map, encode_like
+from jaxsgd import RULES, int4, int8
+from jaxsgd.blockwise import Blocks, decode, dynamic_map, encode_like
 from jaxsgd.storage import accepts
 
 WIDE = jax.random.normal(jax.random.key(0), (64, 600))
@@ -46,6 +46,69 @@ def test_the_octaves_go_to_the_nearest_value(signed):
     nearest = np.abs(x[:, None] - table).min(axis=1)
     for half in np.split(np.abs(back), 2) if signed else [back]:
         np.testing.assert_allclose(np.abs(half - x), nearest, rtol=1e-3, atol=3e-7)
+
+
+@pytest.mark.parametrize("kind", ["mean", "square"])
+def test_four_bits_are_sixteen_values_of_which_a_square_is_never_0(kind):
+    kept = int4(min_size=0, block=2**20, stochastic=False).of_kind(kind)
+    octaves, least = (4, 1) if kind == "mean" else (8, 0)
+    table = np.concatenate([2.0**k * (1 + np.arange(2) / 2) - least for k in range(octaves)])
+    table = table / table[-1]
+    x = np.linspace(-1 if kind == "mean" else 0, 1, 9998).astype(np.float32)[None]
+    packed = kept.pack(jnp.asarray(x))
+    assert packed.nibbles.shape == (1, 4999) and packed.nibbles.dtype == (jnp.int8 if kind == "mean" else jnp.uint8)
+    back = np.abs(kept.unpack(packed))
+    np.testing.assert_allclose(np.abs(back - np.abs(x)), np.abs(np.abs(x).T - table).min(axis=1)[None], atol=1e-6)
+    assert len(np.unique(back)) == len(table)
+    np.testing.assert_array_equal(decode(packed), kept.unpack(packed))
+    np.testing.assert_array_equal(encode_like(packed, kept.unpack(packed)).nibbles, packed.nibbles)
+
+
+@pytest.mark.parametrize("kind", ["mean", "square"])
+def test_four_bits_have_the_right_mean_and_do_not_drift(kind):
+    kept = int4(min_size=0).of_kind(kind)
+    x = jnp.abs(WIDE[:2, :512]) + 0.1 if kind == "square" else WIDE[:2, :512]
+    again = jax.jit(jax.vmap(lambda seed: kept.unpack(kept.pack(x, jax.random.key(seed)))))(jnp.arange(4_000))
+    back = np.asarray(again, np.float64)
+    distance = back.max(axis=0) - back.min(axis=0)
+    assert np.max(np.abs(back.mean(0) - x) - 0.05 * distance) < 2e-3
+    first = kept.pack(x, jax.random.key(0))
+    for seed in range(50):
+        assert all(map(np.array_equal, kept.pack(kept.unpack(first), jax.random.key(seed)), first))
+
+
+def test_pain_9_four_bits_are_an_eighth_of_the_state():
+    params = {"kernel": jnp.zeros((512, 1024)), "odd": jnp.zeros((512, 1025)), "bias": jnp.zeros(1024)}
+    state = jaxsgd.adamw(1e-3, storage=int4()).init(params)
+    held = sum(leaf.nbytes for slot in state.slots.values() for leaf in jax.tree.leaves(slot["kernel"]))
+    assert held / params["kernel"].size == 1.0625
+    assert state.slots["mu"]["odd"].dtype == state.slots["nu"]["bias"].dtype == jnp.float32, "they stay whole"
+    with pytest.raises(ValueError, match="block=1: two neighbours share a byte"):
+        int4(block=1)
+
+
+def test_a_state_moves_between_eight_and_four_bits_and_float32():
+    params = {"w": WIDE}
+    ways = [jaxsgd.adam(0.1), jaxsgd.adam(0.1, storage=int4()), jaxsgd.adam(0.1, storage=int8())]
+    _, truth = ways[0].update(params, ways[0].init(params), params)
+    state, texts = truth, []
+    for tx in (ways[1], ways[2], ways[1], ways[0]):
+        state, report = jaxsgd.migrate(state, tx, params)
+        texts.append(str(report))
+    for text, how in zip(texts, ("packed at 4", "repacked at 8", "repacked at 4", "unpacked from 4"), strict=True):
+        assert f"mu, nu of w (76,800 elements): {how} bits" in text
+    largest = float(jnp.max(jnp.abs(truth.slots["mu"]["w"])))
+    np.testing.assert_allclose(state.slots["mu"]["w"], truth.slots["mu"]["w"], atol=0.19 * largest)  # half of 4 / 11
+
+
+def test_four_bits_shard_like_their_parameter():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    for spec in (PartitionSpec("data", None), PartitionSpec(None, "data")):
+        split = NamedSharding(mesh, spec)
+        params = jax.device_put(jnp.ones((64, 2048)), split)
+        tx = jaxsgd.adam(0.1, storage=int4())
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
+        assert state.slots["mu"].nibbles.sharding.is_equivalent_to(split, 2)
 
 
 @pytest.mark.parametrize("map", ["octaves", "dynamic"])

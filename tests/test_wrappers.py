@@ -56,7 +56,7 @@ def test_wrappers_keep_the_kinds_of_slots():
     assert {name: wrapped[name].kind for name in base} == {name: slot.kind for name, slot in base.items()}
     assert wrapped["slow"].kind == "mean" and lookahead(adam).slots["slow"].kind == "iterate"
     state = cautious(adam)(1e-3, storage=jaxsgd.int8()).init(jnp.ones(65536))
-    assert all(isinstance(held, jaxsgd.eightbit.Blocks) for held in state.slots.values())
+    assert all(isinstance(held, jaxsgd.blockwise.Blocks) for held in state.slots.values())
 
 
 def test_lookahead_is_optax_lookahead():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from explanations import SLOW_TO_COMPILE
 
-from jaxsgd.eightbit import int8
+from jaxsgd.blockwise import int8
 from jaxsgd.planning.hlo import FREE, Instruction, Program, shapes
 from jaxsgd.planning.reading import read
 from jaxsgd.planning.targets import lookup

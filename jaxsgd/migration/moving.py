@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.eightbit import Packed, decode, encode_like
+from jaxsgd.blockwise import Packed, bits_of, decode, encode_like
 from jaxsgd.forms import Form
 from jaxsgd.migration.names import CLOCKS, HYPER, PINS, SHARED, Item, Leaves, Place, kind, whole
 from jaxsgd.migration.report import SECTIONS, Entry, Report, listed
@@ -54,7 +54,8 @@ def _carried(old: Item, new: Item, was: Form | None, now: Form | None) -> tuple[
     if _is_single(new.value, now):
         return _cast(wide, new.value, how)
     packed = _packed(wide, new.value, now)
-    name = "at 8 bits" if isinstance(new.value, Packed) else f"by {type(now and now.storage).__name__}"
+    blocks = isinstance(new.value, Packed)
+    name = f"at {bits_of(new.value)} bits" if blocks else f"by {type(now and now.storage).__name__}"
     return jax.tree.map(_placed, packed, new.value), f"repacked {name}" if how else f"packed {name}"
 
 
@@ -78,7 +79,7 @@ def _is_array(value: Any) -> bool:
 def _unpacked(old: Item, form: Form | None) -> tuple[Any, str]:
     if isinstance(old.value, Packed):
         try:
-            return _decode(type(old.value)(*old.value)), "unpacked from 8 bits"
+            return _decode(type(old.value)(*old.value)), f"unpacked from {bits_of(old.value)} bits"
         except ValueError as error:
             raise _Unfit(str(error)) from None
     if _is_single(old.value, form):
@@ -93,7 +94,7 @@ def _unpacked(old: Item, form: Form | None) -> tuple[Any, str]:
 def _packed(wide: Any, like: Any, form: Form | None) -> Any:
     """A wide array in the stored form of ``like``."""
     if isinstance(like, Packed):
-        shape, dtype = like[0].shape, like.scale.dtype
+        shape, dtype = jax.eval_shape(decode, like).shape, like.scale.dtype
     elif form is None:
         raise _Unfit("the storage of its new form is not known: give tx=, the new optimizer")
     else:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.eightbit import Packed, packed_as
+from jaxsgd.blockwise import Packed, bits_of, packed_as
 from jaxsgd.paths import leaf_paths
 
 __all__ = ["CLOCKS", "HYPER", "SHARED", "Item", "Leaves", "PINS", "Place", "kind", "whole"]
@@ -39,8 +39,9 @@ class Item(NamedTuple):
     @property
     def size(self) -> int:
         """Its numbers, those of scales aside."""
-        leaves = self.value[:1] if isinstance(self.value, Packed) else jax.tree.leaves(self.value)
-        return sum(int(getattr(leaf, "size", 1)) for leaf in leaves)
+        if isinstance(self.value, Packed):
+            return self.value[0].size * 8 // bits_of(self.value)
+        return sum(int(getattr(leaf, "size", 1)) for leaf in jax.tree.leaves(self.value))
 
 
 def kind(x: Any) -> Any:
@@ -123,7 +124,7 @@ def _candidates(keys: tuple[str, ...], leaf: Any, params: Mapping[str, Any], slo
 
 
 def whole(parts: Mapping[str, tuple[str, Any]], stored: Any = None) -> Item | None:
-    """The parts of one value as one item: one array, eight-bit blocks, or a pytree like ``stored``; None for others.
+    """The parts of one value as one item: one array, packed blocks, or a pytree like ``stored``; None for others.
 
     Args:
       parts: inside -> name and leaf.

@@ -15,7 +15,7 @@ LINES = 20
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one leaf, or of one value at eight bits.
+    """What became of one leaf, or of one value in packed blocks.
 
     Attributes:
       name: its name: in the new state, of what was dropped in the old one.

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxsgd.eightbit import int8
+from jaxsgd.blockwise import int8
 from jaxsgd.forms import forms
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import leaf_names, leaf_paths, owners

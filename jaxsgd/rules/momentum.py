@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.eightbit import Packed, decode
+from jaxsgd.blockwise import Packed, decode
 from jaxsgd.hyper import Decay, Seed, in_state, scheduled
 from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names

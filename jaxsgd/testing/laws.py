@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.eightbit import int8
+from jaxsgd.blockwise import int8
 from jaxsgd.forms import forms
 from jaxsgd.paths import leaf_names
 from jaxsgd.registry import Rule
