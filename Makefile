@@ -42,6 +42,7 @@ lint: $(VENV)/.test
 	$(RUN) tools/catalog.py --check
 	$(RUN) tools/ledger.py --check
 	$(RUN) tools/stubs.py --check
+	$(RUN) tools/prose.py
 
 test: lint
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)

@@ -289,7 +289,7 @@ def calibration(found: Sequence[Outcome]) -> str:
     logs = [np.log(f.scores["probe"].rate / f.best) for f in found if f.scores["probe"].rate]
     factor = float(np.exp(np.median(logs)))
     lines.append(f"suggested / best rate: median {factor:.2f}")
-    lines.append(f"cost: at most {max(f.cost for f in found):.2f} trainings")
+    lines.append(f"cost: at most {max(f.cost for f in found):.2f} full runs")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -363,7 +363,7 @@ INTRO = f"""Made by `{SCRIPT} --tasks held-out --seeds 3`, then
 `{SCRIPT} --tasks design --write docs/learning_rates.md`; not written by hand.
 
 A task is a data set, a model, a rule, a batch size and 100 to 3,000 steps (`benchmarks/learning_rate_tasks.py`). Full
-trainings at 49 rates, a factor of 1.33 apart, are the truth. The final loss is the mean of the last 5% of the steps.
+runs at 49 rates, a factor of 1.33 apart, are the truth. The final loss is the mean of the last 5% of the steps.
 
 - ratio: the final loss at the suggestion over that at the best rate. Losses that approach zero make it large.
 - part: the part of the best decrease of the loss, (start - end) / (start - end at the best rate).

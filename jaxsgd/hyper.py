@@ -175,7 +175,7 @@ def one_of(*known: str) -> Choice:
 
 
 def checked(where: str, value: Any, domain: Any = NOT_NEGATIVE) -> Any:
-    """``value`` if it lies in ``domain``; ``where`` names the argument.
+    """``value`` if it is in ``domain``; ``where`` names the argument.
 
     Raises:
       TypeError, ValueError: it does not.

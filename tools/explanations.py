@@ -38,7 +38,7 @@ DECOMPOSED = (
 )
 LOW_RANK = (
     "the gradient is read for its image, for the norm that the limiter of growth needs, and for the step; norms of "
-    "columns are kernels of their own, and the random projection is made anew from its seed by kernels on a few words."
+    "columns are kernels of their own, and the random projection is recomputed from its seed by kernels on a few words."
 )
 GRADIENT_KEPT = "the new state is the gradient itself: a copy, which reads the gradient once more."
 KEPT_IN_PLACE = (

@@ -99,7 +99,7 @@ class Checkpoints:
           keep_best: how many remain besides because of their ``metric`` (see `save`). One that was saved without a
             metric, or with one that is not finite, is never among them. Default: 0.
           best_mode: ``"min"`` or ``"max"``: which metric is the best. Default: ``"min"``.
-          keep_every: checkpoints whose step this divides remain for ever. Default: None, no such.
+          keep_every: checkpoints whose step is a multiple are never deleted. Default: None, no such.
 
         Raises:
           ValueError: ``keep``, ``every`` or ``keep_every`` below 1, ``keep_best`` below 0, another ``best_mode``, or

@@ -1,4 +1,4 @@
-"""What a loss curve shows, in words, with the numbers behind them."""
+"""Describe a loss curve, with the numbers behind each sentence."""
 
 from __future__ import annotations
 

@@ -348,7 +348,7 @@ def oscillation(y: np.ndarray) -> Oscillation | None:
 
 
 def _repeat(rho: np.ndarray) -> int | None:
-    """The lag at which all comes back, whatever lies between: a peak of at least `RETURN` after a fall of as much."""
+    """The lag at which all comes back, whatever is between: a peak of at least `RETURN` after a fall of as much."""
     if len(rho) < 4:
         return None
     fallen = np.minimum.accumulate(rho)

@@ -19,7 +19,7 @@ class Entry:
 
     Attributes:
       name: its name: in the new state, of what was dropped in the old one.
-      reason: why or how, in words; empty where a slot was kept as it was.
+      reason: why or how, a sentence; empty where a slot was kept as it was.
       slot: the slot, or the scalar's own name.
       parameter: the parameter that it belongs to, None for a scalar.
       elements: how many numbers it holds.

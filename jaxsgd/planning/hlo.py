@@ -34,7 +34,7 @@ VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
 
 
 class Shape(NamedTuple):
-    """One array of a shape: ``f32[8,128]``; ``near`` where it lies in a core's own memory or on the host."""
+    """One array of a shape: ``f32[8,128]``; ``near`` if it is in a core's own memory or on the host."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -338,7 +338,7 @@ def carries(i: Instruction) -> bool:
 
 
 def _far(shape: str) -> int:
-    """Bytes of what lies in the device's memory."""
+    """Bytes of the arrays in the device's memory."""
     return sum(s.size for s in shapes(shape) if not s.near)
 
 

@@ -189,7 +189,7 @@ def _step(given: Any, tx: Any, mesh: Any, batch_axes: Any, accumulate: int | Non
 
 
 def _lower(step: Step, state: Any, batch: Any) -> Any:
-    """The step lowered, or in words why it cannot be."""
+    """The lowered step, or a sentence that says why it cannot be lowered."""
     try:
         return step.lower(state, batch)
     except UNTRACEABLE as error:
@@ -223,7 +223,7 @@ def _notes(target: Target, needs: int, refused: bool) -> tuple[str, ...]:
 def _suggestions(
     answer: Plan, step: Step, state: Any, again: dict[str, Any], variants: Mapping[str, Any], say: Progress
 ) -> tuple[Suggestion, ...]:
-    """What would take less memory, with how much: first the state's exact arithmetic, then programs compiled anew."""
+    """Changes that need less memory, each with its bytes: first by exact arithmetic on the state, then by compiling."""
     out: list[Suggestion] = []
     mesh = lookup(answer.topology).mesh(dict(answer.mesh))
     axes = check_axes("batch_axes", step.batch_axes, mesh)

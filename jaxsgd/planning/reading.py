@@ -44,7 +44,7 @@ class Memory:
     """Bytes on a device, as the compiler states them.
 
     Attributes:
-      arguments, outputs, temporaries, code: of each. The TPU compiler counts among the temporaries what lies in the
+      arguments, outputs, temporaries, code: of each. The TPU compiler counts among the temporaries those in the
         memory of donated arguments.
       aliased: of the outputs, what takes the memory of donated arguments.
       peak: the most that is in use at once; on a CPU without the temporaries.

@@ -24,7 +24,7 @@ class Suggestion(NamedTuple):
     """A change that takes less memory.
 
     Attributes:
-      what: the change, in words.
+      what: the change, a phrase.
       needs: bytes on a device with it.
       fits: whether the device has so many.
       how: ``"compiled"``, or ``"computed from the shapes of the state"``.

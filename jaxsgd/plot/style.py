@@ -73,7 +73,7 @@ def loss_axis(ax: Any, losses: Any) -> None:
 
 
 def off_scale(ax: Any, x: Any, label: str, color: str) -> None:
-    """Arrows at the upper edge for what lies above it."""
+    """Arrows at the upper edge for points above it."""
     ax.plot(
         x, np.full(len(x), 0.97), "^", transform=ax.get_xaxis_transform(), color=color, markersize=6, clip_on=False,
         label=label,

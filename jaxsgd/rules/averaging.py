@@ -118,7 +118,7 @@ def _schedule_free(
 
 
 def extrapolated(y: Any, z: Any, b1: Any) -> Any:
-    """$x$ where $y$ lies between it and $z$."""
+    """$x$ where $y$ is between it and $z$."""
     return (y - (1 - b1) * z) / b1
 
 

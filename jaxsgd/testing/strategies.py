@@ -43,7 +43,7 @@ def dtypes(*, narrow: bool = True, complex: bool = False) -> SearchStrategy[np.d
 
 
 def shapes(max_leaves: int = 4, max_dims: int = 3, max_side: int = 5) -> SearchStrategy[dict[str, tuple[int, ...]]]:
-    """Shapes of a tree, name -> shape, empty axes and scalars among them. Each new one compiles anew."""
+    """Shapes of a tree, name -> shape, empty axes and scalars among them. Each new one compiles again."""
     shape = st.lists(st.integers(0, max_side), max_size=max_dims).map(tuple)
     names = st.sampled_from([f"leaf_{i}" for i in range(max_leaves)])
     return st.dictionaries(names, shape, min_size=1, max_size=max_leaves)

@@ -71,7 +71,7 @@ def _zeros(closed: ClosedJaxpr, given: list[bool]) -> list[bool]:
 
 
 def _is_zero(x: Any) -> bool:
-    """Whether an array is zeros; not asked of what is traced or lies on a device."""
+    """Whether an array is zeros. False for tracers and for arrays on a device."""
     return isinstance(x, np.ndarray) and x.dtype != jax.dtypes.float0 and not np.any(x)
 
 

@@ -48,14 +48,14 @@ class Entry:
         a rate that it helped to choose. A seed that diverged scores its first loss.
       start: the mean of the first losses.
       mean, standard_error: of ``scores``.
-      low, high: the rates between which 95% of the best decrease is reached in the short trainings; the grid's end
+      low, high: the rates between which 95% of the best decrease is reached in the short runs; the grid's end
         where nothing bounded them.
       bounded: whether the grid went beyond ``low``, and beyond ``high``.
-      edge: whether the best rate of the short trainings is the grid's last.
-      rates, losses: the short trainings, in rising order of the rate; a rate that diverged has its first loss.
+      edge: whether the best rate of the short runs is the grid's last.
+      rates, losses: the short runs, in rising order of the rate; a rate that diverged has its first loss.
       finals: rate -> the final losses of its seeds.
-      diverged: full trainings that diverged.
-      steps, tuning: steps taken in all, and those of them in short trainings.
+      diverged: full runs that diverged.
+      steps, tuning: steps taken in all, and those of them in short runs.
       compiles: how often its training step was compiled.
     """
 
@@ -206,7 +206,7 @@ def pick(
     """Race rules on your own task: by default AdamW against gradient descent with momentum 0.9.
 
     Each candidate gets the same steps. First a grid of learning rates around the rule's usual one, trained for a part
-    of ``steps`` with one seed, then refined around the best. Then full trainings on fresh seeds, in the middle of the
+    of ``steps`` with one seed, then refined around the best. Then full runs on fresh seeds, in the middle of the
     rates that did well (the best alone is the luck of a short training, and often too high for a long one) and, if the
     budget allows, a factor of 1.8 below and above it. Candidates share beginnings, batches and random numbers seed by
     seed, and are compared so.
@@ -219,22 +219,22 @@ def pick(
       init: ``init(key)`` makes the parameters or an ``nnx.Module``; another for each seed. Or a `jaxsgd.TrainState`
         with a model state, whose optimizer state is not used; the loss is then as in `jaxsgd.make_step`. The random
         keys of an NNX model are folded with the seed.
-      data: a list of batches, which each seed goes through in an order of its own, anew on each pass; an iterator, of
+      data: a list of batches, which each seed goes through in an order of its own, another on each pass; an iterator, of
         which the first ``steps`` batches are kept as such a list; a function ``(step, seed) -> batch``, or of the
         step, which is then the same for all seeds; or the one batch of every step.
       candidates: names of rules, rules, or ``{name: rule}``, a rule being a jaxsgd one or any function of the learning
         rate that gives a gradient transformation, or ``(rule, rate)`` with the rate to search around.
       steps: of a full training. A schedule in a candidate should be as long.
       budget: training steps over everything; by default 12.25 times ``steps`` a candidate. With less the short
-        trainings become fewer and shorter and full ones are run at one rate only.
-      seeds: full trainings at a rate, at least 2.
+        runs become fewer and shorter and full ones are run at one rate only.
+      seeds: full runs at a rate, at least 2.
       validation: a batch, or a list of them, to score on; by default the training loss over the last ``window`` steps
         counts. Rules that average their parameters are validated at the average.
       window: steps at the end of a training over which its loss is averaged; a tenth of them by default.
-      strategy: how trainings are run side by side, see `jaxsgd.sweep`.
+      strategy: how runs are run side by side, see `jaxsgd.sweep`.
       mesh: the devices to share the runs: a mesh with any axes, or a list. They may belong to several processes, which
         then all make this call with the same data. Default: all local devices.
-      progress: show a bar after two seconds; by default where the standard error is a terminal.
+      progress: show a bar after two seconds. Default: on if stderr is a terminal.
 
     Returns:
       A `Pick`.
@@ -329,7 +329,7 @@ def _candidates(given: Any, params: Any) -> dict[str, tuple[Callable[..., Any], 
 
 
 def _entry(race: Race, plan: Plan) -> Entry:
-    """Run one candidate's trainings and sum them up."""
+    """Run one candidate's runs and sum them up."""
     rates, losses, start = race.tune(plan)
     low, high, bounded = good_range(rates, losses, start)
     finals, starts, diverged = race.finish(plan, math.sqrt(low * high))

@@ -186,7 +186,7 @@ def probe(
         schedule in it. Any schedule of optax works. Short runs see the whole schedule, compressed. Default: AdamW.
       steps: calls of the train step in the training that the rate is for. With `jaxsgd.accumulate` or MultiSteps a call
         takes one microbatch. Default: 1000.
-      share: the cost, in trainings. Default: 1, so the probe costs as much as one whole training.
+      share: the cost, in whole runs. Default: 1, the cost of one whole run.
       around: the rate at which the search begins. Default: the rule's usual rate.
       range_test: also make the range test, with a third of the steps. Default: False.
       key: a seed or a key for the random numbers in the loss. Default: 0.

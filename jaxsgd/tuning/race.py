@@ -1,4 +1,4 @@
-"""One candidate's trainings in a race: a grid of rates, then full trainings, all through one compiled program."""
+"""One candidate's runs in a race: a grid of rates, then full runs, all through one compiled program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEAST_STEPS = 8
 COARSE = math.sqrt(10)
 """The factor between neighbours of the grid."""
 BESIDE = 10**0.25
-"""The factor between the rates of full trainings."""
+"""The factor between the rates of full runs."""
 PIECE = 64
 """Steps whose batches are made at once."""
 
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
 
     Attributes:
       horizon: of a short training.
-      rates, refined: short trainings on the grid, and around its best.
-      finals: rates of the full trainings.
+      rates, refined: short runs on the grid, and around its best.
+      finals: rates of the full runs.
       steps, seeds: of a full training, and how many at each rate.
     """
 
@@ -74,7 +74,7 @@ class Sources:
     Args:
       data: as in `jaxsgd.pick`.
       steps: of a full training.
-      seeds: of the full trainings.
+      seeds: of the full runs.
       takes: whether the loss takes a batch. Default: unknown.
 
     Attributes:
@@ -130,10 +130,10 @@ def _shuffled(batches: Sequence[Any], seed: int) -> Callable[[int], Any]:
 
 
 class Race:
-    """One candidate's trainings.
+    """One candidate's runs.
 
     Attributes:
-      used: steps taken, ``tuning`` of them in short trainings.
+      used: steps taken, ``tuning`` of them in short runs.
       compiles: how often the training step was compiled.
     """
 
@@ -177,7 +177,7 @@ class Race:
     # -- the two parts ---------------------------------------------------------------------------
 
     def tune(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, float]:
-        """``(rates, losses, start)`` of the short trainings, in rising order of the rate."""
+        """``(rates, losses, start)`` of the short runs, in rising order of the rate."""
         places = max(plan.rates, plan.refined, plan.finals * plan.seeds)
         centre = np.arange(plan.rates) - plan.rates // 2
         rates = self.usual * COARSE**centre
@@ -195,7 +195,7 @@ class Race:
         return rates[order], losses[order], float(starts[0])
 
     def finish(self, plan: Plan, middle: float) -> tuple[dict[float, np.ndarray], np.ndarray, int]:
-        """``(rate -> final losses, first losses, how many diverged)`` of the full trainings."""
+        """``(rate -> final losses, first losses, how many diverged)`` of the full runs."""
         rates = [middle] if plan.finals == 1 else [middle / BESIDE, middle, middle * BESIDE]
         seeds = list(range(1, plan.seeds + 1))
         places = max(plan.rates, plan.refined, plan.finals * plan.seeds)
@@ -217,7 +217,7 @@ class Race:
         window: int,
         rows: list[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """``(losses, first losses, how many diverged)`` of trainings that begin now; ``window`` steps make a loss."""
+        """``(losses, first losses, how many diverged)`` of runs that begin now; ``window`` steps make a loss."""
         count = len(rates)
         pad = lambda x, dtype: np.resize(np.asarray(x, dtype), places)  # noqa: E731
         own = rows if rows is not None and self._sources.rows > 1 else [0] * count

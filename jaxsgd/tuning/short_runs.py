@@ -1,4 +1,4 @@
-"""Short trainings by learning rate, for the probe and the range test: where they begin, and what they cost."""
+"""Short runs by learning rate, for the probe and the range test: where they begin, and what they cost."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def budget(steps: int, share: float, least: int) -> int:
       ValueError: fewer than ``least``; a share that is not above 0.
     """
     if not 0 < share < math.inf:
-        raise ValueError(f"share={share}: a number of trainings is needed, above 0. Use 1 for the cost of one")
+        raise ValueError(f"share={share}: a number of runs is needed, above 0. Use 1 for the cost of one")
     spend = int(share * steps)
     if spend < least:
         raise ValueError(f"steps={steps}, share={share}: {spend} steps to spend, at least {least} are needed")

@@ -1,0 +1,93 @@
+"""The prose linter: it finds a planted word wherever a user reads, and nothing in code."""
+
+import json
+import re
+
+import prose
+import pytest
+
+MARKDOWN = """# Title
+
+A new value never compiles anything
+anew.
+
+```python
+message = "raises in words"
+```
+
+The name `anew` is code, and [this](anew.md) is a link.
+"""
+PYTHON = '''"""Trainings by rate.
+
+>>> print("anew")
+anew
+"""
+
+anew = "wholly"  # neither a name nor a value nor a comment is prose: anew
+
+
+class Thing:
+    """A thing.
+
+    Attributes:
+      ``anew``: code.
+    """
+
+    size: int = 0
+    """Where it lies."""
+
+
+def refuse(x):
+    if x < 0:
+        raise ValueError(f"x={x} is refused in words")
+    parser.add_argument("--x", help="set by somebody")
+'''
+
+
+def found(path, text):
+    path.write_text(text)
+    return [(finding.line, " ".join(finding.word.lower().split())) for finding in prose.check(path)]
+
+
+def test_markdown_is_read_outside_code(tmp_path):
+    assert found(tmp_path / "page.md", MARKDOWN) == [(3, "compiles anything"), (4, "anew")]
+
+
+def test_docstrings_errors_and_help_are_read_and_code_is_not(tmp_path):
+    assert found(tmp_path / "module.py", PYTHON) == [
+        (1, "trainings"),
+        (18, "lies"),
+        (23, "in words"),
+        (24, "somebody"),
+    ]
+
+
+def test_markdown_cells_are_read_at_their_line(tmp_path):
+    cells = [
+        {"cell_type": "code", "source": ["x = 'anew'\n"]},
+        {"cell_type": "markdown", "source": ["A title\n", "It is said in words.\n"]},
+    ]
+    text = json.dumps({"cells": cells}, indent=1)
+    ((line, word),) = found(tmp_path / "notebook.ipynb", text)
+    assert word == "in words" and "in words" in text.split("\n")[line - 1]
+
+
+@pytest.mark.parametrize("words", [words for words in prose.BANNED if re.fullmatch(r"[a-z, ]+", words)])
+def test_every_plain_word_is_found_across_a_line_end(tmp_path, words):
+    assert found(tmp_path / "page.md", f"A sentence {words}.".replace(" ", "\n"))
+
+
+def test_the_exit_status_tells_a_finding(tmp_path, capsys):
+    clean, planted = tmp_path / "clean.md", tmp_path / "planted.md"
+    clean.write_text("A clear sentence, `anew`.\n")
+    planted.write_text("A sentence.\nIt compiles anew.\n")
+    assert prose.main([str(clean)]) == 0 and capsys.readouterr().out == ""
+    assert prose.main([str(clean), str(planted)]) == 1
+    assert "planted.md:2: 'anew'. Use again" in capsys.readouterr().out
+
+
+def test_the_repository_is_clean():
+    paths = prose.files()
+    names = {path.name for path in paths}
+    assert {"README.md", "guide.md", "lift.py", "01_from_gradient_to_update.ipynb"} <= names
+    assert [finding for path in paths for finding in prose.check(path)] == []
