@@ -442,7 +442,10 @@ class Lift:
         if not self.rule.stacked:
             return [[i] for i in range(len(parts))]
         keys = [part.settings and (part.settings, id(part.hyper), *kinds_of(part.arrays)) for part in parts]
-        return stacks(keys, [part.g for part in parts])
+        # An array of more axes is a stack itself, which the rule spreads over the mesh that it is given.
+        spread = [part.settings is not None and mesh_of(part.settings.known) is not None for part in parts]
+        alone = [far and jnp.ndim(part.g) > 2 for far, part in zip(spread, parts, strict=True)]
+        return stacks([None if a else key for a, key in zip(alone, keys, strict=True)], [part.g for part in parts])
 
     def _stepped(self, parts: list[_Part], shared: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
         """The updates of leaves that take one step, and their new slots."""

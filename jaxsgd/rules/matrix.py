@@ -423,6 +423,12 @@ def _identity_factor(axis: int) -> Callable:
     return begin
 
 
+def _roots(left, right, eps):
+    """The inverse fourth roots of both factors; of the only one the square root."""
+    order = 2 if left is None or right is None else 4
+    return jax.tree.map(lambda factor: inverse_root(factor, order, eps), (left, right))
+
+
 @rule(call=_staggered, usual_rate=0.01, cost="decomposed", stacked=True)
 @partitioned
 def shampoo(
@@ -452,14 +458,8 @@ def shampoo(
     if left is None and right is None:
         return diagonal, accumulator, left, right, left_root, right_root
     left, right = _plus(left, g @ adjoint(g)), _plus(right, adjoint(g) @ g)
-    order = 2 if left is None or right is None else 4
-
-    def computed():
-        return jax.tree.map(lambda factor: inverse_root(factor, order, eps), (left, right))
-
-    roots = jax.lax.cond(
-        (t == 1) | ((t - 1 - offset) % precondition_frequency == 0), computed, lambda: (left_root, right_root)
-    )
+    due = (t == 1) | ((t - 1 - offset) % precondition_frequency == 0)
+    roots = jax.lax.cond(due, lambda: _roots(left, right, eps), lambda: (left_root, right_root))
     size = frobenius(u := rotated_back(g, roots[0], roots[1]))
     u = u * (frobenius(diagonal) / jnp.where(size == 0, 1, size)).astype(u.dtype) if graft else u
     u = jnp.where(size == 0, g, u)  # only a zero gradient has no size; its sharding passes to the step

@@ -147,7 +147,9 @@ def _whitened(x: jax.Array, left: Any, right: Any, noise: jax.Array, rate: Any) 
     mean = jnp.mean(jnp.abs(x), (-2, -1), keepdims=True).astype(x.dtype)
     a = _both(_times, x + DAMPING * mean * noise, left, right)
     b = _both(_solved, noise, left, right)
-    return _balanced(x.ndim - 2, _fitted(left, a, b, rate), _fitted(right, _turned(a), _turned(b), rate))
+    new = _balanced(x.ndim - 2, _fitted(left, a, b, rate), _fitted(right, _turned(a), _turned(b), rate))
+    # No branch: the rule's own is one for all leaves of a stack.
+    return jax.tree.map(lambda q, old: jnp.where(jnp.any(x != 0), q, old), new, (left, right))
 
 
 @rule(positional="learning_rate b1 weight_decay mask", learning_rate=3e-4, shared=_due, cost="decomposed", stacked=True)
@@ -197,9 +199,7 @@ def kron(
     seen = x if momentum_into_precond_update else _matrix(g, merge_dims)
 
     def fitted():
-        new = _whitened(seen, left, right, _noise(leaf_key, g, merge_dims), precond_lr)
-        # Only `due` decides the branch: it is the same for all leaves of a stack.
-        return jax.tree.map(lambda q, old: jnp.where(jnp.any(seen != 0), q, old), new, (left, right))
+        return _whitened(seen, left, right, _noise(leaf_key, g, merge_dims), precond_lr)
 
     left, right = jax.lax.cond(due, fitted, lambda: (left, right))
     u = _both(_preconditioned, x, left, right)
