@@ -2,12 +2,14 @@
 
     make site   # builds site/, a warning is an error
 
-Made are the front page (README.md), a page for each rule, and the API with the docstring of every public name.
+The hooks write the front page (README.md), a page for each rule, a page for each notebook with its saved outputs, and
+the API with the docstring of every public name.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import pathlib
 import re
@@ -24,7 +26,10 @@ from jaxsgd.cards import agreement, arguments, digits, family, relatives, state_
 from jaxsgd.registry import RULES, Rule
 
 ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+FORMULA = re.compile(r"\$\$[^$]+\$\$|\$[^$]+\$")
+DISPLAYED = re.compile(r"\$\$([^$]+)\$\$")
 EQUATION = re.compile(r"\$([^$\n]+)\$")
 REFERENCE = re.compile(r"(?<!`)`(jaxsgd\.[\w.]+)`(?!`)")
 TOPICS = {
@@ -41,10 +46,17 @@ TOPICS = {
 """Headings of the API page and the names below them; all others follow under the rooms that they are written in."""
 
 
+def on_config(config: Any) -> Any:
+    """List the notebooks in the navigation, after the first two pages."""
+    config["nav"].insert(2, {"Notebooks": [{notebook_title(p): f"notebooks/{p.stem}.md"} for p in NOTEBOOKS]})
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made."""
     pages = {"index.md": front_page(), "api.md": api_index()}
     pages |= {f"rules/{name}.md": rule_page(rule) for name, rule in RULES.items()}
+    pages |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     pages |= api_pages()
     for uri, text in pages.items():
         files.append(File.generated(config, uri, content=text))
@@ -56,7 +68,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri == "rules.md":
         markdown = re.sub(r"\[`(\w+)`\]\(#\w+\)", r"[`\1`](rules/\1.md)", markdown)
         markdown = "\n".join(narrow(line) for line in markdown.split("\n"))
+    if page.file.src_uri.startswith("notebooks/"):
+        markdown = re.sub(r"\]\(\.\./docs/", "](../", markdown)
+    markdown = re.sub(r"\]\((\.\./)?notebooks/(\w+)\.ipynb", r"](notebooks/\2.md", markdown)
     parts = CODE.split(markdown)  # code is every second one
+    parts[::2] = [DISPLAYED.sub(lambda found: mathml(found[1], "block"), part) for part in parts[::2]]
     parts[::2] = [EQUATION.sub(lambda found: mathml(found[1]), part) for part in parts[::2]]
     return "".join(parts)
 
@@ -102,6 +118,44 @@ def front_page() -> str:
     text = (ROOT / "README.md").read_text()
     text = re.sub(r"\]\(docs/rules\.md#(\w+)\)", r"](rules/\1.md)", text)
     return re.sub(r"\]\(docs/", "](", text)
+
+
+# -- notebooks ------------------------------------------------------------------------------------
+
+
+def notebook_page(path: pathlib.Path) -> str:
+    """A notebook as Markdown: its text, its code, and its outputs as they were saved."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(FORMULA.sub(lambda found: found[0].replace("\n", " "), text))
+            continue
+        parts.append(fenced(text.removeprefix("%matplotlib inline\n"), "python"))
+        for written, group in itertools.groupby(cell["outputs"], lambda saved: "text" in saved):
+            outputs = list(group)
+            parts += [fenced("".join(line for o in outputs for line in o["text"]).rstrip(), "text")] if written else []
+            parts += [] if written else [shown(o["data"]) for o in outputs if "data" in o]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(data: Mapping[str, Any]) -> str:
+    """One result of a cell: Markdown as it is, a picture in the page itself, anything else as text."""
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"])
+    if "image/png" in data:
+        return f'<img alt="Figure" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+    return fenced("".join(data.get("text/plain", "")).rstrip(), "text")
+
+
+def notebook_title(path: pathlib.Path) -> str:
+    return "".join(json.loads(path.read_text())["cells"][0]["source"]).split("\n")[0].removeprefix("# ")
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block; its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 # -- rules ----------------------------------------------------------------------------------------
