@@ -8,6 +8,7 @@ import sys
 
 import catalog
 import nbformat
+import numpy as np
 import optax
 import pytest
 from nbclient import NotebookClient
@@ -51,6 +52,39 @@ def test_the_guide_runs_from_top_to_bottom(forget_rules, tmp_path, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL):
         exec(block, names)
     assert float(names["metrics"]["loss"]) < 1.5
+
+
+@pytest.mark.parametrize("page", ["choose_optimizer.md", "choose_rate.md"])
+def test_the_pages_of_advice_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL):
+        exec(block, names)
+    if page == "choose_optimizer.md":
+        assert {entry.name for entry in names["race"].entries} == {"momentum", "adamw"}
+        assert np.allclose(names["fit"].params, [2, 3], atol=1e-4)
+    else:
+        assert names["result"].best["learning_rate"] not in (1e-2, 1.0), "the sweep's best rate is inside its list"
+        assert names["found"].learning_rate > 0 and len(names["recorder"].records) == len(names["batches"])
+
+
+def test_the_costs_of_the_page_of_advice_are_those_of_the_ledger():
+    page, ledger = ((ROOT / "docs" / name).read_text() for name in ("choose_optimizer.md", "ledger.md"))
+    plain, bf16, _ = re.split(r"^## Moments.*$", ledger, flags=re.MULTILINE)
+
+    def row(text, name):
+        (cells,) = re.findall(rf"^\| \[?`{name}`[^|]*\|(.*)\|$", text, re.MULTILINE)
+        return [cell.strip(" *") for cell in cells.split("|")]
+
+    costs = page.split("## What each costs")[1].split("\n## ")[0]
+    names = re.findall(r"^\| `(\w+)`", costs, re.MULTILINE)
+    assert len(names) >= 10
+    for name in names:
+        state, narrow, minimum, moved = map(float, row(costs, name))
+        cells = row(plain, name)
+        assert [state, minimum] == [float(cells[0]), float(cells[1])], name
+        assert moved == pytest.approx(float(cells[5]), rel=5e-3), name
+        assert narrow == (0 if state == 0 else float(row(bf16, name)[0])), name
 
 
 def test_links_lead_somewhere():
