@@ -4,6 +4,7 @@
 #   make quick   lint and the tests that find most mistakes, in a minute
 #   make site    the documents as a site, in site/
 #   make slow    the tests that test leaves out
+#   make bench   speed beside optax, torch (if installed) and SciPy; writes docs/performance.md
 #   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB); CI runs all
 PYTHON ?= python3
 VENV := .venv
@@ -14,10 +15,10 @@ FIRST := layers rooms numerics momentum record adding_a_rule transforms train
 # Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
-.PHONY: help train quick test slow packagers package sitemakers site compilers plans lint format tables clean
+.PHONY: help train quick test slow packagers package sitemakers site compilers plans bench lint format tables clean
 
 help:
-	@echo "make train | quick | test | slow | package | site | plans | lint | format | tables | clean"
+	@echo "make train | quick | test | slow | package | site | plans | bench | lint | format | tables | clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -67,6 +68,9 @@ sitemakers: $(VENV)/.docs
 
 site: sitemakers
 	PYTHONPATH=tools NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(RUN) -m mkdocs build --quiet --strict
+
+bench: $(VENV)/.test
+	$(RUN) benchmarks/all.py $(ARGS)
 
 slow: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
