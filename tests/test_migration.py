@@ -251,7 +251,8 @@ def test_storage_changed():
     assert told(report.kept)["nu", "w"] == "unpacked from 8 bits"
     for slot in ("mu", "nu"):
         error = jnp.abs(again.slots[slot]["w"] - plain.slots[slot]["w"])
-        assert 0 < jnp.max(error) < 0.03 * jnp.max(jnp.abs(plain.slots[slot]["w"]))
+        # To nearest, by half of the largest distance of two values: 1 / 15 of a block's largest.
+        assert 0 < jnp.max(error) < jnp.max(jnp.abs(plain.slots[slot]["w"])) / 30
     assert_equal(migrate(packed, eight, params)[0], packed)
     longer = adam(1e-2, storage=jaxsgd.int8(block=16, min_size=8))
     assert told(migrate(packed, longer, params)[1].kept)["mu", "w"] == "repacked at 8 bits"
