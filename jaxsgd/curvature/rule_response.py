@@ -184,7 +184,7 @@ class Asked:
         for i in self.scales:
             if bool(jnp.any((after[i] == 0) & (self.state_leaves[i] != 0))):
                 raise ValueError(
-                    f"tx: {self.name} has no diagonal preconditioner: {self.paths[i]!r} is recomputed from each gradient"
+                    f"tx: {self.name} has no diagonal preconditioner: {self.paths[i]!r} is made of each gradient alone"
                 )
         return state
 

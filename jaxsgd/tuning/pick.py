@@ -219,8 +219,8 @@ def pick(
       init: ``init(key)`` makes the parameters or an ``nnx.Module``; another for each seed. Or a `jaxsgd.TrainState`
         with a model state, whose optimizer state is not used; the loss is then as in `jaxsgd.make_step`. The random
         keys of an NNX model are folded with the seed.
-      data: a list of batches, which each seed goes through in an order of its own, another on each pass; an iterator, of
-        which the first ``steps`` batches are kept as such a list; a function ``(step, seed) -> batch``, or of the
+      data: a list of batches, which each seed goes through in an order of its own, another on each pass; an iterator,
+        of which the first ``steps`` batches are kept as such a list; a function ``(step, seed) -> batch``, or of the
         step, which is then the same for all seeds; or the one batch of every step.
       candidates: names of rules, rules, or ``{name: rule}``, a rule being a jaxsgd one or any function of the learning
         rate that gives a gradient transformation, or ``(rule, rate)`` with the rate to search around.
