@@ -141,7 +141,8 @@ def bind(
     shown = {name: value for name, value in shown.items() if not _is_same(value, defaults[name])}
     if MASK in arguments and (mask := arguments.pop(MASK)) is not None:
         arguments["mask"] = mask
-    arguments["storage"] = storages(rule, arguments["storage"])
+    given = arguments["storage"]
+    arguments["storage"] = storages(rule, given)
     for argument, slots in dtype_arguments(rule).items():
         if (dtype := arguments.pop(argument)) is not None:
             arguments["storage"] = dict.fromkeys(slots, cast(dtype)) | arguments["storage"]
@@ -153,7 +154,7 @@ def bind(
     for name, h in rule.hypers.items():
         default = defaults.get(name, h.default)
         hyper[name] = h.check(rule.name, arguments.get(name, h.default), default)
-    return Lift(
+    lift = Lift(
         rule,
         hyper,
         mask=arguments["mask"],
@@ -165,7 +166,24 @@ def bind(
         routes=arguments.get("routes"),
         shown=shown,
         decay_is_off=is_off(defaults["weight_decay"]),
-    ).transformation
+    )
+    _check_used(lift, given)
+    return lift.transformation
+
+
+def _check_used(lift: Lift, storage: Any) -> None:
+    """Refuse a storage for slots that these settings switch off.
+
+    Raises:
+      ValueError: none of the slots of a storage is kept, or one that is named is not.
+    """
+    named = storage if isinstance(storage, Mapping) else lift.storage if storage is not None else {}
+    unused = [name for name in named if name not in lift.slots]
+    if unused and (isinstance(storage, Mapping) or len(unused) == len(named)):
+        kept = ", ".join(lift.slots) or "none"
+        raise ValueError(
+            f"{lift.rule.name}: storage={storage!r}: no slot {', '.join(unused)} with these settings; kept are: {kept}"
+        )
 
 
 def _is_same(value: Any, default: Any) -> bool:

@@ -403,8 +403,9 @@ def law_storage(make: Callable[..., optax.GradientTransformation]) -> str | None
         return None
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
     plain = forms(make(RATE), params)
+    kept = make(RATE).lift.slots
     for name, storage in STORAGES.items():
-        taken = any(accepts(storage, slot.kind) for slot in make.slots.values())
+        taken = any(accepts(storage, make.slots[slot].kind) for slot in kept)
         try:
             tx = make(RATE, storage=storage)
         except ValueError as error:
@@ -412,7 +413,7 @@ def law_storage(make: Callable[..., optax.GradientTransformation]) -> str | None
                 return f"{name}: refused: {error}"
             continue
         if not taken:
-            return f"{name}: accepted, but no slot is of a kind that it takes"
+            return f"{name}: accepted, but no slot that is kept is of a kind that it takes"
         seen = _broken_storage(tx, params, plain, storage)
         if seen is not None:
             return f"{name}: {seen}"
