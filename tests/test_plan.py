@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -303,7 +304,7 @@ def test_int8_saves_what_is_said(name, around):
     try:
         after = jaxsgd.TrainState.shapes(SHAPES, chained(jaxsgd.int8()))
     except ValueError as error:
-        assert said == 0 and "it takes no slot of this rule" in str(error)
+        assert said == 0 and re.search("it takes no slot of this rule|no slot .* with these settings", str(error))
         return
     sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(s.opt_state)) for s in (before, after)]
     assert said == sizes[0] - sizes[1] >= 0
