@@ -83,7 +83,7 @@ $(VENV)-compilers/.done: pyproject.toml constraints.txt
 compilers: $(VENV)-compilers/.done
 
 plans: compilers
-	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/test_plan.py tests/test_ledger.py tests/test_compilers.py $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/test_plan.py tests/test_ledger.py tests/test_compilers.py tests/test_kernels.py $(ARGS)
 
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .
