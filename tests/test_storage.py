@@ -216,8 +216,10 @@ def test_pain_9_packed_state_shards_like_its_parameter():
 
 
 def test_pain_9_what_is_no_moment_stays_whole():
-    state = jaxsgd.schedule_free_sgd(0.1, storage=int8(min_size=0)).init(WIDE)
-    assert state.slots["z"].dtype == jnp.float32
+    state = jaxsgd.schedule_free_sgd(0.1, momentum=0.9, storage=int8(min_size=0)).init(WIDE)
+    assert state.slots["z"].dtype == jnp.float32 and state.slots["trace"].codes.dtype == jnp.int8
+    with pytest.raises(ValueError, match="no slot trace with these settings; kept are: z"):
+        jaxsgd.schedule_free_sgd(0.1, storage=int8(min_size=0))
     with pytest.raises(ValueError, match=r"does not take a slot of the kind 'iterate'"):
         jaxsgd.schedule_free_sgd(0.1, storage={"z": int8()})
     with pytest.raises(ValueError, match="block=0"):
