@@ -48,8 +48,9 @@ def _same(one, other):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         digit = 2**-7 if a.dtype == jnp.bfloat16 else 1e-5
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        # The compiler may fuse a product and a sum in one program only: a code then goes to its other neighbour.
-        assert a.shape == b.shape and np.mean(~np.isclose(a, b, rtol=digit, atol=1e-9)) < 1e-3
+        # A step that is the difference of two parameters has their rounding, 5e-7 at 4. And the compiler may fuse a
+        # product and a sum in one program only: a code then goes to its other neighbour.
+        assert a.shape == b.shape and np.mean(~np.isclose(a, b, rtol=digit, atol=5e-7)) < 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES)

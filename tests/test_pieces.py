@@ -64,7 +64,8 @@ def _same(one, other):
             # The compiler may fuse a product and a sum in one program only: a code then goes to its other neighbour.
             assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3
         else:
-            close = np.isclose(a, b, rtol=1e-5, atol=1e-9)
+            # A step that is the difference of two parameters has their rounding, 5e-7 at 4.
+            close = np.isclose(a, b, rtol=1e-5, atol=5e-7)
             assert np.mean(~close) < 1e-3
 
 

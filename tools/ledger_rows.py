@@ -51,7 +51,7 @@ def is_small(rule: Rule) -> bool:
 def stored(rule: Rule, storage: str) -> dict[str, Storage]:
     """``storage=`` of a rule's call: all of its moments in one of `STORAGES`."""
     held = STORAGES[storage]
-    return {name: held for name, slot in rule.slots.items() if slot.kind in ("mean", "square")}
+    return {name: held for name in rule(1e-3).lift.slots if rule.slots[name].kind in ("mean", "square")}
 
 
 def tree_of(rule: Rule, storage: str) -> dict[str, jax.ShapeDtypeStruct]:
