@@ -301,7 +301,7 @@ def test_rounding_in_words():
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_any_rule_with_eight_bits_and_compensated_weights(name):
     params = {"w": jnp.ones((16, 24), jnp.bfloat16), "b": jnp.ones((24,), jnp.bfloat16)}
-    takes = any(accepts(int8(), slot.kind) for slot in RULES[name].slots.values())
+    takes = any(accepts(int8(), RULES[name].slots[slot].kind) for slot in RULES[name](0.01).lift.slots)
     tx = RULES[name](0.01, storage=int8(min_size=0) if takes else None, rounding="compensated")
 
     def step(carry, key):
