@@ -243,8 +243,6 @@ def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost:
         return whole(g, p, rested, hyper, lost, keys)
 
     platform = platform_of((g, p, rested))
-    if platform == "cpu" and g.size < LARGE:
-        return whole(g, p, rested, hyper, lost, keys)
     cut = functools.partial(_step_in_pieces if platform == "cpu" else _step_in_kernel, settings, pieces)
     # A program may also be exported for another platform than it was traced for.
     ways = {platform: cut} if platform == "cpu" else {platform: functools.partial(cut, on=platform)}
@@ -272,10 +270,13 @@ def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any
 
 
 def _pieces(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any) -> Pieces | None:
-    """How the step of an array is cut; None where it has no packed slot, or its numbers depend on each other."""
+    """How the step of an array is cut; None where it has no packed slot, is too small, or its numbers depend on
+    each other."""
     packing = {name: s for name, s in settings.storages.items() if s is not plain and rested.get(name) is not None}
     if not packing or settings.rounding == "stochastic":
         return None
+    if platform_of((g, p, rested)) == "cpu" and g.size < LARGE:
+        return None  # before the rule is traced for nothing
     pieces = pieces_of(g, packing, (p, rested, hyper, lost))
     if pieces is None:
         return None
