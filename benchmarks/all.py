@@ -1,7 +1,7 @@
 """Run the benchmarks that compare with other libraries, and write docs/performance.md.
 
     make bench                          # or: python benchmarks/all.py
-    python benchmarks/all.py --only jobs --out /tmp/page.md
+    python benchmarks/all.py --only jobs --out page.md
 
 Each benchmark is a script of this folder, in a process of its own. The page has the output of each as it was printed.
 """
@@ -39,7 +39,7 @@ class Section:
 
 SECTIONS = {
     "jobs": Section(
-        "Whole trainings",
+        "Whole runs",
         "The same perceptron on digits, from the first call to the last loss, with the compile.",
         "jobs.py",
         ("--rounds", "3"),

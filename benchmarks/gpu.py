@@ -104,9 +104,13 @@ def updates(device: Any, layers: int, width: int, vocabulary: int, runs: int) ->
     """Time, traffic and memory of each pair."""
     rng = np.random.default_rng(0)
     shapes = gpt2(layers, width, vocabulary)
-    make = lambda: jax.tree.map(  # noqa: E731
-        lambda s: jax.device_put(rng.standard_normal(s, np.float32) * 0.02, device), shapes, is_leaf=_is_shape
-    )
+
+    def make() -> Any:
+        def drawn(shape: tuple[int, ...]) -> jax.Array:
+            return jax.device_put(rng.standard_normal(shape, np.float32) * 0.02, device)
+
+        return jax.tree.map(drawn, shapes, is_leaf=_is_shape)
+
     grads = make()
     count, bandwidth = sum(x.size for x in jax.tree.leaves(grads)), _bandwidth(device)
     out: dict[str, Any] = {"parameters": count}

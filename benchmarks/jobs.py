@@ -1,9 +1,9 @@
-"""Whole trainings, from the first call to the last loss, beside optax and, if it is installed, torch.
+"""Whole runs, from the first call to the last loss, beside optax and, if it is installed, torch.
 
     python benchmarks/jobs.py [--steps 600] [--rounds 5]
 
 All train one perceptron on the same batches of handwritten digits with AdamW, from the same weights, in float32. Each
-run compiles anew and ends with the loss of the last batch on the host. The loop of optax is that of its own
+run compiles again and ends with the loss of the last batch on the host. The loop of optax is that of its own
 documentation: `jax.value_and_grad` and `tx.update` under one `jax.jit`. Runs are interleaved in one process. A ratio is
 the median over the rounds of jaxsgd's time divided by the other's, so above 1 jaxsgd is slower.
 """
