@@ -19,8 +19,8 @@ from jaxsgd.storage import Storage
 
 __all__ = ["LARGE", "Pieces", "in_pieces", "pieces_of", "platform_of"]
 
-PIECE = 2**17
-"""The elements of a piece: half a megabyte in float32."""
+PIECE = 2**18
+"""The elements of a piece: a megabyte in float32."""
 LARGE = 2**21
 """The elements of the smallest array that a loop steps: it takes longer to compile than a step of the whole."""
 SMALL = 2**14
@@ -110,11 +110,16 @@ def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, al
         def cut(x: Any) -> Any:
             return jax.lax.dynamic_slice_in_dim(x, first, length) if jnp.ndim(x) else x
 
-        now, then = jax.tree.map(cut, seen), jax.tree.map(cut, held)
         # A branch that the compiler cannot resolve: it would else read slices of what the loop replaces wherever a
-        # result needs them, and copy the whole of it first.
+        # result needs them, and copy the whole of it first. Slices within it are read in place.
         rows = first + jnp.arange(length)[:, None]
-        new = jax.lax.cond(alive, lambda now, then: step(now, then, rows), lambda now, then: then, now, then)
+        new = jax.lax.cond(
+            alive,
+            lambda seen, held: step(jax.tree.map(cut, seen), jax.tree.map(cut, held), rows),
+            lambda _, held: jax.tree.map(cut, held),
+            seen,
+            held,
+        )
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0), held, new)
 
     whole, rest = divmod(pieces.rows, pieces.length)
