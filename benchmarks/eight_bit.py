@@ -2,8 +2,8 @@
 
     python benchmarks/eight_bit.py [--seeds 5] [--epochs 15] [--millions 64] [--only update|training]
 
-update: one array of so many million parameters, the compiled update alone, its state donated; medians of interleaved
-runs beside ``optax.adamw`` in float32.
+update: one array of so many million parameters. The compiled step from gradients to new parameters
+(`jaxsgd.update_params`), its parameters and state donated; medians of interleaved runs beside ``optax.adamw`` in float32.
 training: every array of 256 numbers or more is packed. The seeds draw weights and batches; a seed is the same for all
 storages.
 """
@@ -60,32 +60,35 @@ def updates(millions: int, runs: int = 9) -> None:
     """Print a line for each way to keep AdamW's moments."""
     shape = (millions * 1024, 1024)
     grads = jax.random.normal(jax.random.key(0), shape) * 1e-2
-    params = jax.random.normal(jax.random.key(1), shape)
+    weights = jax.random.normal(jax.random.key(1), shape)
     ways = {"optax float32": optax.adamw(1e-3), "float32": jaxsgd.adamw(1e-3, weight_decay=1e-4)}
     ways["int8"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int8())
     ways["int4"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int4())
-    compiled, compiling, states = {}, {}, {}
+    compiled, compiling, carries = {}, {}, {}
     for name, tx in ways.items():
-        states[name] = tx.init(params)
-        lowered = jax.jit(tx.update, donate_argnums=1).lower(grads, states[name], params)
+
+        def step(carry: Any, grads: Any, tx: Any = tx) -> Any:
+            return jaxsgd.update_params(tx, grads, carry[1], carry[0])
+
+        carries[name] = jax.numpy.copy(weights), tx.init(weights)
+        lowered = jax.jit(step, donate_argnums=0).lower(carries[name], grads)
         begin = time.perf_counter()
         compiled[name] = lowered.compile()
         compiling[name] = time.perf_counter() - begin
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
-        for name, step in compiled.items():
+        for name, compiled_step in compiled.items():
             begin = time.perf_counter()
-            out, states[name] = jax.block_until_ready(step(grads, states[name], params))
+            carries[name] = jax.block_until_ready(compiled_step(carries[name], grads))
             times[name].append(time.perf_counter() - begin)
-            del out
     print(f"{'update':16}{'ns / param':>12}{'ratio':>8}{'state':>10}{'temps':>10}{'compile':>10}   (bytes a param)")
     first = np.asarray(times["optax float32"][1:])
-    for name, step in compiled.items():
-        own, held = np.asarray(times[name][1:]), sum(x.nbytes for x in jax.tree.leaves(states[name]))
-        temps = step.memory_analysis().temp_size_in_bytes
+    for name, compiled_step in compiled.items():
+        own, held = np.asarray(times[name][1:]), sum(x.nbytes for x in jax.tree.leaves(carries[name][1]))
+        temps = compiled_step.memory_analysis().temp_size_in_bytes
         print(
-            f"{name:16}{np.median(own) / params.size * 1e9:12.2f}{np.median(own / first):8.2f}"
-            f"{held / params.size:10.3f}{temps / params.size:10.3f}{compiling[name]:9.2f}s"
+            f"{name:16}{np.median(own) / weights.size * 1e9:12.2f}{np.median(own / first):8.2f}"
+            f"{held / weights.size:10.3f}{temps / weights.size:10.3f}{compiling[name]:9.2f}s"
         )
 
 

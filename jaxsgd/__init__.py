@@ -10,6 +10,7 @@ from types import ModuleType as _ModuleType
 
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
+from jaxsgd.applying import update_params
 from jaxsgd.blockwise import int4, int8
 from jaxsgd.curvature.sharpness import Sharpness, sharpness
 from jaxsgd.description import describe
@@ -118,6 +119,7 @@ __all__ = [
     "state_sharding",
     "sweep",
     "torch",
+    "update_params",
     "with_hyper",
     "wrapper",
 ]

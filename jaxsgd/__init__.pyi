@@ -101,6 +101,7 @@ from jaxsgd.curvature.sharpness import sharpness as sharpness
 from jaxsgd.second_order.batch_loss import split_loss as split_loss
 from jaxsgd.sharding import state_sharding as state_sharding
 from jaxsgd.ensemble.sweep import sweep as sweep
+from jaxsgd.applying import update_params as update_params
 from jaxsgd.state import with_hyper as with_hyper
 from jaxsgd.registry import wrapper as wrapper
 

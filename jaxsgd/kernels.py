@@ -27,7 +27,7 @@ UNKNOWN = {
 }
 # fmt: on
 """Primitives that Mosaic or Triton does not translate."""
-KNOWN = (ALONE - UNKNOWN) | {"broadcast_in_dim", "iota", "reduce_max", "reshape", "squeeze"}
+KNOWN = (ALONE - UNKNOWN) | {"broadcast_in_dim", "iota", "reduce_max", "reduce_sum", "reshape", "squeeze"}
 """Primitives that both translate."""
 INSTEAD: dict[str, Callable[[Any], Any]] = {
     "sign": lambda x: jnp.where(x > 0, jnp.ones_like(x), jnp.where(x < 0, -jnp.ones_like(x), x)),
@@ -117,12 +117,15 @@ def _translates(eqn: Any) -> bool:
     return name in KNOWN
 
 
-def in_kernel(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, made: Any, *, on: str) -> Any:
+def in_kernel(
+    step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, made: Any, shape: tuple[int, ...], *, on: str
+) -> Any:
     """``step(read, kept, rows)`` on all blocks; None if no kernel can do it. See `jaxsgd.pieces.in_pieces`.
 
     Args:
       step: to ``(new, kept)``.
-      made: the shape and dtype of ``new``.
+      made: the shape and dtype of ``new``: those of the array, or ``(rows, 1)``.
+      shape: the array's.
       on: ``"tpu"`` or ``"cuda"``; with ``"interpret"`` the TPU's kernel runs anywhere, for tests.
     """
     values, form = jax.tree.flatten(read)
@@ -140,7 +143,7 @@ def in_kernel(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, ma
     results = [made, *held]
     if any(x.size // pieces.rows not in (1, pieces.row) for x in (*given, *results)):
         return None
-    grid = (_OnGPU if on == "cuda" else _OnTPU).of(pieces, made.shape)
+    grid = (_OnGPU if on == "cuda" else _OnTPU).of(pieces, shape)
     if grid is None:
         return None
     seen = [jax.ShapeDtypeStruct((grid.count, x.size // pieces.rows), x.dtype) for x in given]
@@ -148,9 +151,9 @@ def in_kernel(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, ma
     body = body_of(flat, seen, numbers, [jax.ShapeDtypeStruct((), jnp.result_type(x)) for x in scalars])
     if body is None:
         return None
-    update, *after = grid.call(body, body.before(scalars), given, results, interpret=on == "interpret")
+    new, *after = grid.call(body, body.before(scalars), given, results, interpret=on == "interpret")
     after = treedef.unflatten(x.reshape(like.shape) for x, like in zip(after, held, strict=True))
-    return update.reshape(made.shape), after
+    return new.reshape(made.shape), after
 
 
 def _aliases(scalars: int, given: list[Any], results: list[Any]) -> dict[int, int]:

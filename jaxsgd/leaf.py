@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jaxsgd.elementwise import elementwise
 from jaxsgd.hyper import Hyper, is_array, is_off, narrow
 from jaxsgd.kernels import in_kernel
-from jaxsgd.numerics import wide, wide_dtype, widest
+from jaxsgd.numerics import sq, wide, wide_dtype, widest
 from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of, platform_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.storage import Storage, plain
 
-__all__ = ["Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "sum_leaf"]
+__all__ = ["Applied", "Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "sum_leaf"]
 
 
 @dataclass(frozen=True)
@@ -234,22 +234,50 @@ class Settings:
                 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def step_leaf(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any) -> Any:
-    """One step of one array: its update, its stored slots, and the part that rounding took."""
-    whole = functools.partial(_step, settings)
+class Applied(NamedTuple):
+    """In place of an update: the parameter after it, and the sum of the update's squares.
+
+    Rows of a parameter have a sum each, ``(rows, 1)``.
+    """
+
+    p: Any
+    squares: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def step_leaf(settings: Settings, applies: bool, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any) -> Any:
+    """One step of one array: its update, its stored slots, and the part that rounding took.
+
+    Args:
+      settings: all that is static of it.
+      applies: give an `Applied` in place of the update.
+      g, p, rested, hyper: the gradient, the parameter, stored slots and runtime values by name.
+      lost: what rounding took so far.
+      keys: random keys by slot.
+    """
+    whole = functools.partial(_step, settings, applies)
     pieces = _pieces(settings, g, p, rested, hyper, lost)
     if pieces is None:
         return whole(g, p, rested, hyper, lost, keys)
 
     platform = platform_of((g, p, rested))
-    cut = functools.partial(_step_in_pieces if platform == "cpu" else _step_in_kernel, settings, pieces)
+    cut = functools.partial(_step_in_pieces if platform == "cpu" else _step_in_kernel, settings, applies, pieces)
     # A program may also be exported for another platform than it was traced for.
     ways = {platform: cut} if platform == "cpu" else {platform: functools.partial(cut, on=platform)}
     return jax.lax.platform_dependent(g, p, rested, hyper, lost, keys, **ways, default=whole)
 
 
-def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, rows: Any = None) -> Any:
+def _step(
+    settings: Settings,
+    applies: bool,
+    g: Any,
+    p: Any,
+    rested: Any,
+    hyper: Any,
+    lost: Any,
+    keys: Any,
+    rows: Any = None,
+) -> Any:
     """`step_leaf` of an array, or of the ``rows`` of one, see `jaxsgd.storage.Storage`."""
     leaf, _ = settings.leaf(g, p, rested, hyper)
     leaf = settings.rule.step(leaf)
@@ -265,8 +293,15 @@ def _step(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any
     like = g if p is None else p
     if settings.rounding is not None and rounds(like, settings.rounding):
         update, lost = rounded(settings.rounding, p, leaf.delta, lost, keys.get(LOST))
-        return update, packed, lost
-    return leaf.delta.astype(like.dtype), packed, lost
+    else:
+        update = leaf.delta.astype(like.dtype)
+    return _applied(p, update, rows) if applies else update, packed, lost
+
+
+def _applied(p: Any, update: Any, rows: Any) -> Applied:
+    squares = sq(wide(update))
+    summed = jnp.sum(squares) if rows is None else jnp.sum(squares, axis=1, keepdims=True)
+    return Applied((p.astype(update.dtype) + update).astype(p.dtype), summed)
 
 
 def _pieces(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any) -> Pieces | None:
@@ -292,38 +327,71 @@ def _pieces(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: A
 
 
 def _step_in_pieces(
-    settings: Settings, pieces: Pieces, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any
+    settings: Settings,
+    applies: bool,
+    pieces: Pieces,
+    g: Any,
+    p: Any,
+    rested: Any,
+    hyper: Any,
+    lost: Any,
+    keys: Any,
 ) -> Any:
     like = g if p is None else p
-    # The update takes the gradient's place where it can, which needs no memory in a training step.
     dtype = wide_dtype(like.dtype) if rounds(like, settings.rounding) else like.dtype
-    there = g.dtype == dtype
-    update = g if there else jnp.zeros_like(g, dtype)
+    # The update takes the gradient's place where it can, which needs no memory in a training step.
+    there = not applies and g.dtype == dtype
+    first = g if there else jnp.zeros_like(g, dtype)
+    if applies:
+        first = Applied(p, jnp.zeros((pieces.rows, 1), wide_dtype(like.dtype)))
 
     def step(read: Any, kept: Any, rows: Any) -> Any:
-        g, p, hyper = read
-        update, rested, lost = kept
-        return _step(settings, update if there else g, p, rested, hyper, lost, keys, rows)
+        (g, p, hyper), (first, rested, lost) = read, kept
+        g, p = first if there else g, first.p if applies else p
+        return _step(settings, applies, g, p, rested, hyper, lost, keys, rows)
 
-    return in_pieces(step, pieces, (None if there else g, p, hyper), (update, rested, lost), hyper["t"] >= 0)
+    read = None if there else g, None if applies else p, hyper
+    done = in_pieces(step, pieces, read, (first, rested, lost), hyper["t"] >= 0)
+    return _summed(done) if applies else done
 
 
 def _step_in_kernel(
-    settings: Settings, pieces: Pieces, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any, *, on: str
+    settings: Settings,
+    applies: bool,
+    pieces: Pieces,
+    g: Any,
+    p: Any,
+    rested: Any,
+    hyper: Any,
+    lost: Any,
+    keys: Any,
+    *,
+    on: str,
 ) -> Any:
-    def step(read: Any, kept: Any, rows: Any) -> Any:
-        g, p, hyper = read
-        rested, lost = kept
-        update, rested, lost = _step(settings, g, p, rested, hyper, lost, keys, rows)
-        return update, (rested, lost)
-
     like = g if p is None else p
-    made = jax.ShapeDtypeStruct(like.shape, wide_dtype(like.dtype) if rounds(like, settings.rounding) else like.dtype)
-    out = in_kernel(step, pieces, (g, p, hyper), (rested, lost), made, on=on)
+    if applies:
+        made = jax.ShapeDtypeStruct((pieces.rows, 1), wide_dtype(like.dtype))
+    else:
+        dtype = wide_dtype(like.dtype) if rounds(like, settings.rounding) else like.dtype
+        made = jax.ShapeDtypeStruct(like.shape, dtype)
+
+    def step(read: Any, kept: Any, rows: Any) -> Any:
+        (g, stays, hyper), (moves, rested, lost) = read, kept
+        p = moves if applies else stays
+        first, rested, lost = _step(settings, applies, g, p, rested, hyper, lost, keys, rows)
+        return (first.squares, (first.p, rested, lost)) if applies else (first, (None, rested, lost))
+
+    stays, moves = (None, p) if applies else (p, None)
+    out = in_kernel(step, pieces, (g, stays, hyper), (moves, rested, lost), made, like.shape, on=on)
     if out is None:
-        return _step(settings, g, p, rested, hyper, lost, keys)
-    update, (rested, lost) = out
-    return update, rested, lost
+        return _step(settings, applies, g, p, rested, hyper, lost, keys)
+    new, (moved, rested, lost) = out
+    return _summed((Applied(moved, new), rested, lost)) if applies else (new, rested, lost)
+
+
+def _summed(done: tuple[Applied, Any, Any]) -> Any:
+    (p, squares), rested, lost = done
+    return Applied(p, jnp.sum(squares)), rested, lost
 
 
 @functools.partial(jax.jit, static_argnums=0)

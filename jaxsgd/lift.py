@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from jaxsgd.applying import apart, applies, tell
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
 from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, sum_leaf
 from jaxsgd.numerics import global_norm, real_dtype, step_key, wide, widest
@@ -98,6 +99,12 @@ class _Part(NamedTuple):
     def arrays(self) -> tuple[Any, ...]:
         """All that a leaf has of its own."""
         return self.g, self.p, self.rested, self.lost, self.own
+
+    @property
+    def packs(self) -> bool:
+        """Whether a slot of it is stored otherwise than plain."""
+        assert self.settings is not None
+        return any(storage is not plain and self.rested.get(n) is not None for n, storage in self.settings.storage)
 
     def refused(self, error: ShapeError) -> ValueError:
         slot, found, wanted = error.args
@@ -340,7 +347,10 @@ class Lift:
         as_it_is = traced or any(callable(value) for value in extra.values())  # a function is no argument of jit
         # Schedules see the count as it is: outside jit they may be plain Python.
         given = self._given(self._own(updates if params is None else params), state)
-        return (self._update if as_it_is else self._jitted)(updates, state, params, extra, given)
+        if as_it_is:
+            return self._update(updates, state, params, extra, given)
+        with apart():
+            return self._jitted(updates, state, params, extra, given)
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, State):
@@ -455,13 +465,20 @@ class Lift:
         hyper = {**first.hyper, **shared}
         self._check_given(self.rule.context, {*hyper, *first.own, *self.constants, *first.settings.known, "p"})
 
+        whole = len(parts) == 1 and first.p is not None and first.packs and not self.norms
+        applied = whole and applies(first.rested)
+
         def step(g: Any, p: Any, rested: Any, lost: Any, own: Any) -> Any:
-            return step_leaf(first.settings, g, p, rested, {**hyper, **own}, lost, first.keys)
+            return step_leaf(first.settings, applied, g, p, rested, {**hyper, **own}, lost, first.keys)
 
         try:
             done = together(step, [part.arrays for part in parts], mesh_of(first.settings.known))
         except ShapeError as error:
             raise first.refused(error) from None
+        if whole:
+            out, slots, lost = done[0]
+            tell(first.rested, first.p, *(out if applied else (out,)))
+            done = [(out.p if applied else out, slots, lost)]
         return [
             (update, slots if part.lost is None else {**slots, LOST: lost})
             for part, (update, slots, lost) in zip(parts, done, strict=True)

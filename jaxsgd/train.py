@@ -16,6 +16,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.applying import step_params
 from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
@@ -341,13 +342,13 @@ class Step:
             place = jax.lax.with_sharding_constraint
             grads = treedef.unflatten(g if where is None else place(g, where) for g, where in pairs)
         extra = taken_by(self.tx.update, {"value": loss, "grad": grads, "value_fn": value_fn})
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra)
+        params, opt_state, update_norm = step_params(self.tx.update, grads, state.opt_state, state.params, **extra)
         skipped = skipped_now(state.opt_state, opt_state)
         if skipped is not None:
             carried = kept_where_skipped(skipped, state.model_state, carried)
         new = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             model_state=carried,
         )
@@ -356,7 +357,7 @@ class Step:
             "step": new.step,
             "loss": loss,
             "gradient_norm": global_norm(grads),
-            "update_norm": global_norm(updates),
+            "update_norm": update_norm,
         }
         return new, report if aux is None else {**report, "aux": aux}
 

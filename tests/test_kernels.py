@@ -15,12 +15,14 @@ from jaxsgd.planning.targets import available, lookup
 RULES = ("adamw", "lion", "momentum", "nesterov", "adagrad", "rmsprop", "yogi", "adan", "schedule_free_adamw")
 
 
-def _steps(tx, params, count=3):
-    state, out, update = tx.init(params), [], jax.jit(tx.update)
+def _steps(tx, params, count=3, applies=False):
+    """The updates of some steps at the same parameters, or the parameters after each."""
+    step = (lambda grads, state, params: jaxsgd.update_params(tx, grads, state, params)) if applies else tx.update
+    state, out, step = tx.init(params), [], jax.jit(step)
     for i in range(count):
         grads = jax.tree.map(lambda p, i=i: ((i + 1) * jnp.sin((i + 1) * 40 * p)).astype(p.dtype), params)
-        updates, state = update(grads, state, params)
-        out.append(updates)
+        new, state = step(grads, state, params)
+        out.append(new)
     return out, state
 
 
@@ -53,29 +55,31 @@ def _same(one, other):
         assert a.shape == b.shape and np.mean(~np.isclose(a, b, rtol=digit, atol=5e-7)) < 1e-3
 
 
+@pytest.mark.parametrize("applies", [False, True], ids=["update", "parameters"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_in_a_kernel_is_the_rule(rule, interpreted, request):
+def test_a_rule_in_a_kernel_is_the_rule(rule, applies, interpreted, request):
     params, tx = {"w": jax.random.normal(jax.random.key(1), (70, 512))}, jaxsgd.RULES[rule](1e-2, storage=int8())
-    got = _steps(tx, params)
+    got = _steps(tx, params, applies=applies)
     assert interpreted and all(out is not None for out in interpreted)
     request.getfixturevalue("monkeypatch").undo()
     jax.clear_caches()
-    _same(got, _steps(jaxsgd.RULES[rule](1e-2, storage=int8()), params))
+    _same(got, _steps(jaxsgd.RULES[rule](1e-2, storage=int8()), params, applies=applies))
 
 
+@pytest.mark.parametrize("applies", [False, True], ids=["update", "parameters"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "options"),
     [((3, 40, 256), "float32", {}), ((64, 768), "bfloat16", {}), ((64, 768), "bfloat16", {"rounding": "compensated"})],
     ids=str,
 )
-def test_shapes_and_dtypes_in_a_kernel(shape, dtype, options, interpreted, request):
+def test_shapes_and_dtypes_in_a_kernel(shape, dtype, options, applies, interpreted, request):
     params = {"w": jax.random.normal(jax.random.key(1), shape).astype(dtype)}
     make = functools.partial(jaxsgd.adamw, 1e-2, storage=int8(), **options)
-    got = _steps(make(), params)
+    got = _steps(make(), params, applies=applies)
     assert interpreted and all(out is not None for out in interpreted)
     request.getfixturevalue("monkeypatch").undo()
     jax.clear_caches()
-    _same(got, _steps(make(), params))
+    _same(got, _steps(make(), params, applies=applies))
 
 
 @pytest.mark.parametrize(
@@ -97,14 +101,17 @@ def test_what_no_kernel_can_do_is_done_without(shape, storage, interpreted, requ
         for name, platform in {"v5e:1x1": "tpu", "h100:1": "cuda"}.items()
     ],
 )
+@pytest.mark.parametrize("applies", [False, True], ids=["update", "parameters"])
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
-def test_the_compilers_make_one_kernel_of_it(rule, topology):
+def test_the_compilers_make_one_kernel_of_it(rule, applies, topology):
     target = lookup(topology)
     there = NamedSharding(target.mesh(), PartitionSpec())
     tx, params = jaxsgd.RULES[rule](1e-3, storage=int8()), {"w": jax.ShapeDtypeStruct((2048, 4096), jnp.float32)}
     on = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there))
     state = jax.eval_shape(tx.init, params)
-    step = target.compile(jax.jit(tx.update, donate_argnums=1).lower(on(params), on(state), on(params)))
+    update = (lambda g, s, p: jaxsgd.update_params(tx, g, s, p)) if applies else tx.update
+    donated = (1, 2) if applies else 1
+    step = target.compile(jax.jit(update, donate_argnums=donated).lower(on(params), on(state), on(params)))
     program = step.as_text()
     assert (
         sum(program.count(f'custom_call_target="{name}"') for name in ("tpu_custom_call", "__gpu$xla.gpu.triton")) == 1

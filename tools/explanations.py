@@ -46,10 +46,9 @@ KEPT_IN_PLACE = (
     "elsewhere and copies it, one leaf at a time."
 )
 EIGHT_BITS = (
-    "where each number steps by itself, one kernel reads, unpacks, steps, packs and writes a matrix, the minimum of "
-    "`tx.update`; the update that it writes is the temporary, and `optax.apply_updates` reads it and the parameter "
-    "in a second kernel. Where a rule looks at the whole leaf, the largest of a block must be known before its first "
-    "code: new moments are written in float32 and read again, on TPU with copies to another layout."
+    "where each number steps by itself, one kernel reads, unpacks, steps, packs and writes a matrix and its parameter. "
+    "Where a rule looks at the whole leaf, the largest of a block must be known before its first code: new moments are "
+    "written in float32 and read again, on TPU with copies to another layout."
 )
 
 EXPLANATIONS: dict[str | tuple[str, str], str] = {

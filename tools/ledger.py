@@ -172,7 +172,7 @@ def faults(held: Ledger) -> list[str]:
 INTRODUCTION = """# What an update costs on hardware
 
 Made by `python tools/ledger.py` from [ledger.json](ledger.json); not written by hand. Nothing here was run: the
-compilers for TPU and CUDA translated the update of each rule (`tx.update` and `apply_updates`, parameters and state
+compilers for TPU and CUDA translated the update of each rule (`jaxsgd.update_params`, parameters and state
 donated) for one TPU v5e and one H100, and their programs were read.
 
 Parameters and gradients are float32: {large}; with moments at eight bits {packed}, since compilers take long there.
@@ -187,7 +187,7 @@ few.
 - **fusions**: kernels of elementwise work and sums, divided by the number of leaves. Products (kernels that multiply
   matrices) are counted apart, what is within loops not at all.
 - **temporaries**: memory beside arguments and results, in % of the parameters' bytes. Where compilers work on one leaf
-  after the other, 50% (at eight bits 100%) is one array like a matrix of this tree, in a model one like its largest.
+  after the other, 50% is one array like a matrix of this tree, in a model one like its largest.
 
 A rule is explained below the table where its bytes are above {ratio} times the minimum, where it takes more than
 {fusions:g} fusion a leaf, or where temporaries are above {temporaries:.0%}; a number beyond its bar is **bold**.

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from explanations import SLOW_TO_COMPILE
 
+from jaxsgd.applying import update_params
 from jaxsgd.blockwise import int8
 from jaxsgd.planning.hlo import FREE, Instruction, Program, shapes
 from jaxsgd.planning.reading import read
@@ -76,13 +76,11 @@ def lower(rule: Rule, storage: str, topology: str) -> tuple[Any, Any, Any]:
     given to outputs in order, and in another order the compiler has to copy.
     """
     tx = rule(1e-3, storage=stored(rule, storage))
-    extended = optax.with_extra_args_support(tx)
     params = tree_of(rule, storage)
     state = jax.eval_shape(tx.init, params)
 
     def update(params: Any, state: Any, grads: Any, value: jax.Array) -> tuple[Any, Any]:
-        updates, state = extended.update(grads, state, params, value=value, obj_fn=_loss)
-        return optax.apply_updates(params, updates), state
+        return update_params(tx, grads, state, params, value=value, obj_fn=_loss)
 
     where = jax.sharding.NamedSharding(lookup(topology).mesh(), jax.sharding.PartitionSpec())
     there = lambda tree: jax.tree.map(  # noqa: E731

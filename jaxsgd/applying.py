@@ -1,0 +1,158 @@
+"""An update and the new parameters in one pass.
+
+`optax.apply_updates` reads each update again that the optimizer has just written. XLA joins the two in kernels that it
+makes itself. A kernel of the optimizer's own writes the parameter in place of the update. That is right only if no
+other transformation changes the update afterwards, so the updates are traced once to see which ones come out unchanged.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from jaxsgd.numerics import global_norm, widest
+
+__all__ = ["apart", "applies", "step_params", "tell", "update_params"]
+
+
+class _Made(NamedTuple):
+    """The result of a lift for one parameter.
+
+    Attributes:
+      mark: a stored array of the parameter, which identifies it.
+      p: the parameter before.
+      out: the update, or the new parameter.
+      squares: the sum of the update's squares, where ``out`` is the new parameter.
+    """
+
+    mark: Any
+    p: Any
+    out: Any
+    squares: Any
+
+
+@dataclass
+class _Pass:
+    """One update of a transformation.
+
+    Attributes:
+      chosen: the parameters to step in one pass, by the ``id`` of their marks.
+      made: the results by the same.
+      repeated: those that were stepped twice.
+    """
+
+    chosen: frozenset[int] = frozenset()
+    made: dict[int, _Made] = field(default_factory=dict)
+    repeated: set[int] = field(default_factory=set)
+
+
+_pass: contextvars.ContextVar[_Pass | None] = contextvars.ContextVar("pass", default=None)
+
+
+@contextmanager
+def _within(new: _Pass | None) -> Iterator[None]:
+    token = _pass.set(new)
+    try:
+        yield
+    finally:
+        _pass.reset(token)
+
+
+def apart() -> Any:
+    """A context whose updates are updates: for functions whose traces are kept."""
+    return _within(None)
+
+
+def applies(slots: Any) -> bool:
+    """Whether the new parameter is wanted in place of the update, for the parameter with these stored slots."""
+    now = _pass.get()
+    return now is not None and id(_mark(slots)) in now.chosen
+
+
+def tell(slots: Any, p: Any, out: Any, squares: Any = None) -> None:
+    """Report the update of a parameter that could be stepped in one pass, or its new value and the update's squares."""
+    now, mark = _pass.get(), _mark(slots)
+    if now is None:
+        return
+    if id(mark) in now.made:
+        now.repeated.add(id(mark))
+    now.made[id(mark)] = _Made(mark, p, out, squares)
+
+
+def _mark(slots: Any) -> Any:
+    return jax.tree.leaves(slots)[0]
+
+
+def update_params(
+    tx: optax.GradientTransformation, grads: Any, state: Any, params: Any, **extra_args: Any
+) -> tuple[Any, Any]:
+    """One step of any optimizer: ``(new params, new state)``.
+
+    It equals ``tx.update`` and `optax.apply_updates`. Under ``jax.jit``, parameters with an 8-bit state are written in
+    the same pass over memory that steps them. `jaxsgd.make_step` uses it.
+
+    Args:
+      tx: a gradient transformation.
+      grads: the gradients, a tree like ``params``.
+      state: the optimizer's state.
+      params: the parameters.
+      extra_args: further arguments of ``tx.update``, such as ``value=loss``.
+
+    >>> import jaxsgd
+    >>> tx, params = jaxsgd.adamw(1e-3, storage=jaxsgd.int8()), {"w": jnp.ones((64, 256))}
+    >>> params, state = jax.jit(lambda g, s, p: update_params(tx, g, s, p))(params, tx.init(params), params)
+    """
+    update = optax.with_extra_args_support(tx).update
+    return step_params(update, grads, state, params, **extra_args)[:2]
+
+
+def step_params(
+    update: Callable[..., Any], grads: Any, state: Any, params: Any, **extra_args: Any
+) -> tuple[Any, Any, jax.Array]:
+    """`update_params` by the ``update`` of a transformation, and the norm of the update as a third result."""
+    one = _Pass(_final(update, grads, state, params, extra_args))
+    with _within(one):
+        updates, state = update(grads, state, params, **extra_args)
+    if not one.chosen:
+        return optax.apply_updates(params, updates), state, global_norm(updates)
+    squares = {id(made.out): made.squares for mark, made in one.made.items() if mark in one.chosen}
+
+    def after(p: Any, u: Any) -> Any:
+        return u if p is None or id(u) in squares else optax.apply_updates(p, u)
+
+    rest = [u for u in jax.tree.leaves(updates) if id(u) not in squares]
+    dtype = widest(x.dtype for x in squares.values())
+    total = global_norm(rest).astype(dtype) ** 2 + sum(x.astype(dtype) for x in squares.values())
+    return jax.tree.map(after, params, updates, is_leaf=lambda x: x is None), state, jnp.sqrt(total)
+
+
+def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any) -> frozenset[int]:
+    """The parameters whose updates nobody changes on the way out of ``update``, by the ``id`` of their marks."""
+    arrays = jax.tree.leaves(state)
+    packed = any(getattr(x, "dtype", None) in (jnp.int8, jnp.uint8) and x.size > 1 for x in arrays)
+    if not packed or not any(isinstance(x, Tracer) for x in arrays):
+        return frozenset()
+    way, final = _Pass(), set()
+
+    def follow() -> None:
+        updates, _ = update(grads, state, params, **extra_args)
+        made = {id(one.out): (mark, one.p) for mark, one in way.made.items() if mark not in way.repeated}
+
+        def look(p: Any, u: Any) -> None:
+            mark, stepped = made.get(id(u), (None, None))
+            if mark is not None and stepped is p:
+                final.add(mark)
+
+        jax.tree.map(look, params, updates, is_leaf=lambda x: x is None)
+
+    with _within(way):
+        jax.eval_shape(follow)
+    return frozenset(final)
