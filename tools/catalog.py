@@ -1,8 +1,8 @@
-"""The documents made from `RULES`: the table of the README and the page of rules, with measured agreement.
+"""The documents made from `RULES`: the README's list of rules and the page of rules, with measured agreement.
 
-``python tools/catalog.py`` prints the table, ``--write`` writes both documents, ``--check`` lists each rule
-with its measured agreement and fails where a document says something else, where a rule has no measurement or where
-one misses its bar. The measurements are in jaxsgd/agreement.json, which ``python tests/agreement.py`` writes.
+``python tools/catalog.py`` prints the table of rules, ``--write`` writes both documents. ``--check`` lists each rule
+with its measured agreement. It fails if a document is out of date, if a rule has no measurement, or if one misses its
+bar. The measurements are in jaxsgd/agreement.json, which ``python tests/agreement.py`` writes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,24 @@ BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
 BARS = {"optax": 1e-12, "NumPy twin": 1e-12}
 """How close a rule has to be to each package; to all others 1e-9."""
 
+SHORT = {
+    "momentum": "SGD and momentum",
+    "adaptive": "Adam and adaptive",
+    "adam_variants": "Adam variants",
+    "sign": "Sign",
+    "layerwise": "Layerwise",
+    "factored": "Small state",
+    "lowrank": "Small state",
+    "matrix": "Matrix and curvature",
+    "muon_kin": "Matrix and curvature",
+    "psgd": "Matrix and curvature",
+    "curvature": "Matrix and curvature",
+    "adaptive_lr": "No learning rate",
+    "averaging": "Schedule-free",
+    "torch": "As in torch",
+}
+"""File of `jaxsgd/rules` -> the short name of its family in the README, in the README's order."""
+
 Agreement = Mapping[str, Mapping[str, float]]
 """Rule -> package -> largest relative error of 50 steps in float64."""
 
@@ -48,13 +66,14 @@ def entry(rule: Rule, agreement: Agreement) -> dict[str, str]:
 
 
 def by_family() -> str:
-    """All rules as a list by family, with links."""
-    lines = []
-    for title, members in _families().items():
-        links = ", ".join(f"[{rule.name}](docs/rules.md#{rule.name})" for rule in members)
-        lines.append(f"- {title}: {links}")
+    """All rules as a list with a line for each short name of a family, with links."""
+    lines: dict[str, list[str]] = {name: [] for name in SHORT.values()}
+    for name in sorted(RULES):
+        file = RULES[name].module.rsplit(".", 1)[-1]
+        lines.setdefault(SHORT.get(file, family(RULES[name])), []).append(f"[{name}](docs/rules.md#{name})")
     wrappers = ", ".join(f"`{name}`" for name in _wrappers())
-    return "\n".join([*lines, f"- Rules of rules, such as `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`: {wrappers}"])
+    families = [f"- {name}: {', '.join(links)}" for name, links in lines.items()]
+    return "\n".join([*families, f"- Wrappers, such as `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`: {wrappers}"])
 
 
 def table(agreement: Agreement) -> str:
@@ -171,13 +190,13 @@ def faults(agreement: Agreement) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 where ``--check`` finds something wrong, 2 for unreadable files."""
-    parser = argparse.ArgumentParser(prog="python tools/catalog.py", description="The table and the page of rules.")
+    parser = argparse.ArgumentParser(prog="python tools/catalog.py", description="The lists of rules in the documents.")
     parser.add_argument("--readme", type=pathlib.Path, default=pathlib.Path("README.md"))
     parser.add_argument("--page", type=pathlib.Path, default=pathlib.Path("docs/rules.md"))
     parser.add_argument("--agreement", type=pathlib.Path, default=pathlib.Path("jaxsgd/agreement.json"))
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="list the measured agreement; fail if anything is stale")
-    action.add_argument("--write", action="store_true", help="write the README's table and the page")
+    action.add_argument("--write", action="store_true", help="write the README's list and the page")
     args = parser.parse_args(argv)
     try:
         agreement = json.loads(args.agreement.read_text()) if args.check or args.write else {}
