@@ -3,7 +3,7 @@
     python benchmarks/eight_bit.py [--seeds 5] [--epochs 15] [--millions 64] [--only update|training]
 
 update: one array of so many million parameters. The compiled step from gradients to new parameters
-(`jaxsgd.update_params`), its parameters and state donated; medians of interleaved runs beside ``optax.adamw`` in float32.
+(`jaxsgd.update_params`), parameters and state donated; medians of interleaved runs beside ``optax.adamw`` in float32.
 training: every array of 256 numbers or more is packed. The seeds draw weights and batches; a seed is the same for all
 storages.
 """

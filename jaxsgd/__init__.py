@@ -18,6 +18,7 @@ from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
 from jaxsgd.ensemble.sweep import Sweep, sweep
 from jaxsgd.migration import migrate
 from jaxsgd.planning.plan import plan
+from jaxsgd.rank_one import factored
 from jaxsgd.record import Recorder
 from jaxsgd.registry import RULES, Rule, rule, wrapper
 from jaxsgd.rules import FAMILIES
@@ -93,6 +94,7 @@ __all__ = [
     "checked",
     "describe",
     "diagnose",
+    "factored",
     "gauss_newton",
     "init_sharded",
     "int4",

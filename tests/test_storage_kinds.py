@@ -29,7 +29,7 @@ WRAPPERS = (
 )
 
 
-class Factors(NamedTuple):
+class Sums(NamedTuple):
     """A matrix of rank one."""
 
     row: jax.Array
@@ -38,16 +38,16 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class RankOne:
-    """A user's own storage: the second moment of a matrix by its row and column sums, as in Adafactor."""
+    """A user's own storage: the second moment of a matrix by its row and column sums."""
 
     def accepts(self, kind: str) -> bool:
         return kind == "square"
 
     def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
-        return Factors(jnp.sum(x, 1), jnp.sum(x, 0)) if x.ndim == 2 else x
+        return Sums(jnp.sum(x, 1), jnp.sum(x, 0)) if x.ndim == 2 else x
 
     def unpack(self, packed: Any) -> jax.Array:
-        if not isinstance(packed, Factors):
+        if not isinstance(packed, Sums):
             return packed
         total = jnp.sum(packed.row)
         return packed.row[:, None] * packed.col / jnp.where(total > 0, total, 1)
@@ -60,10 +60,17 @@ def of_int8(shape: tuple[int, ...], itemsize: int) -> int:
     return size + itemsize * math.prod(shape[:-1]) * -(-shape[-1] // min(256, shape[-1]))
 
 
+def of_factors(shape: tuple[int, ...], itemsize: int) -> int:
+    if len(shape) < 2 or min(shape[-2:]) < 128:
+        return math.prod(shape) * itemsize
+    return math.prod(shape[:-2]) * sum(shape[-2:]) * itemsize
+
+
 STORAGES = {
     "int8": (jaxsgd.int8(), of_int8),
     "bfloat16": (jaxsgd.cast("bfloat16"), lambda shape, itemsize: 2 * math.prod(shape)),
     "float16": (jaxsgd.cast("float16"), lambda shape, itemsize: 2 * math.prod(shape)),
+    "factored": (jaxsgd.factored(), of_factors),
     "rank one": (RankOne(), lambda shape, itemsize: itemsize * (sum(shape) if len(shape) == 2 else math.prod(shape))),
 }
 
@@ -136,12 +143,42 @@ def test_a_storage_of_ones_own_trains(x64):
     ours, exact = jaxsgd.adam(0.01, storage={"nu": RankOne()}), jaxsgd.adam(0.01)
     grads = {"w": jnp.outer(jnp.arange(1.0, 6), jnp.arange(1.0, 4)), "b": jnp.ones(3)}
     states = [ours.init(params), exact.init(params)]
-    assert isinstance(states[0].slots["nu"]["w"], Factors)
+    assert isinstance(states[0].slots["nu"]["w"], Sums)
     for _ in range(3):
         found = [tx.update(grads, s, params) for tx, s in zip((ours, exact), states, strict=True)]
         states = [state for _, state in found]
         np.testing.assert_allclose(found[0][0]["w"], found[1][0]["w"], rtol=1e-12)
         params = optax.apply_updates(params, found[1][0])
+
+
+def test_factors_are_those_of_adafactor(x64):
+    """The new factors are moving averages of the means of rows and columns of the squared gradients."""
+    rng = np.random.default_rng(0)
+    params, tx = {"w": jnp.zeros((3, 130, 140))}, jaxsgd.adam(0.01, b2=0.9, storage={"nu": jaxsgd.factored()})
+    state, rows, columns = tx.init(params), np.zeros((3, 130)), np.zeros((3, 140))
+    for _ in range(4):
+        g = rng.normal(size=(3, 130, 140)) * 10.0 ** rng.uniform(-3, 0, (3, 130, 1))
+        _, state = jax.jit(tx.update)({"w": jnp.asarray(g)}, state, params)
+        rows, columns = 0.9 * rows + 0.1 * (g**2).mean(-1), 0.9 * columns + 0.1 * (g**2).mean(-2)
+    np.testing.assert_allclose(state.slots["nu"]["w"].rows, rows, rtol=1e-12)
+    np.testing.assert_allclose(state.slots["nu"]["w"].columns, columns, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-15, 0.0, 1e18])
+def test_factors_of_small_and_large_gradients(size):
+    tx = jaxsgd.adam(0.01, eps=1e-30, storage={"nu": jaxsgd.factored()})
+    params = {"w": jnp.ones((128, 128))}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)({"w": jnp.full((128, 128), size)}, state, params)
+        assert np.isfinite(updates["w"]).all()
+    np.testing.assert_allclose(updates["w"], -0.01 if size else 0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 0, True, 2.5])
+def test_factors_need_two_axes(size):
+    with pytest.raises(ValueError, match=f"min_dim_size={size}: a whole number"):
+        jaxsgd.factored(min_dim_size=size)
 
 
 @pytest.mark.parametrize(
