@@ -58,7 +58,12 @@ def supplied(make):
     return build
 
 
-@pytest.mark.parametrize("name", sorted(TREE_RULES))
+def first_of(names):
+    """The names as parameters; all but one wait for make slow, since line searches compile for long."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name != "newton_cg")) for name in names]
+
+
+@pytest.mark.parametrize("name", first_of(sorted(TREE_RULES)))
 def test_the_laws_hold(name):
     broken = laws_broken(supplied(TREE_RULES[name]), [law for law in LAWS if law not in KNOWN[name]])
     assert not broken, "\n".join(map(str, broken))
@@ -323,7 +328,7 @@ def roads(tx, dtype):
     return out
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "newton", "newton_cg", "gauss_newton"])
+@pytest.mark.parametrize("name", first_of(["lbfgs", "newton", "newton_cg", "gauss_newton"]))
 def test_every_road_leads_to_the_same_parameters(name):
     found = roads(STEPS[name](), np.float32)
     params, loss = found["single"]
