@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jaxsgd
-from jaxsgd.tuning.probe import probe
+from jaxsgd.tuning.probe import _Search, probe
 from jaxsgd.tuning.range_test import range_test
 from jaxsgd.tuning.short_runs import manner, usual_rate
 
@@ -96,6 +96,49 @@ def test_the_edge_of_stability_of_a_bowl():
     agrees_with_itself(found)
     assert all(math.isfinite(rate.number) and rate.why for rate in found.rates)
     assert np.allclose(START["x"], 1.0)  # left as it is
+
+
+def of_two_runs(low, high, error, steps=40):
+    """The suggestion of a search whose longest runs, at 0.1 and 0.316, ended at ``low`` and ``high``."""
+    rng = np.random.default_rng(0)
+    curves = {0.1: np.full(steps, low), 10**-0.5: high + error * rng.normal(size=steps)}
+    curves[10**-0.5] += high - curves[10**-0.5][-steps // 4 :].mean()
+    for curve in curves.values():
+        curve[0] = 1.0
+
+    class Members:
+        constant, spent = False, 2 * steps
+
+        def __init__(self):
+            self.curves = curves
+
+        def run(self, rate, steps):
+            return curves[rate][:steps]
+
+        def alive(self, rate):
+            return True
+
+    search = _Search(Members(), 0.1, 1000, 1000, 1)
+    search.horizon, search.p_value = steps, 0.0
+    return search.answer(None, [])
+
+
+def test_the_suggestion_is_continuous_where_two_rates_do_alike():
+    """It moves from one rate to the other as their losses cross, and is one of them where noise cannot explain it."""
+    middle = 0.1 * 10**0.25
+    gaps = np.linspace(-0.1, 0.1, 41)
+    found = [of_two_runs(0.2, 0.2 + gap, 0.05).learning_rate for gap in gaps]
+    assert found[0] == pytest.approx(10**-0.5, rel=2e-3) and found[-1] == 0.1
+    assert np.all(np.diff(found) <= 0) and found[20] == pytest.approx(middle, rel=5e-3)
+    assert np.abs(np.diff(np.log(found))).max() < 0.3 * np.log(10**0.5)
+    assert of_two_runs(0.2, 0.21, 0.0).learning_rate == 0.1, "without noise a lower loss decides"
+    assert of_two_runs(0.2, 0.2, 0.0).learning_rate == pytest.approx(middle, rel=5e-3)
+    alike = of_two_runs(0.2, 0.201, 0.05)
+    assert (
+        "did as well" in alike.why[0] and alike.range[0] <= alike.learning_rate <= alike.range[1] and alike.best == 0.1
+    )
+    # However noisy, a rate that is not good pulls at nothing: 0.32 is 85% of the decrease.
+    assert of_two_runs(0.2, 0.32, 5.0).learning_rate == 0.1
 
 
 def test_the_curves_are_the_trainings():

@@ -422,9 +422,9 @@ def _safer(tied: list[Entry]) -> Entry:
 
 
 def _why(choice: Entry, tied: list[Entry]) -> str:
-    spans = " and ".join(f"{e.name}'s {number(e.decades, 2)}" for e in tied if e is not choice)
+    spans = " and ".join(f"{e.name}'s a factor of {number(10**e.decades, 2)}" for e in tied if e is not choice)
     reason = "the safer one when unsure" if choice.name == SAFE else "whose mean is the lowest"
     return (
         f"take {choice.name} at {number(choice.learning_rate)}, {reason} "
-        f"(its good rates span {number(choice.decades, 2)} decades, {spans})"
+        f"(its good rates span a factor of {number(10**choice.decades, 2)}, {spans})"
     )

@@ -2,7 +2,8 @@
 
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
 the edge, the grid grows. The gaps beside the best are filled; the best and its neighbours are trained further; the best
-two go on as long as the steps last. A schedule is applied as a whole in each run, however short.
+two go on as long as the steps last. Where they do equally well, up to noise, the suggestion is between the two.
+A schedule is applied as a whole in each run, however short.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ HIGH = 4.0
 """A loss that ends so many times above the start has diverged."""
 RATES = 24
 """At most so many."""
+NEIGHBOUR = 4.0
+"""A rate so many times higher or lower than another is not its neighbour on the grid."""
+ERRORS, SOONER = 2.0, 0.1
+"""Two losses are alike where they differ by less than the sum of so many standard errors of the difference and the
+decrease of the better run in this last part of its steps."""
 
 
 class Rate(NamedTuple):
@@ -64,8 +70,8 @@ class Rate(NamedTuple):
       end: the mean over the last quarter of its steps.
       decrease: ``start - end``.
       verdict: a `Verdict`: ``"diverged"``, ``"oscillating"``, ``"too low"``, ``"too high"`` or ``"good"``.
-      number: the evidence for the verdict: the step it diverged at; the swing of the loss, or its climb, as a part of
-        the best's decrease; the decrease as a part of the best's in as many steps.
+      number: the evidence for the verdict: the step it diverged at; the swing of the loss, or its climb, as a multiple
+        of the best run's decrease; the decrease as a part of the best run's in as many steps.
       why: the same as text.
     """
 
@@ -92,7 +98,7 @@ class Probe(Report):
       losses: ``(rates, steps)``, the loss of each step, NaN where a rate was not trained any more.
       horizon: steps of the longest runs.
       p_value: how likely noise alone makes such a decrease, against the weights of the start on the same batches.
-      steps, share: steps taken in all, and as a multiple of a full training's.
+      steps, share: steps taken in all, and as a multiple of a full run's.
       usual: where the search began.
       range_test: the classical test, where it was asked for.
       best: the rate with the lowest loss of the longest runs, or None.
@@ -148,7 +154,7 @@ class Probe(Report):
         rows = tuple((r.learning_rate, r.steps, r.start, r.end, str(r.verdict), r.why) for r in self.rates)
         best = next((i for i, r in enumerate(self.rates) if r.learning_rate == self.best), None)
         mark = f"best of the longest runs ({self.horizon} steps)"
-        return Table(columns, rows, best, mark, f"{self.steps} steps taken, {self.share:.1%} of a training")
+        return Table(columns, rows, best, mark, f"{self.steps} steps taken, {self.share:.1%} of a full run")
 
     @property
     def details(self) -> tuple[Table | Report | str, ...]:
@@ -169,10 +175,14 @@ def probe(
     key: int | jax.Array = 0,
     progress: bool | None = None,
 ) -> Probe:
-    """Learning rate for a training of ``steps`` steps, from short runs at several rates.
+    """Learning rate for a run of ``steps`` steps, from short runs at several rates.
 
     All runs begin at ``params``, see the same batches and are one compiled program. The steps of all of them together
     are at most ``share`` times ``steps``. A run that diverges stops there.
+
+    The suggestion is the rate with the lowest loss of the longest runs. Two neighbours are alike where their losses on
+    the same batches differ by less than two standard errors plus the decrease of the last tenth of the steps. The
+    suggestion then moves from the better one towards the middle of both. It moves further where they differ less.
 
     Args:
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``; for a TrainState with a
@@ -184,7 +194,7 @@ def probe(
         the whole list.
       rule: a rule, or a function of the learning rate that returns a gradient transformation, with clipping or a
         schedule in it. Any schedule of optax works. Short runs see the whole schedule, compressed. Default: AdamW.
-      steps: calls of the train step in the training that the rate is for. With `jaxsgd.accumulate` or MultiSteps a call
+      steps: calls of the train step in the run that the rate is for. With `jaxsgd.accumulate` or MultiSteps a call
         takes one microbatch. Default: 1000.
       share: the cost, in whole runs. Default: 1, the cost of one whole run.
       around: the rate at which the search begins. Default: the rule's usual rate.
@@ -346,8 +356,7 @@ class _Search:
         best = self._best(self.middle)
         if best is None:
             return
-        beside = [r for r in self._at(self.middle) if r != best and 1 / 4 < r / best < 4]
-        pair = [best, *sorted(beside, key=lambda r: self._tail(r, self.middle))[:1]]
+        pair = [best, *self._beside(best, self.middle)[:1]]
         for rates in (pair, [best]):
             furthest = self._furthest(rates)
             if furthest > self.middle:
@@ -362,8 +371,13 @@ class _Search:
             pair = [max(below)]
             self.members.train(pair, self.horizon)
 
+    def _beside(self, rate: float, steps: int) -> list[float]:
+        """The neighbours of a rate that have a finite run of so many steps, the better one first."""
+        near = [r for r in self._at(steps) if r != rate and 1 / NEIGHBOUR < r / rate < NEIGHBOUR]
+        return sorted(near, key=lambda r: self._tail(r, steps))
+
     def _furthest(self, rates: Sequence[float]) -> int:
-        """The horizon that the rest of the budget pays for, at most that of a whole training."""
+        """The horizon that the rest of the budget pays for, at most that of a full run."""
         low, high = self.middle, min(self.steps, self.spend)
         while low < high:
             middle = (low + high + 1) // 2
@@ -374,6 +388,27 @@ class _Search:
     def best(self) -> float | None:
         """The best of the longest runs; where they say nothing, of the middle ones that did not diverge later."""
         return self._best(self.horizon)
+
+    def _towards(self, best: float) -> tuple[float, float] | None:
+        """The neighbour whose loss is like the best's, and the weight of its logarithm: half where they are equal.
+
+        The runs had the same batches, so the error is that of the mean of the differences. A tenth of the steps more or
+        less decides nothing either. The weight falls to 0 at the sum of both, or where a rate is not good any more.
+        """
+        beside = self._beside(best, self.horizon)[:1]
+        if not beside:
+            return None
+        curve, other = (self.members.run(rate, self.horizon) for rate in (best, beside[0]))
+        assert curve is not None and other is not None
+        last, sooner = max(2, self.horizon // 4), max(1, round(SOONER * self.horizon))
+        apart = (other - curve)[-last:]
+        margin = ERRORS * float(apart.std(ddof=1)) / math.sqrt(last)
+        margin += max(float(curve[-last - sooner : -sooner].mean()) - float(curve[-last:].mean()), 0.0)
+        margin = min(margin, (1 - GOOD) * (self._begun - self._tail(best, self.horizon)))
+        gap = max(float(apart.mean()), 0.0)
+        if gap > margin:
+            return None
+        return beside[0], 0.5 * (1 - gap / margin if margin else 1)
 
     def _compare(self) -> None:
         """Whether the best is lower than the start on the same batches by more than noise."""
@@ -440,7 +475,8 @@ class _Search:
         climb = max(peak - start - 4 * noise, 0.0) / most
         if climb > 0.5 or swing > 0.2:
             size, does = (climb, "rose") if climb > 0.5 else (swing, "swings")
-            return say(Verdict.OSCILLATING, size, f"{does} by {number(size)} of the best's decrease")
+            why = f"{does} {number(size)} times as much as the best run lowered the loss"
+            return say(Verdict.OSCILLATING, size, why)
         return say(Verdict.TOO_LOW if rate < best else Verdict.TOO_HIGH, part, why)
 
     def answer(self, tested: RangeTest | None, doubts: list[str]) -> Probe:
@@ -459,8 +495,10 @@ class _Search:
             )
             return Probe(None, None, "low", (reason,), rates, *rest)
         assert best is not None
-        chosen = float(f"{best:.3g}")
+        towards = self._towards(best)
+        chosen = float(f"{best if towards is None else best * (towards[0] / best) ** towards[1]:.3g}")
         confidence, why = self._confidence(best, rates)
+        why.insert(0, self._reason(best, chosen, towards))
         return Probe(
             chosen, _range(chosen, best, rates, self.horizon), confidence, (*why, *doubts), rates, *rest, best=best
         )
@@ -477,12 +515,17 @@ class _Search:
             return f"no rate lowers the loss by more than its noise (p = {self.p_value:.2g})"
         return None
 
+    def _reason(self, best: float, chosen: float, towards: tuple[float, float] | None) -> str:
+        lowest = f"{number(best)} had the lowest loss of the longest runs, {self.horizon} of {self.steps} steps"
+        if towards is None or chosen == float(f"{best:.3g}"):
+            return f"{lowest}; it is the suggestion as it is: no factor is taken off"
+        return (
+            f"{lowest}; {number(towards[0])} did as well, up to noise and a tenth of the steps, so the suggestion is "
+            "between the two"
+        )
+
     def _confidence(self, best: float, rates: Sequence[Rate]) -> tuple[str, list[str]]:
-        doubts = 0
-        reasons = [
-            f"{number(best)} had the lowest loss of the longest runs, {self.horizon} of {self.steps} steps; it is the "
-            "suggestion as it is: no factor is taken off"
-        ]
+        doubts, reasons = 0, []
         moved = best / self.early
         if not 1 / 12 < moved < 12:
             doubts += 1
