@@ -19,6 +19,7 @@ from typing import Any
 
 import latex2mathml.converter
 from mkdocs.structure.files import File, Files
+from pictures import explained, pictures
 from stubs import homes
 
 import jaxsgd
@@ -32,6 +33,7 @@ FORMULA = re.compile(r"\$\$[^$]+\$\$|\$[^$]+\$")
 DISPLAYED = re.compile(r"\$\$([^$]+)\$\$")
 EQUATION = re.compile(r"\$([^$\n]+)\$")
 REFERENCE = re.compile(r"(?<!`)`(jaxsgd\.[\w.]+)`(?!`)")
+NO_PICTURE = "No learning rate of the sweep lowers a function of two weights, so there is no picture."
 TOPICS = {
     "Train": ["TrainState", "make_step", "Step", "Recorder", "checked", "check_donation", "batch_statistics", "metrics",
               "with_hyper", "eval_params", "look_ahead", "describe", "State"],
@@ -162,7 +164,7 @@ def fenced(text: str, language: str) -> str:
 
 
 def rule_page(rule: Rule) -> str:
-    """A rule in full: equation, code, arguments, state, agreement, cost, relatives."""
+    """A rule in full: equation, paths, code, arguments, state, agreement, cost, relatives."""
     name, source, equation = titled(rule.name, rule.title)
     rest = rule.doc.split("\n\n", 1)[1:]
     kept = state_bytes(rule)
@@ -172,6 +174,7 @@ def rule_page(rule: Rule) -> str:
     parts = [
         [f"# {rule.name}", "", f"**{name}** ({source})", "", shown_equation(equation), "", *map(ours, rest)],
         ["```python", f"tx = jaxsgd.{rule.name}({example(rule)})", "```"],
+        paths(rule),
         ["## Arguments", "", *table(("argument", "default"), [(f"`{n}`", d) for n, d in shown.items()])],
         ["Every rule also takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`."],
         ["## State", "", f"{sum(kept.values()):.3g} bytes a parameter in float32."],
@@ -202,6 +205,13 @@ def example(rule: Rule) -> str:
     rate = "1e-3" if rule.usual_rate is None else f"{rule.usual_rate:g}"
     first = next(iter(arguments(rule)), "")
     return rate if first == "learning_rate" else ""
+
+
+def paths(rule: Rule) -> list[str]:
+    """Pictures of the rule's paths, or a sentence where there is none."""
+    made = "".join(f"<figure>{p.svg}<figcaption>{p.heading}</figcaption></figure>" for p in pictures(rule))
+    shown = [f'<div class="paths">{made}</div>', "", explained(rule)] if made else [NO_PICTURE]
+    return ["## Its path", "", *shown]
 
 
 def kind(rule: Rule, slot: str) -> str:

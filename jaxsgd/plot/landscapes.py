@@ -15,7 +15,7 @@ from jaxsgd.plot.style import COLORS, INK, Figure, LogNorm, blank, styled
 from jaxsgd.rules.averaging import eval_params
 from jaxsgd.second_order.batch_loss import taken_by
 
-__all__ = ["LANDSCAPES", "Landscape", "path", "paths"]
+__all__ = ["LANDSCAPES", "Landscape", "panel", "path", "paths", "walk"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,33 @@ LANDSCAPES: dict[str, Landscape] = {
 """Landscapes by name."""
 
 
+def walk(
+    tx: optax.GradientTransformation,
+    fn: Callable[[Any], jax.Array],
+    start: Any,
+    steps: int,
+    *,
+    gradient_at: Callable[[Any, Any], Any] | None = None,
+) -> Any:
+    """`path` for use under `jax.jit` and `jax.vmap`, on a pytree of parameters.
+
+    Returns:
+      A tree like ``start``, each array with a new first axis of length ``steps + 1``.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: tuple[Any, Any], _: Any) -> tuple[tuple[Any, Any], Any]:
+        w, state = carry
+        value, grads = jax.value_and_grad(fn)(w if gradient_at is None else gradient_at(state, w))
+        extra = taken_by(tx.update, {"value": value, "grad": grads, "value_fn": fn, "obj_fn": fn})
+        updates, state = tx.update(grads, state, w, **extra)
+        w = optax.apply_updates(w, updates)
+        return (w, state), eval_params(state, w)
+
+    _, visited = jax.lax.scan(step, (start, tx.init(start)), length=steps)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, visited)
+
+
 def path(
     tx: optax.GradientTransformation,
     fn: Callable[[jax.Array], jax.Array],
@@ -75,18 +102,7 @@ def path(
     where the gradient is taken, if not at the point itself (`jaxsgd.look_ahead`).
     """
     w = jnp.asarray(start, jnp.float32)
-    tx = optax.with_extra_args_support(tx)
-
-    def step(carry: tuple[Any, Any], _: Any) -> tuple[tuple[Any, Any], jax.Array]:
-        w, state = carry
-        value, grads = jax.value_and_grad(fn)(w if gradient_at is None else gradient_at(state, w))
-        extra = taken_by(tx.update, {"value": value, "grad": grads, "value_fn": fn})
-        updates, state = tx.update(grads, state, w, **extra)
-        w = optax.apply_updates(w, updates)
-        return (w, state), eval_params(state, w)
-
-    _, visited = jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), length=steps))()
-    return np.concatenate([np.asarray(w)[None], np.asarray(visited)])
+    return np.asarray(jax.jit(lambda: walk(tx, fn, w, steps, gradient_at=gradient_at))())
 
 
 def paths(
@@ -117,31 +133,45 @@ def paths(
     rows = -(-len(transformations) // columns)
     figure = blank(3.3 * columns, 2.9 * rows + 0.4)
     figure.suptitle(f"{landscape.title}, {steps} steps", fontsize=11, color=INK)
-    x0, x1, y0, y1 = landscape.bounds
-    grid_x, grid_y = np.meshgrid(np.linspace(x0, x1, 160), np.linspace(y0, y1, 160))
-    points = jnp.asarray(np.stack([grid_x.ravel(), grid_y.ravel()], axis=1), jnp.float32)
-    heights = np.asarray(jax.vmap(landscape.fn)(points)).reshape(grid_x.shape)
-    lowest = float(heights.min())
-    raised = heights - lowest + 1e-3 * float(np.ptp(heights))
-    levels = np.geomspace(raised.min(), raised.max(), 22)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax in panels[len(transformations) :]:
         ax.set_visible(False)
     for i, (title, tx) in enumerate(transformations.items()):
-        ax = panels[i]
-        styled(ax)
-        walked = tx if isinstance(tx, np.ndarray) else path(tx, landscape.fn, landscape.start, steps)
-        ax.contourf(grid_x, grid_y, raised, levels=levels, norm=LogNorm(), cmap="Blues", alpha=0.55)
-        ax.contour(grid_x, grid_y, raised, levels=levels, colors="white", linewidths=0.4)
-        color = COLORS[i % len(COLORS)]
-        shown = walked[np.isfinite(walked).all(axis=1)]
-        ax.plot(shown[:, 0], shown[:, 1], "-o", color=color, markersize=2.4, linewidth=1.3)
-        ax.plot(*walked[0], "o", color=INK, markersize=5)
-        if landscape.minimum is not None:
-            ax.plot(*landscape.minimum, "*", color="#f2b705", markersize=11, markeredgecolor=INK, markeredgewidth=0.6)
-        end = float(landscape.fn(jnp.asarray(walked[-1])))
-        ends_at = f"{end:.2g}" if np.isfinite(end) else "diverged"
-        ax.set_title(f"{title}: {ends_at}", fontsize=9, color=INK)
-        ax.set_xlim(x0, x1)
-        ax.set_ylim(y0, y1)
+        points = tx if isinstance(tx, np.ndarray) else path(tx, landscape.fn, landscape.start, steps)
+        panel(panels[i], title, points, landscape, COLORS[i % len(COLORS)])
+    for ax in figure.axes:
+        ax.label_outer()
     return figure
+
+
+def panel(ax: Any, title: str, points: np.ndarray, landscape: Landscape, color: str = COLORS[0]) -> None:
+    """One path on the contours of its landscape: a disc at the start, a star at the minimum, the last loss above.
+
+    Args:
+      ax: matplotlib axes.
+      title: stands before the loss.
+      points: the path, ``(steps + 1, 2)``.
+      landscape: the function.
+      color: of the path.
+    """
+    styled(ax)
+    x0, x1, y0, y1 = landscape.bounds
+    grid_x, grid_y = np.meshgrid(np.linspace(x0, x1, 160), np.linspace(y0, y1, 160))
+    nodes = jnp.asarray(np.stack([grid_x.ravel(), grid_y.ravel()], axis=1), jnp.float32)
+    heights = np.asarray(jax.vmap(landscape.fn)(nodes)).reshape(grid_x.shape)
+    raised = heights - heights.min() + 1e-3 * np.ptp(heights)
+    levels = np.geomspace(raised.min(), raised.max(), 22)
+    ax.contourf(grid_x, grid_y, raised, levels=levels, norm=LogNorm(), cmap="Blues", alpha=0.55)
+    ax.contour(grid_x, grid_y, raised, levels=levels, colors="white", linewidths=0.4)
+    shown = points[np.isfinite(points).all(axis=1)]
+    ax.plot(shown[:, 0], shown[:, 1], "-o", color=color, markersize=2.4, linewidth=1.3)
+    ax.plot(*points[0], "o", color=INK, markersize=5)
+    if landscape.minimum is not None:
+        ax.plot(*landscape.minimum, "*", color="#f2b705", markersize=11, markeredgecolor=INK, markeredgewidth=0.6)
+    end = float(landscape.fn(jnp.asarray(points[-1])))
+    ends_at = f"{end:.2g}" if np.isfinite(end) else "diverged"
+    ax.set_title(f"{title}: {ends_at}", fontsize=9, color=INK)
+    ax.set_xlabel("$w_0$", fontsize=9, color=INK)
+    ax.set_ylabel("$w_1$", fontsize=9, color=INK)
+    ax.set_xlim(x0, x1)
+    ax.set_ylim(y0, y1)
