@@ -1,6 +1,7 @@
 """What the README and the notebook say is so."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -52,6 +53,30 @@ def test_the_guide_runs_from_top_to_bottom(forget_rules, tmp_path, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL):
         exec(block, names)
     assert float(names["metrics"]["loss"]) < 1.5
+
+
+@pytest.mark.processes
+def test_the_first_hour_runs_from_top_to_bottom(tmp_path):
+    """Its files are saved under their titles, and its commands run; all but make, which needs an environment."""
+    page = (ROOT / "docs" / "first-hour.md").read_text()
+    said = []
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, title, text in re.findall(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```', page, re.DOTALL | re.MULTILINE):
+        if title:
+            (tmp_path / title).write_text(text)
+        elif language == "bash":
+            command = ["bash", "-e", "-c", text]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+            said.append(done.stdout.splitlines())
+    ported, rate, killed, rule = said
+    assert len(ported) == 3 and len({line[:9] for line in ported}) == 1, "the port trains like the script"
+    assert rate[0].startswith("learning rate 0.0")
+    assert killed[1] == "killed" and int(killed[2].split()[-1]) >= 100, "it continues from a checkpoint"
+    assert killed[3] == killed[5], "as a run that was never killed"
+    assert [line.split(":")[0] for line in rule[:3]] == ["all laws hold", "responds", "first_step"]
 
 
 @pytest.mark.parametrize("page", ["choose_optimizer.md", "choose_rate.md"])
