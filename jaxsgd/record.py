@@ -74,11 +74,14 @@ class Recorder:
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The metrics of a step by name. Entries of ``aux`` keep their names, or are ``aux/<name>`` if a metric has it."""
+    """The metrics of a step by name. Entries of ``aux`` keep their names, or are ``aux/<name>`` if a metric has it.
+
+    ``skipped`` is a metric even where no guard counts it, so that no entry of ``aux`` is read as such a count.
+    """
     aux = metrics.get("aux")
     own = {name: x for name, x in metrics.items() if name != "aux"}
     inside = aux if isinstance(aux, dict) else {"aux": aux}
-    inside = {f"aux/{name}" if name in own else name: x for name, x in inside.items()}
+    inside = {f"aux/{name}" if name in own or name == "skipped" else name: x for name, x in inside.items()}
     return {name: jnp.asarray(x) for name, x in named_leaves(own | inside, "metrics").items()}
 
 

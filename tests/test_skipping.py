@@ -173,6 +173,24 @@ def test_without_a_skipper_the_statistics_are_what_the_loss_says():
     assert np.isnan(state.model_state["mean"]).any()
 
 
+def test_each_of_several_guards_counts_and_any_of_them_keeps_the_models_state():
+    loss_fn, params, options = plain_case()
+    params = {"w": params["w"], "b": jnp.zeros(())}
+
+    def both(p, *rest):
+        loss, out = loss_fn({"w": p["w"]}, *rest)
+        return loss + 0 * p["b"], out
+
+    labels = {"w": "first", "b": "second"}
+    tx = optax.multi_transform({name: jaxsgd.guard(jaxsgd.adam(1e-2)) for name in ("first", "second")}, labels)
+    step, state = make_step(both, tx, donate=False), TrainState.create(params, tx, **options)
+    after, report = step(state, spoilt(BATCHES[0], "NaN input"))
+    names = [f"inner_states/{name}/inner_state/skipped" for name in ("first", "second")]
+    assert [int(report[name]) for name in names] == [1, 1] and set(names) <= set(jaxsgd.guard_report(after.opt_state))
+    for old, new in zip(jax.tree.leaves(state.model_state), jax.tree.leaves(after.model_state), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_a_microbatch_without_weight_carries_nothing():
     loss_fn, params, options = plain_case()
     tx = jaxsgd.sgd(1e-2)
@@ -223,7 +241,7 @@ def guarded(rate):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="0.0316 without and 0.1 with NaN: the loss is flat between them, and the grid's step is a factor of 3.16",
+    reason="0.0524 without and 0.1 with NaN: other neighbours of 0.1 were trained longest, on a loss that falls to 0",
 )
 def test_probe_finds_the_same_rate_with_batches_that_the_guard_skips():
     probes = [jaxsgd.probe(square_loss, ZEROS, regression(bad), guarded, steps=480) for bad in (False, True)]
@@ -250,6 +268,15 @@ def test_a_sweep_trains_on_through_skipped_steps(strategy):
     step, begin = make_step(square_loss, bare), TrainState.create(ZEROS, bare)
     lost = jaxsgd.sweep(step, begin, regression(True), learning_rate=rates, strategy=strategy)
     assert (lost.diverged_at == 5).all()
+
+
+def test_an_entry_of_aux_named_skipped_is_no_count_of_steps():
+    def loss_fn(params, batch, key):
+        return square_loss(params, batch, key), {"skipped": jnp.float32(7)}
+
+    tx, batches = jaxsgd.adam(0.1), regression(False, 8)
+    found = jaxsgd.sweep(make_step(loss_fn, tx), TrainState.create(ZEROS, tx), batches, learning_rate=[0.01, 0.1])
+    assert "skipped" not in found.metrics and (found.metrics["aux/skipped"] == 7).all()
 
 
 def test_a_sweep_over_a_training_of_ones_own_reads_skipped_too():

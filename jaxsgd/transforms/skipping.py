@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.numerics import is_key
+from jaxsgd.paths import leaf_paths
 from jaxsgd.state import plain
 
 __all__ = ["kept_where_skipped", "skipped_now", "skipped_steps"]
@@ -19,17 +20,18 @@ FLAG = "should_skip"
 """The entry of `optax.MultiSteps` that says whether the last step was skipped."""
 
 
-def _by_path(state: Any) -> list[tuple[str, jax.Array]]:
-    """What the state says of skipped steps: the name of each entry, and its value."""
-    out = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(plain(state))[0]:
+def _by_path(state: Any) -> list[tuple[tuple[str, ...], str, jax.Array]]:
+    """The entries of a state that count skipped steps or flag one: path, name and value."""
+    state, out = plain(state), []
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    for names, (path, leaf) in zip(leaf_paths(state), flat, strict=True):
         if not path or jnp.shape(leaf) != ():
             continue
         last, dtype = path[-1], jnp.result_type(leaf)
         if isinstance(last, jax.tree_util.GetAttrKey) and last.name in COUNTERS and jnp.issubdtype(dtype, jnp.integer):
-            out.append((last.name, leaf))
+            out.append((names, last.name, leaf))
         elif isinstance(last, jax.tree_util.DictKey) and last.key == FLAG and dtype == jnp.bool_:
-            out.append((FLAG, leaf))
+            out.append((names, FLAG, leaf))
     return out
 
 
@@ -40,7 +42,7 @@ def skipped_now(old: Any, new: Any) -> jax.Array | None:
     tuple or dataclass, or ``total_notfinite`` of `optax.apply_if_finite`. Or `optax.MultiSteps` says so.
     """
     said = []
-    for (name, before), (_, after) in zip(_by_path(old), _by_path(new), strict=True):
+    for (_, name, before), (_, _, after) in zip(_by_path(old), _by_path(new), strict=True):
         said.append(after if name == FLAG else after > before)
     return jnp.stack(said).any() if said else None
 
@@ -63,6 +65,9 @@ def kept_where_skipped(skipped: jax.Array, old: Any, new: Any) -> Any:
 
 
 def skipped_steps(state: Any) -> dict[str, jax.Array]:
-    """``{"skipped": steps skipped so far}`` on the device, if one transformation of ``state`` counts them."""
-    counts = [count for name, count in _by_path(state) if name != FLAG]
-    return {"skipped": counts[0]} if len(counts) == 1 else {}
+    """``{"skipped": steps skipped so far}`` on the device, for the transformations of ``state`` that count them.
+
+    Where there are several, each name is prefixed with the path of its state, as in `jaxsgd.guard_report`.
+    """
+    counts = [(path, count) for path, name, count in _by_path(state) if name != FLAG]
+    return {"/".join((*path[:-1], "skipped") if len(counts) > 1 else ("skipped",)): count for path, count in counts}
