@@ -127,6 +127,27 @@ def test_pain_11_all_replicas_skip_the_batch_that_one_of_them_finds_bad(mesh):
             np.testing.assert_allclose(whole[0], alone.params[name], rtol=0, atol=1e-6, err_msg=road)
 
 
+def test_a_guard_that_halts_keeps_the_last_good_step_until_resume():
+    tx = jaxsgd.guard(jaxsgd.adam(1e-2), max_consecutive=3)
+    step, state = make_step(lambda p, batch, key: jnp.mean((batch @ p) ** 2), tx), TrainState.create(jnp.ones(4), tx)
+    good = np.ones((8, 4), np.float32)
+    state, _ = step(state, good)
+    kept = np.asarray(state.params)
+    for count in range(1, 6):
+        state, _ = step(state, good * np.nan)
+        assert jaxsgd.guard_report(state.opt_state)["halted"] == (count >= 3)
+    state, metrics = step(state, good)
+    np.testing.assert_array_equal(state.params, kept)
+    assert int(metrics["skipped"]) == 6
+    state, _ = step(state.replace(opt_state=jaxsgd.resume(state.opt_state)), good)
+    assert np.all(np.asarray(state.params) != kept) and step.compiles == 1
+
+
+def test_a_misspelt_axis_in_specs_is_named(mesh):
+    with pytest.raises(ValueError, match=r"specs: 'w'=.*the mesh has no axis 'date'; did you mean 'data'\?"):
+        TrainState.create({"w": jnp.ones(8)}, jaxsgd.sgd(0.1), mesh=mesh, specs=P("date"))
+
+
 def test_float16_weights_train_and_an_overflow_is_skipped():
     tx = jaxsgd.guard(jaxsgd.adamw(3e-3))
     half = lambda key: jax.tree.map(lambda p: p.astype(jnp.float16), init(key))
