@@ -61,7 +61,9 @@ def test_the_first_hour_runs_from_top_to_bottom(tmp_path):
     page = (ROOT / "docs" / "first-hour.md").read_text()
     said = []
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for language, title, text in re.findall(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```', page, re.DOTALL | re.MULTILINE):
+    for language, title, text in re.findall(
+        r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```', page, re.DOTALL | re.MULTILINE
+    ):
         if title:
             (tmp_path / title).write_text(text)
         elif language == "bash":

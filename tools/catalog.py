@@ -97,8 +97,8 @@ def page(agreement: Agreement) -> str:
         "Agreement is the largest difference over 50 steps in float64, relative to the largest value of the leaf's",
         "trajectory, the worst of four kinds of gradients (normal, sparse, heavy-tailed, constant) and of leaves with",
         "the shapes `()`, `(7,)`, `(5, 3)` and `(4, 3, 2)`. The tests hold it below 1e-12 for optax and the NumPy",
-        "twins and below 1e-9 for everybody else. What differs on purpose is in [divergences.md](divergences.md).",
-        "State is what a float32 kernel of 256 x 512 keeps, in bytes a parameter. Beside its own arguments every rule",
+        "twins, and below 1e-9 for all others. [divergences.md](divergences.md) lists the intended differences.",
+        "State is that of a float32 kernel of 256 x 512, in bytes a parameter. Beside its own arguments every rule",
         "takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`: see",
         "`help(jaxsgd.Rule.__call__)`.",
         "",
@@ -110,17 +110,17 @@ def page(agreement: Agreement) -> str:
             lines += ["", *_section(rule, agreement)]
     lines += [
         "",
-        "## Rules of rules",
+        "## Wrappers",
         "",
-        "Each takes a rule and gives one: `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`.",
+        "Each takes a rule and returns a rule: `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`.",
         "",
     ]
-    lines += ["| rule of a rule | update | source | agrees |", "| --- | --- | --- | --- |"]
+    lines += ["| wrapper | update | source | agrees |", "| --- | --- | --- | --- |"]
     for name, title in _wrappers().items():
         _, source, equation = titled(name, title)
         lines.append(f"| `{name}` | {equation} | {source} | {_wrapped(name, agreement)} |")
     lines += ["", "## torch.optim's names", "", "`jaxsgd.torch` has torch's arguments and defaults.", ""]
-    lines += ["| class | what it is |", "| --- | --- |"]
+    lines += ["| class | description |", "| --- | --- |"]
     for name in torch.__all__:
         first = " ".join((inspect.getdoc(getattr(torch, name)) or "").split("\n\n")[0].split())
         lines.append(f"| `jaxsgd.torch.{name}` | {first} |")
@@ -145,7 +145,7 @@ def _section(rule: Rule, agreement: Agreement) -> list[str]:
     lines = [f"### {rule.name}", "", f"{name} ({source})", "", equation, "", *rest, *([""] if rest else [])]
     lines += [f"- Call: `{rule.name}({call})`", f"- State: {sum(kept.values()):.3g} bytes a parameter"]
     lines[-1] += f": {slots}" if slots else ""
-    return [*lines, f"- Agrees with {agrees or 'nobody yet'}"]
+    return [*lines, f"- Agrees with {agrees or 'nothing yet'}"]
 
 
 def _wrappers() -> dict[str, str]:

@@ -24,7 +24,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "tools.md"
 HEAD = """# The tools, call by call
 
 A new user's session: a small model, real data, and every tool on it. `python tools/transcript.py` ran these calls and
-wrote down what they print. Every result has the same form: a sentence, what it rests on, what to do next, a table.
+wrote down their output. Every result has the same form: a sentence, its reasons, the next step, a table.
 
 | call | form |
 |---|---|
@@ -117,7 +117,7 @@ print(rising)
         "rising",
     ),
     Section(
-        "A training, and what its curve shows",
+        "A run and its loss curve",
         "`diagnose` reads the losses. With `tx` it knows which settings there are to change.",
         """
 tx = jaxsgd.momentum(found.learning_rate or 0.03)
@@ -171,7 +171,7 @@ print(sharp)
     Section(
         "Would a larger batch help?",
         "`noise_scale` compares the gradients of small parts. `scale_learning_rate` carries a rate over to another "
-        "batch size, by the law that is published for the rule, or says that there is none.",
+        "batch size, by the law that is published for the rule. Without a law it raises.",
         """
 noise = jaxsgd.noise_scale(loss_fn, params, batches[:17], population=len(x))
 print(noise)
