@@ -11,6 +11,7 @@ from types import ModuleType as _ModuleType
 from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.applying import update_params
+from jaxsgd.backward import LayerStep, make_layer_step
 from jaxsgd.blockwise import int4, int8
 from jaxsgd.curvature.sharpness import Sharpness, sharpness
 from jaxsgd.description import describe
@@ -75,6 +76,7 @@ __all__ = [
     "RULES",
     "TREE_RULES",
     "Diagnosis",
+    "LayerStep",
     "NoiseScale",
     "Pick",
     "Probe",
@@ -101,6 +103,7 @@ __all__ = [
     "int8",
     "lbfgs",
     "least_squares",
+    "make_layer_step",
     "make_step",
     "metrics",
     "migrate",

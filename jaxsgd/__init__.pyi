@@ -20,6 +20,7 @@ from optax.transforms._accumulation import EmaState as EmaState
 from jaxsgd.rules.lowrank import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from jaxsgd.transforms.clip import GlobalNormState as GlobalNormState
 from jaxsgd.transforms.guarding import GuardState as GuardState
+from jaxsgd.backward import LayerStep as LayerStep
 from jaxsgd.transforms.monitoring import LeafMonitorState as LeafMonitorState
 from jaxsgd.transforms.mechanic import MechanizeState as MechanizeState
 from jaxsgd.rules.matrix import MuonDimensionNumbers as MuonDimensionNumbers
@@ -73,6 +74,7 @@ from jaxsgd.second_order.squares import least_squares as least_squares
 from jaxsgd.rules.momentum import look_ahead as look_ahead
 from jaxsgd.rules.averaging import lookahead as lookahead
 from jaxsgd.rules.lowrank import low_rank as low_rank
+from jaxsgd.backward import make_layer_step as make_layer_step
 from jaxsgd.train import make_step as make_step
 from jaxsgd.transforms.mechanic import mechanize as mechanize
 from jaxsgd.state import metrics as metrics

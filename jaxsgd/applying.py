@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxsgd.numerics import global_norm, widest
+from jaxsgd.numerics import sum_of_squares
 
 __all__ = ["apart", "applies", "step_params", "tell", "update_params"]
 
@@ -116,22 +116,20 @@ def update_params(
 
 def step_params(
     update: Callable[..., Any], grads: Any, state: Any, params: Any, **extra_args: Any
-) -> tuple[Any, Any, jax.Array]:
-    """`update_params` by the ``update`` of a transformation, and the norm of the update as a third result."""
+) -> tuple[Any, Any, list[jax.Array]]:
+    """`update_params` by the ``update`` of a transformation; and of each update the sum of its squares."""
     one = _Pass(_final(update, grads, state, params, extra_args))
     with _within(one):
         updates, state = update(grads, state, params, **extra_args)
-    if not one.chosen:
-        return optax.apply_updates(params, updates), state, global_norm(updates)
-    squares = {id(made.out): made.squares for mark, made in one.made.items() if mark in one.chosen}
+    whole = {id(made.out): made.squares for mark, made in one.made.items() if mark in one.chosen}
 
     def after(p: Any, u: Any) -> Any:
-        return u if p is None or id(u) in squares else optax.apply_updates(p, u)
+        return u if p is None or id(u) in whole else optax.apply_updates(p, u)
 
-    rest = [u for u in jax.tree.leaves(updates) if id(u) not in squares]
-    dtype = widest(x.dtype for x in squares.values())
-    total = global_norm(rest).astype(dtype) ** 2 + sum(x.astype(dtype) for x in squares.values())
-    return jax.tree.map(after, params, updates, is_leaf=lambda x: x is None), state, jnp.sqrt(total)
+    params = jax.tree.map(after, params, updates, is_leaf=lambda x: x is None)
+    squares = [whole.get(id(u)) for u in jax.tree.leaves(updates)]
+    squares = [sum_of_squares(u) if x is None else x for u, x in zip(jax.tree.leaves(updates), squares, strict=True)]
+    return params, state, squares
 
 
 def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any) -> frozenset[int]:

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jaxsgd.applying import apart, applies, tell
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
 from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, sum_leaf
-from jaxsgd.numerics import global_norm, real_dtype, step_key, wide, widest
+from jaxsgd.numerics import global_norm, is_float0, real_dtype, step_key, wide, widest
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
 from jaxsgd.slots import by_name, parameter_names
@@ -341,7 +341,7 @@ class Lift:
                 f"params: weight_decay={self.hyper['weight_decay']} needs them: tx.update(grads, state, params)"
             )
         # The gradient of an integer is no argument of a compiled function.
-        updates = jax.tree.map(lambda g: np.zeros(g.shape, bool) if _is_float0(g) else g, updates)
+        updates = jax.tree.map(lambda g: np.zeros(g.shape, bool) if is_float0(g) else g, updates)
         extra = {name: extra_args[name] for name in self.rule.extra if name in extra_args}
         traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((updates, state, params)))
         as_it_is = traced or any(callable(value) for value in extra.values())  # a function is no argument of jit
@@ -559,10 +559,6 @@ def lifts_in(tx: optax.GradientTransformation, params: Any) -> list[Lift]:
 
 def _real(value: Any) -> bool:
     return is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)
-
-
-def _is_float0(g: Any) -> bool:
-    return getattr(g, "dtype", None) == jax.dtypes.float0
 
 
 def _is_hashable(value: Any) -> bool:

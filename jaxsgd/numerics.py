@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,16 @@ __all__ = [
     "filled",
     "global_norm",
     "hashed",
+    "is_float0",
     "is_key",
     "real_dtype",
     "real_zeros",
+    "root_of",
     "sq",
     "step_key",
     "stochastic_round",
     "strong",
+    "sum_of_squares",
     "wide",
     "wide_dtype",
     "widest",
@@ -171,10 +174,28 @@ def global_norm(tree: Any) -> jax.Array:
 
     Leaves of the dtype float0, which are the gradients of integers, count nothing.
     """
-    leaves = [x for x in jax.tree.leaves(tree) if getattr(x, "dtype", None) != jax.dtypes.float0]
-    dtype = widest(jnp.result_type(x) for x in leaves)
-    numbers = [x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else jnp.asarray(x, dtype) for x in leaves]
-    return jnp.sqrt(sum((jnp.sum(sq(wide(x))).astype(dtype) for x in numbers), jnp.zeros((), dtype)))
+    leaves = [x for x in jax.tree.leaves(tree) if not is_float0(x)]
+    return root_of([sum_of_squares(x) for x in leaves], widest(jnp.result_type(x) for x in leaves))
+
+
+def sum_of_squares(x: Any) -> jax.Array:
+    """The sum of the squared magnitudes of an array, in at least float32; 0 for the gradient of an integer."""
+    if is_float0(x):
+        return jnp.zeros(())
+    x = jnp.asarray(x)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    return jnp.sum(sq(wide(x)))
+
+
+def is_float0(x: Any) -> bool:
+    """Whether ``x`` is the gradient of an integer: it has a shape, but no values."""
+    return getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def root_of(squares: Sequence[jax.Array], dtype: Any = None) -> jax.Array:
+    """The root of a sum, in ``dtype``. Default: the widest of theirs."""
+    dtype = widest(x.dtype for x in squares) if dtype is None else dtype
+    return jnp.sqrt(sum((x.astype(dtype) for x in squares), jnp.zeros((), dtype)))
 
 
 def step_key(count: jax.Array, number: int) -> jax.Array:

@@ -21,7 +21,7 @@ from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.models import carried_state, merge_model
-from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, strong
+from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, root_of, strong
 from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, on_every_device, shard_batch
@@ -342,7 +342,7 @@ class Step:
             place = jax.lax.with_sharding_constraint
             grads = treedef.unflatten(g if where is None else place(g, where) for g, where in pairs)
         extra = taken_by(self.tx.update, {"value": loss, "grad": grads, "value_fn": value_fn})
-        params, opt_state, update_norm = step_params(self.tx.update, grads, state.opt_state, state.params, **extra)
+        params, opt_state, squares = step_params(self.tx.update, grads, state.opt_state, state.params, **extra)
         skipped = skipped_now(state.opt_state, opt_state)
         if skipped is not None:
             carried = kept_where_skipped(skipped, state.model_state, carried)
@@ -357,7 +357,7 @@ class Step:
             "step": new.step,
             "loss": loss,
             "gradient_norm": global_norm(grads),
-            "update_norm": update_norm,
+            "update_norm": root_of(squares),
         }
         return new, report if aux is None else {**report, "aux": aux}
 

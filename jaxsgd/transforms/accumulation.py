@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 
 from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, with_all_arguments
-from jaxsgd.numerics import differentiable, is_key, wide, widest, zeros
+from jaxsgd.numerics import differentiable, is_float0, is_key, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, check_params
 from jaxsgd.state import plain
 from jaxsgd.transforms.clip import AxisName, varying_over
-from jaxsgd.transforms.trees import check_like, is_float0, is_inexact, keep_types, or_zeros, scalar
+from jaxsgd.transforms.trees import check_like, is_inexact, keep_types, or_zeros, scalar
 
 __all__ = ["Accumulate", "AccumulateState", "accumulate", "accumulate_gradients"]
 

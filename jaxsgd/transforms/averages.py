@@ -12,9 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 from optax import EmaState
 
 from jaxsgd.hyper import is_constant
-from jaxsgd.numerics import filled, wide, wide_dtype, widest, zeros
+from jaxsgd.numerics import filled, is_float0, wide, wide_dtype, widest, zeros
 from jaxsgd.paths import check_params, same_structure
-from jaxsgd.transforms.trees import as_array, check_like, is_float0, is_inexact
+from jaxsgd.transforms.trees import as_array, check_like, is_inexact
 
 __all__ = ["EmaState", "ParamsEmaState", "ema", "params_ema"]
 

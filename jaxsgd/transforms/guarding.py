@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.numerics import widest
+from jaxsgd.numerics import is_float0, widest
 from jaxsgd.paths import check_optimizer
 from jaxsgd.transforms.clip import AxisName, norm_across
-from jaxsgd.transforms.trees import find, is_float0, keep_types, or_zeros, scalar, select
+from jaxsgd.transforms.trees import find, keep_types, or_zeros, scalar, select
 
 __all__ = ["GuardState", "Rolling", "guard", "guard_report", "resume"]
 

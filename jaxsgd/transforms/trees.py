@@ -16,7 +16,6 @@ __all__ = [
     "as_array",
     "check_like",
     "find",
-    "is_float0",
     "is_inexact",
     "keep_types",
     "map_inexact",
@@ -27,11 +26,6 @@ __all__ = [
 
 FLOAT0 = jax.dtypes.float0
 REMEDY = "Use a state that tx.init(params) made for these parameters"
-
-
-def is_float0(x: Any) -> bool:
-    """Whether ``x`` is the gradient of an integer: it has a shape, but no values."""
-    return getattr(x, "dtype", None) == FLOAT0
 
 
 def is_inexact(x: Any) -> bool:
