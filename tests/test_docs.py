@@ -103,7 +103,7 @@ def test_the_costs_of_the_page_of_advice_are_those_of_the_ledger():
         (cells,) = re.findall(rf"^\| \[?`{name}`[^|]*\|(.*)\|$", text, re.MULTILINE)
         return [cell.strip(" *") for cell in cells.split("|")]
 
-    costs = page.split("## What each costs")[1].split("\n## ")[0]
+    costs = page.split("## The cost of each")[1].split("\n## ")[0]
     names = re.findall(r"^\| `(\w+)`", costs, re.MULTILINE)
     assert len(names) >= 10
     for name in names:
