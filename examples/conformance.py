@@ -1,21 +1,21 @@
-"""Run the conformance kit on optax's own rules and write what it finds.
+"""Run the conformance kit on optax's own rules and write its findings.
 
     python examples/conformance.py --out docs/conformance.md
 
-Nothing here knows what to expect: the kit is given optax's functions and, to compare with, jaxsgd's rules that follow
-torch.
+No result is expected here. The kit gets optax's functions and, to compare with, jaxsgd's rules that follow torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+from collections import Counter
 from collections.abc import Callable
 
 import optax
 
 import jaxsgd
-from jaxsgd.testing import LAWS, compare, laws_broken
+from jaxsgd.testing import LAWS, Broken, compare, laws_broken
 
 RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
     name: getattr(optax, name)
@@ -47,30 +47,52 @@ TORCH: dict[str, tuple[optax.GradientTransformation, optax.GradientTransformatio
 """optax's rule beside torch's of the same name, in the settings that both have."""
 
 
+HEAD = """# The conformance kit's findings in optax
+
+Made by `python examples/conformance.py --out docs/conformance.md` with optax {version}, in about three minutes on two
+CPU cores; not written by hand. The kit is `jaxsgd.testing`. One finding, reproduced:
+
+```python
+import optax
+from jaxsgd.testing import laws_broken
+
+for broken in laws_broken(optax.adam, ["moments", "zero"]):
+    print(broken)
+```
+
+A law that does not hold is not always a mistake. 16-bit moments save memory, few programs use strict promotion, and a
+sum over all parameters spreads NaN. [Differences from optax](divergences.md) has the cases that matter for training.
+
+## Laws
+
+The last column counts the rules of optax, out of {count}, for which the law does not hold.
+
+| law | meaning | does not hold |
+| --- | --- | ---: |"""
+
+
 def report() -> str:
     """The findings as Markdown."""
-    lines = [
-        "# What the conformance kit finds in optax",
-        "",
-        f"optax {optax.__version__}, by `python examples/conformance.py`. Written by the kit, not by hand.",
-        "",
-        "## Laws",
-        "",
-        *(f"- **{name}**: {' '.join((law.__doc__ or '').split())}" for name, law in LAWS.items()),
-        "",
-        "| rule | laws that do not hold |",
-        "| --- | --- |",
-    ]
-    for name, make in sorted(RULES.items()):
-        broken = laws_broken(make)
-        shown = "<br>".join(f"{b}".replace("|", "/") for b in broken) or "all hold"
-        lines.append(f"| `{name}` | {shown} |")
-    lines += ["", "## Same name in torch", "", "Fifty steps in float64; agreement is 1e-12 of a leaf's trajectory.", ""]
+    findings = {name: laws_broken(make) for name, make in sorted(RULES.items())}
+    broken = Counter(finding.law for found in findings.values() for finding in found)
+    lines = [HEAD.format(version=optax.__version__, count=len(RULES))]
+    lines += [f"| {name} | {' '.join((law.__doc__ or '').split())} | {broken[name]} |" for name, law in LAWS.items()]
+    lines += ["", "## Rule by rule", "", "| rule | laws that do not hold |", "| --- | --- |"]
+    for name, found in findings.items():
+        lines.append(f"| `{name}` | {'<br>'.join(map(shortened, found)) or 'all hold'} |")
+    lines += ["", "## Same name in torch", ""]
+    lines += ["Fifty steps in float64; agreement is 1e-12 of the largest value of a leaf's trajectory.", ""]
     lines += ["| rule | optax against torch |", "| --- | --- |"]
     for name, (theirs, torch) in TORCH.items():
-        found = compare(theirs, torch, gradients=("normal", "sparse"))
-        lines.append(f"| {name} | {'<br>'.join(' '.join(str(c).split()) for c in found)} |")
+        walks = compare(theirs, torch, gradients=("normal", "sparse"))
+        lines.append(f"| {name} | {'<br>'.join(' '.join(str(walk).split()) for walk in walks)} |")
     return "\n".join(lines) + "\n"
+
+
+def shortened(finding: Broken) -> str:
+    """A finding in one table cell: the law, and at most 90 characters of the reason."""
+    text = str(finding).replace("|", "/").removesuffix(", but they differ:")
+    return text if len(text) <= 100 else f"{text[:98].rsplit(' ', 1)[0]} ..."
 
 
 def main(argv: list[str] | None = None) -> None:

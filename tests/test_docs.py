@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 import jaxsgd
 from jaxsgd import RULES
-from jaxsgd.testing import check_rule
+from jaxsgd.testing import LAWS, check_rule
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -222,6 +222,17 @@ def test_notebook_runs(path):
 def test_notebooks_are_kept_with_their_pictures():
     for path in NOTEBOOKS:
         assert "image/png" in path.read_text()
+
+
+def test_the_page_of_conformance_has_every_law_and_its_block_runs(capsys):
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    laws = {name: " ".join((law.__doc__ or "").split()) for name, law in LAWS.items()}
+    assert dict(re.findall(r"^\| (\w+) \| (.*) \| \d+ \|$", page, re.MULTILINE)) == laws
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    (said,) = capsys.readouterr().out.splitlines()
+    (adam,) = re.findall(r"^\| `adam` \| (.*) \|$", page, re.MULTILINE)
+    assert said in adam.split("<br>"), "one finding, and the one on the page"
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
