@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="plan | rules | rule")
     plan = commands.add_parser(
         "plan", help="memory, time and transfers of a script's train step, on hardware you do not have",
-        description="What the training of a script takes on hardware that you do not have.", allow_abbrev=False,
+        description="Plan the train step of a script for hardware that you do not have.", allow_abbrev=False,
     )  # fmt: skip
     command.add_arguments(plan)
     rules = commands.add_parser("rules", help="list the update rules", allow_abbrev=False)

@@ -13,14 +13,14 @@ from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
-EPILOG = """The script says what it trains by a function of three lines:
+EPILOG = """The script describes its run by a function of two lines:
 
     def plan_inputs():  # or plan_inputs(argv), plan_inputs(argv, mesh)
         return {"loss_fn": loss_fn, "params": init, "tx": tx, "batch": batch}
 
-The parameters may be arrays, shapes, a model, or a function of a key that makes one; the batch may be shapes. Further
-arguments of jaxsgd.plan may be in the dict, such as specs and zero1. Without the function, variables of these names
-are taken. Arguments that are not listed here go to the function.
+The parameters may be arrays, shapes, a model, or a function of a key that makes one. The batch may be shapes. The dict
+may have further arguments of jaxsgd.plan, such as specs and zero1. Without the function, the script's variables of these
+names are used. Arguments that are not listed here go to the function.
 """
 
 
