@@ -104,7 +104,7 @@ def rules_table(rules: list[Rule]) -> Table:
     columns = (
         Column("rule", kind="text"),
         Column("state", unit="bytes a parameter"),
-        Column("what it is", kind="text"),
+        Column("description", kind="text"),
     )
     rows = []
     for rule in rules:

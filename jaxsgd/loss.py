@@ -93,8 +93,8 @@ def _like(new: Any, old: Any) -> Any:
         if more or less or len(found) != len(names):
             said = [f"new: {', '.join(more[:3])}"] * bool(more) + [f"missing: {', '.join(less[:3])}"] * bool(less)
             raise ValueError(
-                f"loss_fn: the model's state has other leaves after it ({'; '.join(said)}). Use the same tree; of an "
-                "NNX model take what it sows away: nnx.pop(model, nnx.Intermediate)"
+                f"loss_fn: the model's state has other leaves after it ({'; '.join(said)}). Use the same tree. An "
+                "NNX model that sows values needs nnx.pop(model, nnx.Intermediate)"
             )
         by_name = dict(zip(found, leaves, strict=True))  # a container of another order, such as a FrozenDict
         leaves = [by_name[name] for name in names]

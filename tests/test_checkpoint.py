@@ -413,7 +413,7 @@ def test_the_loops_own_exception_goes_on(tmp_path, monkeypatch):
         raise ZeroDivisionError
     (note,) = caught.value.__notes__
     assert "step 2 was not saved (OSError: [Errno 28] No space left on device)" in note
-    with pytest.raises(OSError, match=r"No space left on device\); what is left: the checkpoints of the steps \[1\]"):
+    with pytest.raises(OSError, match=r"No space left on device\); left: the checkpoints of the steps \[1\]"):
         fail_later(tmp_path)
 
 
@@ -474,7 +474,7 @@ def full_disk(directory: str) -> None:
                 checkpoints.wait()
             except OSError as error:
                 assert f"{directory}: the checkpoint of step {step} was not saved" in str(error), error
-                assert "what is left: the checkpoints of the steps [1]" in str(error), error
+                assert "left: the checkpoints of the steps [1]" in str(error), error
                 print(error)
             else:
                 raise AssertionError("it was saved")
@@ -739,7 +739,7 @@ def test_a_full_disk_of_one_process_ends_all(tmp_path, full, what):
         assert each.returncode == 1, out[-3000:]
         (told,) = [line for line in out.splitlines() if line.startswith("OSError: ")]
         assert f"{tmp_path}: the checkpoint of step 10 was not saved (process {full} of 2: " in told, out[-3000:]
-        assert "what is left: the checkpoints of the steps [1]" in told
+        assert "left: the checkpoints of the steps [1]" in told
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 

@@ -132,7 +132,7 @@ def test_the_examples_can_be_planned(run):
         (
             "x = 1",
             [],
-            "params, batch is missing. Add a function that says what is trained:\n\n    def plan_inputs()",
+            "params, batch is missing. Add a function that returns them:\n\n    def plan_inputs()",
         ),
         (PIECES["variables"], ["--topology", "v5x"], "no such device; did you mean 'v5e' or 'v5p'?"),
         (PIECES["variables"], ["--mesh-axes", "data"], "NAME=NUMBER"),

@@ -601,7 +601,7 @@ class Checkpoints:
                 shutil.rmtree(place.path, ignore_errors=True)
 
     def _failure(self, why: str) -> str:
-        left = f"what is left: the checkpoints of the steps {self.saved}" if self.saved else "no checkpoint is left"
+        left = f"left: the checkpoints of the steps {self.saved}" if self.saved else "no checkpoint is left"
         return f"{self.directory}: the checkpoint of step {self._saving} was not saved ({why}); {left}"
 
 
@@ -673,7 +673,7 @@ def _fresh(like: Any, read: dict[str, Any], tx: Any) -> Any:
         return like.opt_state
     if tx is None:
         raise ValueError(
-            "migrate=True: like has only shapes in opt_state, and what the checkpoint lacks needs values. "
+            "migrate=True: like has only shapes in opt_state, and leaves that the checkpoint lacks need values. "
             "Use tx=, the new optimizer, or a state as like"
         )
     names = [name for name in named_leaves(like, "like") if name == "params" or name.startswith("params/")]

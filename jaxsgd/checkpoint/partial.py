@@ -59,7 +59,7 @@ class Filling:
         if not partial and (self.reset or self.dropped):
             lines = [f"  {entry.name}: {entry.reason}" for entry in [*self.reset, *self.dropped]]
             more = [f"  and {len(lines) - 8} more"] if len(lines) > 8 else []
-            hint = "Use partial=True to keep what fits, with a report"
+            hint = "Use partial=True to keep the leaves that fit, with a report"
             raise ValueError("\n".join([f"{where}: the weights of another model", *lines[:8], *more, hint]))
         for entry in self.reset:
             if isinstance(leaves[entry.name], jax.ShapeDtypeStruct):

@@ -233,7 +233,7 @@ def _normalised(
     k, notes = len(table) - 1, []
     if unseen:
         notes.append(
-            f"{unseen:,} parameters have a gradient here far beyond what {name} has seen of them and divides by: "
+            f"{unseen:,} parameters have a gradient here far above the earlier ones that {name} divides by: "
             "the threshold will rise in the next steps"
         )
     impulse = _impulse(table)

@@ -479,6 +479,6 @@ def _levels(
         if best_known is None:
             advice += "; if a lower loss is known to be possible, say so with best_known"
         return Finding(Verdict.GOOD, text, numbers, advice)
-    text = f"fell by {number(seen.fall)}, the second half brings {late:.0%} of it: fast first, then slower"
+    text = f"fell by {number(seen.fall)}, {late:.0%} in the second half: fast first, then slower"
     more = "keep it; more steps still help a little" if late > 0.05 else "keep it"
     return Finding(Verdict.GOOD, text, numbers, more)

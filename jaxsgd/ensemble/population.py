@@ -448,7 +448,7 @@ class Population:
                 count = int(self._dealer.least(int(np.clip(TIMED / max(seconds.values()), 2, self.chunk))))
         self._form = int(self._dealer.least(float(seconds["map"] < seconds["vmap"])))
         self.strategy = ("vmap", "map")[self._form]
-        self.why = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items()) + " a step of all members"
+        self.why = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items()) + " a step of all runs"
 
     def _looped(self, batches: Any, active: np.ndarray) -> np.ndarray:
         """Steps of single members, one on each device, called in turn: ``(members, steps, names)``."""

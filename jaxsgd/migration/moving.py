@@ -448,7 +448,7 @@ class Migration:
                 continue
             value = old.leaves[name]
             if place.slot.startswith(HYPER):
-                self._say("changed", name, "the new state holds none; what the new optimizer says counts", place)
+                self._say("changed", name, "the new state holds none; the new optimizer's value counts", place)
             elif not place.slot.startswith(PINS):
                 size = int(getattr(value, "size", 1))
                 self._say("dropped", name, f"{_show(value)}, the new state has no place for it", place, size)

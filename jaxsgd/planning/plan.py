@@ -201,8 +201,8 @@ def _lower(step: Step, state: Any, batch: Any) -> Any:
         first = str(error).strip().splitlines()[0]
         raise TypeError(
             f"step_or_loss: {loss} cannot be compiled: {type(error).__name__}: {first} It was traced with "
-            f"{len(jax.tree.leaves(state.params))} parameters and the batch {shown}; what depends on values of arrays "
-            "must be said by jnp.where, jax.lax.cond or another function of JAX"
+            f"{len(jax.tree.leaves(state.params))} parameters and the batch {shown}. "
+            "Use jnp.where or jax.lax.cond for a choice that depends on values of arrays"
         ) from error
 
 
@@ -275,7 +275,7 @@ def compare(items: Any, *args: Any, **common: Any) -> Comparison:
       A `Comparison`: print it, ``to_markdown()``, ``to_json()``, or `jaxsgd.plot.memory_bars` of it.
 
     Raises:
-      ValueError: nothing to compare; what `plan` raises.
+      ValueError: nothing to compare, or as in `plan`.
     """
     names = ("step_or_loss", "params", "tx", "batch")
     shared = {**dict(zip(names, args, strict=False)), **common}

@@ -70,7 +70,7 @@ def plan_arguments(target: str, argv: Sequence[str], mesh: Mesh, optimizer: str 
     missing = [n for n in ("step_or_loss", "params", "batch") if n not in out]
     if missing:
         shown = ", ".join(n.replace("step_or_loss", "loss_fn") for n in missing)
-        raise ValueError(f"{where}: {shown} is missing. Add a function that says what is trained:\n\n{HOOK}\n")
+        raise ValueError(f"{where}: {shown} is missing. Add a function that returns them:\n\n{HOOK}\n")
     if out.get("tx") is not None and optimizer is not None:
         raise ValueError(f"--optimizer {optimizer}: {place} has an optimizer of its own. Leave the option out")
     if out.get("tx") is None and not is_step:
