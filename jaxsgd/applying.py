@@ -133,7 +133,7 @@ def step_params(
 
 
 def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any) -> frozenset[int]:
-    """The parameters whose updates nobody changes on the way out of ``update``, by the ``id`` of their marks."""
+    """The parameters whose updates stay unchanged on the way out of ``update``, by the ``id`` of their marks."""
     arrays = jax.tree.leaves(state)
     packed = any(getattr(x, "dtype", None) in (jnp.int8, jnp.uint8) and x.size > 1 for x in arrays)
     if not packed or not any(isinstance(x, Tracer) for x in arrays):

@@ -51,7 +51,7 @@ def titled(where: str, title: str) -> tuple[str, str, str]:
 
 
 def state_bytes(rule: Rule) -> dict[str, float]:
-    """Slot -> bytes a parameter, for a float32 kernel of 256 x 512; 0 where such a kernel has none of it."""
+    """Slot -> bytes a parameter, for a float32 kernel of 256 x 512; 0 where such a kernel has no such slot."""
     tx = rule(1e-3)
     state = jax.eval_shape(tx.init, {"kernel": jnp.zeros(KERNEL), "bias": jnp.zeros(KERNEL[1:])})
     sizes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731

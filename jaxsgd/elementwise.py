@@ -55,7 +55,7 @@ def _print(closed: ClosedJaxpr) -> list[Any]:
     """All that is done, but for the shapes.
 
     Raises:
-      _MixedError: some of it mixes places.
+      _MixedError: a part mixes places.
     """
     shapes = {_shape(v) for v in (*closed.jaxpr.invars, *closed.jaxpr.outvars)} - {()}
     if len(shapes) > 1:

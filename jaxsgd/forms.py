@@ -26,7 +26,7 @@ class Form:
 
     Attributes:
       container: the name of the `jaxsgd.State` that holds it, in the optimizer's state.
-      slot: what the rule says of it.
+      slot: its declaration in the rule.
       parameter: the parameter's name.
       storage: how it is stored.
       stored: shapes and dtypes of the stored arrays, a pytree.

@@ -157,7 +157,7 @@ def in_kernel(
 
 
 def _aliases(scalars: int, given: list[Any], results: list[Any]) -> dict[int, int]:
-    """What is kept is replaced in place; the first result is new."""
+    """Arrays of state are replaced in place; the first result is new."""
     first = scalars + len(given) - len(results)
     return {first + i: i for i in range(1, len(results))}
 

@@ -1,4 +1,4 @@
-"""One array of a tree under a rule: what the rule sees of it, and its step.
+"""One array of a tree under a rule: the rule's view, and its step.
 
 `step_leaf` is compiled with a leaf's settings static, so that leaves of one shape and one setting share a trace.
 """
@@ -249,7 +249,7 @@ def step_leaf(settings: Settings, applies: bool, g: Any, p: Any, rested: Any, hy
     """One step of one array: its update, its stored slots, and the part that rounding took.
 
     Args:
-      settings: all that is static of it.
+      settings: its static part.
       applies: give an `Applied` in place of the update.
       g, p, rested, hyper: the gradient, the parameter, stored slots and runtime values by name.
       lost: what rounding took so far.

@@ -102,7 +102,7 @@ class _Part(NamedTuple):
 
     @property
     def packs(self) -> bool:
-        """Whether a slot of it is stored otherwise than plain."""
+        """Whether one of its slots has a storage other than plain."""
         assert self.settings is not None
         return any(storage is not plain and self.rested.get(n) is not None for n, storage in self.settings.storage)
 

@@ -153,7 +153,7 @@ def call_loss(
 
 
 def fold_keys(tree: Any, data: Any) -> Any:
-    """``tree`` with random keys of its own: ``data``, an integer, is folded into each typed key of it.
+    """``tree`` with random keys of its own: ``data``, an integer, is folded into each of its typed keys.
 
     The keys of `flax.nnx.Rngs` are such: a model with dropout then draws other random numbers.
     """

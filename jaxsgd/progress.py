@@ -16,7 +16,7 @@ PATIENCE = 2.0
 
 
 class Bar:
-    """A bar on the standard error that appears after two seconds of work, and not at all where nobody looks::
+    """A bar on the standard error that appears after two seconds of work, and only on a terminal or in a notebook::
 
         with Bar("sweep", total=1000) as bar:
             bar.advance(10, "loss 0.31")

@@ -417,7 +417,7 @@ class Report:
         return [{key: _plain(value) for key, value in row.items()} for row in self.table.records()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain Python: the four attributes and every field, arrays as lists."""
+        """The result as plain Python: the four attributes and every field, arrays as lists."""
         plain = {name: _plain(getattr(self, name)) for name in (*_names(self), "summary", "why", "next")}
         return {"tool": type(self).__name__} | plain | {"table": self.records()}
 

@@ -390,7 +390,7 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
         (`jax.ShapeDtypeStruct`, of the whole batch) get the sharding that the arrays would have.
       mesh: a mesh, with Auto or Explicit axes.
       batch_axes: the mesh axes that the examples are split over. Default: ``"data"``.
-      multiple: the number of examples on one device must be a multiple of it. Default: 1.
+      multiple: a divisor of the number of examples on one device. Default: 1.
 
     Raises:
       ValueError: an axis that the mesh lacks; examples that cannot be split evenly (the nearest sizes are named).

@@ -72,6 +72,33 @@ def test_markdown_cells_are_read_at_their_line(tmp_path):
     assert word == "in words" and "in words" in text.split("\n")[line - 1]
 
 
+@pytest.mark.parametrize(
+    ("sentence", "word"),
+    [
+        ("The report says what was reset.", "says what"),
+        ("It will keep what fits.", "keep what"),
+        ("An estimate of it is printed.", "of it"),
+        ("The next run goes on from step 3.", "goes on from"),
+        ("So what is left is small.", "what is left"),
+    ],
+)
+def test_clauses_that_stand_for_nouns_are_found(tmp_path, sentence, word):
+    assert found(tmp_path / "page.md", sentence) == [(1, word)]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "What does my loss curve show?",
+        "One half of its items, of items, of iterations.",
+        "Print what=3 to see that what-if runs exist.",
+        "Errors: what is wrong, the value, then a remedy.",
+    ],
+)
+def test_other_uses_of_the_same_words_are_no_findings(tmp_path, sentence):
+    assert found(tmp_path / "page.md", sentence) == []
+
+
 @pytest.mark.parametrize("words", [words for words in prose.BANNED if re.fullmatch(r"[a-z, ]+", words)])
 def test_every_plain_word_is_found_across_a_line_end(tmp_path, words):
     assert found(tmp_path / "page.md", f"A sentence {words}.".replace(" ", "\n"))

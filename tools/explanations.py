@@ -73,7 +73,7 @@ EXPLANATIONS: dict[str | tuple[str, str], str] = {
     + GRADIENT_KEPT,
     "bounds": "the bounds of rows and columns: kernels on vectors, and on H100 one of the two maxima is a pass of its "
     "own, over an array that is kept for it.",
-    "rows_with_gradient": "whether a row has any gradient is known only when all of it is read: the step reads it "
+    "rows_with_gradient": "whether a row has any gradient is known only when the whole row is read: the step reads it "
     "again.",
     ("*", "int8"): EIGHT_BITS,
 }

@@ -114,7 +114,7 @@ def _sorted(held: Ledger) -> Ledger:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """All of it or nothing, whenever the process ends."""
+    """All rows or none, whenever the process ends."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
@@ -143,7 +143,7 @@ def _rows(held: Ledger) -> Iterator[tuple[str, str, str, Row]]:
 
 
 def faults(held: Ledger) -> list[str]:
-    """Rules that are not measured, rows beyond a bar that nobody explains, explanations that nothing needs."""
+    """Rules that are not measured, rows beyond a bar without an explanation, explanations that nothing needs."""
     out = []
     for name in sorted(RULES):
         wanted = [s for s in STORAGES if s == "plain" or packs(name, s)]

@@ -46,6 +46,14 @@ BANNED = {
     "was given away": "was donated",
     "takes? its memory": "uses N bytes",
     "for ever": "forever, or the condition that ends it",
+    "of it": "its ..., or the noun",
+    "nobody": "the noun that is meant, or the passive",
+    "everybody": "all ..., with the noun",
+    "one's own": "your own",
+    "(?:say|tell|show|know|keep|report|see|decide)s? what": "a noun: says the reason, keeps the leaves that fit",
+    "(?:said|told|kept) what": "a noun: reported the leaves that differ",
+    "what (?:is|are|was|were) (?:said|told|shown|reset|kept|left)": "a noun: the report, the values that are reset",
+    "go(?:es)? on from": "continue from",
 }
 """A regular expression of words, and the text to write instead. Spaces match line ends."""
 

@@ -72,7 +72,7 @@ class Checkpoints:
                 checkpoints.after(index + 1, state, data=index + 1)
 
     A checkpoint counts as saved once a manifest with the checksum of each of its files is on the disk. A run that
-    is killed before that goes on from the one before. All saves of a run must happen inside ``with``; several
+    is killed before that continues from the one before. All saves of a run must happen inside ``with``; several
     processes call every method together. ``directory`` must be one that all processes see.
 
     Inside ``with`` the run holds the lock of the directory: another run is refused. A lock is given back at the end of
@@ -331,7 +331,7 @@ class Checkpoints:
         """Wait until the save under way, if any, is complete on the disk.
 
         Raises:
-          OSError: it failed; says why, and what is left. The next save starts afresh.
+          OSError: it failed. The message has the reason and the checkpoints that are left. The next save starts afresh.
         """
         if self._thread is None:
             return
@@ -375,7 +375,7 @@ class Checkpoints:
           like: a state, or its shapes with their shardings, which say where each array goes: any number of devices,
             any mesh. Its values are not used.
           step: this checkpoint and no other.
-          migrate: take ``opt_state`` over by name where the optimizer was edited, and leave the rest of it as it is in
+          migrate: take ``opt_state`` over by name where the optimizer was edited, and leave the rest as it is in
             ``like``, which must then be a state. See `jaxsgd.migration`.
           tx, old_tx: with ``migrate``, the new optimizer and the one that was saved, for storages of your own. Default:
             unknown.
@@ -385,7 +385,7 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint, or not that of ``step``.
-          ValueError: no checkpoint is good (says what is wrong with each), or it is that of another model (says
+          ValueError: no checkpoint is good (with the fault of each), or it is that of another model (says
             which paths differ), or ``migrate`` with a ``like`` that is no such state.
         """
         if self._writer is not None:
@@ -439,8 +439,8 @@ class Checkpoints:
           step: this checkpoint and no other, as in `restore`.
           dtype: of floating leaves, in place of their own. Default: None.
           averaged: the averages of `jaxsgd.eval_params` in place of the parameters, where there are any.
-          partial: keep what fits by name and shape, and leave the other leaves as they are in ``like``: for a new head
-            or an added adapter. The report says which. Default: False, a leaf without counterpart is an error.
+          partial: keep the leaves that fit by name and shape, and leave the others as they are in ``like``: for a new
+            head or an added adapter. The report lists both. Default: False, a leaf without counterpart is an error.
           rename: name in ``like`` -> name in the checkpoint, both with the part in front:
             ``lambda name: name.replace("params/base/", "params/")``. Default: the same names.
 
@@ -590,7 +590,7 @@ class Checkpoints:
             place.path.rename(aside)
 
     def _recover(self) -> None:
-        """After a failed save: an Orbax that knows nothing of it, and its files gone."""
+        """After a failed save: a new Orbax manager, and its files removed."""
         with contextlib.suppress(Exception):
             self._writer.close()  # type: ignore[union-attr]
         self._writer = _checkpointer(self._peers)

@@ -1,4 +1,4 @@
-"""The processes of one run, while they save: they wait for one another, and when one fails all learn of it at once."""
+"""The processes of one run, while they save: they wait for one another, and when one fails all raise at once."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def sharpness(
       params: a tree of real floating parameters, an ``nnx.Module``, or a `TrainState`, with its optimizer state. The
         model state is constant. So the Hessian is that of the loss with the statistics and counters given.
       batch: a batch, or a list of batches of the same shapes, for their mean loss. A list ``[x, y]`` of arrays is one
-        batch where the loss takes only the whole of it.
+        batch where the loss takes only the whole array.
       tx, opt_state: the optimizer, and its state after some steps. A rule without a divisor, such as momentum, needs no
         state.
       eigenvalues: the number of largest eigenvalues. Default: 1.

@@ -131,7 +131,7 @@ def diagnose(
     rule: Any = None,
     loss: str = "loss",
 ) -> Diagnosis:
-    """Say what a training's history shows: ``print(jaxsgd.diagnose(recorder.records, tx=tx))``.
+    """Diagnose a run from its loss curve: ``print(jaxsgd.diagnose(recorder.records, tx=tx))``.
 
     The verdicts rest on shares of the curve's own fall and on its noise, so that a constant added to the loss, or a
     factor, changes none. From losses alone a finished training cannot be told from one that is caught above the best
@@ -144,7 +144,7 @@ def diagnose(
       validation: validation losses, evenly spaced up to the last step, or ``(steps, losses)``; instead of the
         history's own.
       learning_rate: named in the advice. Default: the history's largest, or that of ``tx``.
-      best_known: the loss that another run is known to reach, or a lower bound of it (0 for a model that can fit all
+      best_known: the loss that another run is known to reach, or its lower bound (0 for a model that can fit all
         its examples).
       steps_per_epoch: the number of batches; 1 if every step sees all data. A pattern of that length comes from the
         order of the batches, and is no oscillation. Default: unknown; a pattern that may be the order of the batches is

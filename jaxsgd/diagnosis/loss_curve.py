@@ -297,7 +297,7 @@ def autocorrelation(r: np.ndarray, lags: int) -> np.ndarray:
 
 
 def oscillation(y: np.ndarray) -> Oscillation | None:
-    """The rhythm of what is left when the nearest falling curve is taken away, or None.
+    """The rhythm of the residuals from the nearest falling curve, or None.
 
     Noise has none: its autocorrelation stays within 3 / sqrt(points) of zero. A swing turns negative at half its period
     and comes back at the period, of which there must be three.

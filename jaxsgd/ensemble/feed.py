@@ -55,7 +55,7 @@ class Feed:
         - an iterator or a generator, which may end;
         - a function of the step ``0, 1, ...`` that returns a batch;
         - one batch for every step: a dict, a tuple, an array or another pytree. A list ``[x, y]`` of arrays is one
-          batch where the loss takes only the whole of it; see `is_one_batch`.
+          batch where the loss takes only the whole array; see `is_one_batch`.
       takes: whether the loss takes a batch. Default: unknown.
       replay: keep the batches of an iterator, or of an iterable that may give others on its next walk, on the host, so
         that `rewind` can give them again. Default: False.

@@ -226,7 +226,7 @@ class Population:
 
     @property
     def snapshot(self) -> dict[str, Any]:
-        """Everything that changes in training, as arrays of fixed shapes; assign one to go on from it.
+        """Everything that changes in training, as arrays of fixed shapes; assign one to continue there.
 
         After `look` only: the number of metrics is not known before.
         """

@@ -94,7 +94,7 @@ def train_in_waves(
 ) -> Trained:
     """Train all members on the same batches, ``size`` of them at once; see `Population` for the arguments.
 
-    With a ``directory``, a wave is saved every ``save_every`` steps and at its end. A later call goes on from there.
+    With a ``directory``, a wave is saved every ``save_every`` steps and at its end. A later call continues from there.
     """
     count = len(next(iter(members.values())))
     starts = range(0, count, size)
@@ -185,7 +185,7 @@ def described(folder: pathlib.Path, about: dict[str, Any], size: int) -> int:
     """Write down which sweep a folder holds, and return the size of its waves: that of the first call.
 
     Raises:
-      ValueError: the folder holds another sweep; says what differs.
+      ValueError: the folder holds another sweep. The message names the differences.
     """
     file = folder / "sweep.json"
     about = json.loads(json.dumps(about))

@@ -32,8 +32,8 @@ def migrate(
     name. One that belongs to a parameter (``"1/slots/mu/dense/kernel"``) goes where the new state has the same slot
     (mu) of the same parameter, whatever is around it. A leaf without a counterpart, or of another shape, is as
     ``tx.init`` makes it. Of several alike (two rules in a chain with a mu each), those of rules with the same slots
-    are matched in order if they are as many, then by their full names; the others are reset. The report says all of
-    it.
+    are matched in order if they are as many, then by their full names; the others are reset. The report
+    lists every case.
 
     **Storage.** Each slot is packed by the storage that the new optimizer has for it: `cast`, `int8` or your own.
     Values that were cast or packed by `int8` unpack by themselves; those of your own storage need ``old_tx``, and are

@@ -1,4 +1,4 @@
-"""One migration: what is matched with what, in which form it is carried over, and what is said of it."""
+"""One migration: the leaves that are matched, the form in which each is carried over, and the report."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class _Forms:
 
 
 class Migration:
-    """One migration: what is matched with what, and what is said of it. ``out`` are the new leaves by name."""
+    """One migration: the matched leaves, and its report. ``out`` are the new leaves by name."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class Migration:
                 yield _Slot(Place(container, slot, parameter, inside), item, source, old, why, was, now)
 
     def _pairs(self, new: list[str], old: list[str]) -> dict[str, tuple[str | None, str]]:
-        """Container in the new state -> the one in the old that holds the same, and what is to be said of it."""
+        """Container in the new state -> the one in the old that holds the same, and the words for the report."""
         out: dict[str, tuple[str | None, str]] = {}
         where = listed(c or "the top" for c in old)
         several = f"there are {len(old)} in the old state (at {where}), {len(new)} in the new"

@@ -19,8 +19,8 @@ EPILOG = """The script describes its run by a function of two lines:
         return {"loss_fn": loss_fn, "params": init, "tx": tx, "batch": batch}
 
 The parameters may be arrays, shapes, a model, or a function of a key that makes one. The batch may be shapes. The dict
-may have further arguments of jaxsgd.plan, such as specs and zero1. Without the function, the script's variables of these
-names are used. Arguments that are not listed here go to the function.
+may have further arguments of jaxsgd.plan, such as specs and zero1. Without the function, the script's variables of
+these names are used. Arguments that are not listed here go to the function.
 """
 
 
@@ -54,7 +54,7 @@ def axes_of(text: str | None) -> dict[str, int] | None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A line that says what goes on and for how long, on standard error."""
+    """A line with the present task and its time, on standard error."""
     try:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

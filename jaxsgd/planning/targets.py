@@ -184,7 +184,7 @@ def _there(name: str) -> bool:
 
 
 def prepare() -> None:
-    """Tell the compilers that their hardware is not here, in the environment, where nobody has told them anything yet.
+    """Tell the compilers that their hardware is not here, in the environment, unless a variable is set already.
 
     `lookup` does so; call it earlier, before JAX is first used, where the compilers' complaints about hardware that is
     not there should not be seen.

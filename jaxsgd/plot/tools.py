@@ -192,7 +192,7 @@ def noise_scale(result: NoiseScale) -> Figure:
 
 
 def diagnosis(result: Diagnosis, losses: Sequence[float] | None = None) -> Figure:
-    """A loss curve with what `jaxsgd.diagnose` says of it.
+    """A loss curve with the verdict of `jaxsgd.diagnose`.
 
     Args:
       result: the diagnosis.

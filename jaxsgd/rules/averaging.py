@@ -54,7 +54,7 @@ def schedule_free(
     Returns:
       Around a rule: a `Rule` with the further arguments ``b1`` (0.9), ``weight_lr_power`` (2.0), ``r`` (0.0: late steps
       weigh no more than early ones), ``warmup_steps`` (None; the learning rate rises linearly over so many steps from
-      1/warmup_steps of it) and ``state_dtype``. It is not registered in `RULES`. Around a transformation: a
+      1/warmup_steps of its value) and ``state_dtype``. It is not registered in `RULES`. Around a transformation: a
       transformation with a `ScheduleFreeState`.
 
     Raises:

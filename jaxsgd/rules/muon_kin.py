@@ -44,7 +44,7 @@ def _resized(x: jax.Array, size: Any) -> jax.Array:
 def _cleared(x: jax.Array) -> jax.Array:
     """``x`` with zeros where only the rounding of Newton-Schulz is left.
 
-    An entry that is always rounding would get full steps of it from a second moment of its own.
+    An entry that is always rounding would get full steps from a second moment of its own.
     """
     rounding = 512 * float(jnp.finfo(x.dtype).eps) / math.sqrt(math.prod(x.shape[-2:])) * frobenius(x)
     return jnp.where(jnp.abs(x) <= rounding, 0, x)

@@ -155,7 +155,7 @@ def newton(
       learning_rate: the factor of the step: a number, a schedule of the 0-based step, or an array. It is part of the
         state. Default: 1.
       damping: lambda, what is added to the Hessian's diagonal: a number, a schedule, or an array. Default: 0.
-      max_params: the largest number of parameters. The Hessian takes the square of it in numbers, its decomposition
+      max_params: the largest number of parameters. The Hessian takes its square in numbers, its decomposition
         the cube in operations. Default: 5,000, 95 MiB in float32.
 
     Returns:

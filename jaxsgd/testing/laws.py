@@ -1,4 +1,4 @@
-"""The laws that every transformation owes its users; a law that does not hold says what it saw.
+"""The laws that every transformation owes its users; a law that does not hold gives the evidence.
 
 A law takes a transformation, or, if its parameter is called ``make``, a function of the learning rate that returns one,
 such as a rule.
@@ -447,8 +447,8 @@ def _bytes(tree: Any) -> int:
 LAWS: Mapping[str, Law] = {
     name.removeprefix("law_"): law for name, law in list(globals().items()) if name.startswith("law_")
 }
-"""The laws by name. Each takes a transformation, or a function of the learning rate that makes one, and says what it
-saw where it does not hold, or None."""
+"""The laws by name. Each takes a transformation, or a function of the learning rate that makes one, and returns
+the evidence if it does not hold, else None."""
 
 
 def _is_transformation(subject: Any) -> bool:

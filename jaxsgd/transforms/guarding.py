@@ -1,4 +1,4 @@
-"""A guard that skips the steps of bad batches, and reports what it skipped."""
+"""A guard that skips the steps of bad batches, and reports them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from jaxsgd.state import plain
 __all__ = ["kept_where_skipped", "skipped_now", "skipped_steps"]
 
 COUNTERS = ("skipped", "total_notfinite")
-"""Fields of a state that count skipped steps: of `jaxsgd.guard` or a transformation of one's own, of
+"""Fields of a state that count skipped steps: of `jaxsgd.guard` or a transformation of your own, of
 `optax.apply_if_finite`."""
 FLAG = "should_skip"
 """The entry of `optax.MultiSteps` that says whether the last step was skipped."""

@@ -14,7 +14,7 @@ from jaxsgd.report import Column, Report, Table, number, plus_minus, span
 __all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
 
 WAYS = {"linear": "linear", "sqrt": "square_root"}
-"""A rule's `Rule.batch_scaling` -> the name of it here."""
+"""A rule's `Rule.batch_scaling` -> its name here."""
 
 
 class Doubling(NamedTuple):
@@ -106,7 +106,7 @@ class NoiseScale(Report):
 
         Args:
           batch_size: B.
-          largest: eps_max, the best rate at an endless batch. By default the answer is a share of it. To go from
+          largest: eps_max, the best rate at an endless batch. By default the answer is a share of eps_max. To go from
             one batch size to another see `scale_learning_rate`.
         """
         return largest / self.steps(batch_size)
