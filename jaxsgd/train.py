@@ -72,8 +72,8 @@ def make_step(
 
     - On one device it is compiled and needs no further argument.
     - On a mesh it is compiled too: ``make_step(loss_fn, tx, mesh=mesh)`` with a state from
-      ``TrainState.create(..., mesh=mesh)``. The state's sharding decides what is split: data parallel, ZeRO-1, FSDP,
-      tensor parallel.
+      ``TrainState.create(..., mesh=mesh)``. The state's sharding decides which arrays are split: data
+      parallel, ZeRO-1, FSDP, tensor parallel.
     - Inside `jax.pmap` or `jax.shard_map`, ``step = make_step(loss_fn, tx, axis_name="batch")`` is a pure function. It
       averages the gradients, the loss, the metrics and the model state: ``checked(jax.pmap(step.fn, "batch",
       donate_argnums=0))``.
@@ -233,7 +233,7 @@ class Step:
         if shared:
             raise ValueError(
                 f"constants: {shared[0]!r} is an array of the state, whose memory the step reuses. "
-                "Use a copy of it, or make_step(..., donate=False)"
+                "Use a copy, or make_step(..., donate=False)"
             )
 
     def _traced(self, mesh: Mesh, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, dict[str, Any]]:

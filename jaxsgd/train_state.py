@@ -72,7 +72,7 @@ class TrainState:
           key: a seed or a PRNG key. Default: 0.
           model_state: with a tree of parameters, the other variables of the model; then the loss takes and
             returns them (see `make_step`).
-          mesh: the mesh for the whole state, with Auto or Explicit axes. Each device makes its own part of it.
+          mesh: the mesh for the whole state, with Auto or Explicit axes. Each device makes its own part.
           specs: the sharding of the parameters, see `jaxsgd.state_sharding`. Default: the present one, else what the
             model states (`nnx.with_partitioning`, linen's boxes), else replicated. Given, they replace both.
           zero1: the mesh axes to split the optimizer's state over, see `jaxsgd.state_sharding`.

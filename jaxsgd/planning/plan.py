@@ -272,7 +272,7 @@ def compare(items: Any, *args: Any, **common: Any) -> Comparison:
       *args, **common: arguments of `plan` that all have alike.
 
     Returns:
-      A `Comparison`: print it, ``to_markdown()``, ``to_json()``, or `jaxsgd.plot.memory_bars` of it.
+      A `Comparison`: print it, ``to_markdown()``, ``to_json()``, or draw it with `jaxsgd.plot.memory_bars`.
 
     Raises:
       ValueError: nothing to compare, or as in `plan`.
