@@ -1,59 +1,23 @@
-"""Moments at eight and four bits beside float32: the time and memory of an update, and final losses of the digits CNN.
+"""Moments at eight and four bits beside float32: time, memory and compilation of a step.
 
-    python benchmarks/eight_bit.py [--seeds 5] [--epochs 15] [--millions 64] [--only update|training]
+    python benchmarks/eight_bit.py [--millions 64]
 
-update: one array of so many million parameters. The compiled step from gradients to new parameters
-(`jaxsgd.update_params`), parameters and state donated; medians of interleaved runs beside ``optax.adamw`` in float32.
-training: every array of 256 numbers or more is packed. The seeds draw weights and batches; a seed is the same for all
-storages.
+One array of so many million parameters. The compiled step from gradients to new parameters (`jaxsgd.update_params`),
+parameters and state donated; medians of interleaved runs beside ``optax.adamw`` in float32. The losses of trainings
+are in ``benchmarks/parity.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import pathlib
-import statistics
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from flax import nnx
-from rich.progress import track
 
 import jaxsgd
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-from digits import CNN, load, loss_fn  # noqa: E402
-
-STORAGES: dict[str, Any] = {
-    "float32": None,
-    "int8 octaves": jaxsgd.int8(min_size=256),
-    "int8 dynamic": jaxsgd.int8(min_size=256, map="dynamic"),
-    "int4": jaxsgd.int4(min_size=256),
-}
-RULES = {"adamw": 2e-3, "lion": 3e-4, "momentum": 0.05, "rmsprop": 1e-3}
-BATCH = 64
-
-
-def trained(rule: str, storage: Any, seed: int, epochs: int) -> tuple[float, float]:
-    """Mean training loss of the last epoch, and the test loss."""
-    parts = load(0)
-    images, labels = parts["train"]
-    tx = jaxsgd.RULES[rule](RULES[rule], storage=storage)
-    step = jaxsgd.make_step(loss_fn, tx)
-    state = jaxsgd.TrainState.create(CNN(nnx.Rngs(seed)), tx, key=jax.random.key(seed))
-    rng, losses = np.random.default_rng(seed), []
-    for _ in range(epochs):
-        order, losses = rng.permutation(len(images)), []
-        for first in range(0, len(order) - BATCH + 1, BATCH):
-            index = order[first : first + BATCH]
-            state, report = step(state, {"image": images[index], "label": labels[index]})
-            losses.append(report["loss"])
-    test = loss_fn(state.model, {"image": parts["test"][0], "label": parts["test"][1]}, state.key)[0]
-    return float(np.mean(losses)), float(test)
 
 
 def updates(millions: int, runs: int = 9) -> None:
@@ -94,25 +58,8 @@ def updates(millions: int, runs: int = 9) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--millions", type=int, default=64)
-    parser.add_argument("--only", choices=("update", "training"))
-    options = parser.parse_args()
-    if options.only != "training":
-        updates(options.millions)
-    if options.only == "update":
-        return
-    print(f"{'rule':10}{'storage':14}{'train loss':>12}{'sd':>10}{'test loss':>12}{'sd':>10}")
-    for rule in RULES:
-        for name, storage in STORAGES.items():
-            runs = track(range(options.seeds), f"{rule}, {name}", transient=True)
-            ends = [trained(rule, storage, seed, options.epochs) for seed in runs]
-            figures = [f(side) for side in zip(*ends, strict=True) for f in (statistics.mean, statistics.stdev)]
-            print(
-                f"{rule:10}{name:14}{figures[0]:12.5f}{figures[1]:10.5f}{figures[2]:12.4f}{figures[3]:10.4f}",
-                flush=True,
-            )
+    updates(parser.parse_args().millions)
 
 
 if __name__ == "__main__":

@@ -453,7 +453,7 @@ def int4(*, block: int = 128, min_size: int = 4096, stochastic: bool = True) -> 
 
     As `int8`, with 16 values of a block: for a mean a sign and 4 octaves of 2 steps, for a square 8 octaves
     without 0 (Li et al. 2023, arXiv:2309.01507, whose scales go by rows and columns). AdamW keeps 1.06 bytes a
-    parameter. Rounding adds noise; ``benchmarks/eight_bit.py`` measures its cost. An array with an odd last axis stays
+    parameter. Rounding adds noise; ``benchmarks/parity.py`` measures the losses. An array with an odd last axis stays
     whole.
 
     Args:
