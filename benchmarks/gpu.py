@@ -4,7 +4,7 @@
 
 rules: three steps of every rule in float32 on the device beside the same on the CPU: the largest difference of an
 update, over the largest update. Of some rules with ``storage=int8()`` too, in its kernel.
-updates: the compiled update with ``apply_updates`` on the parameters of GPT-2 (124M), state donated: medians of runs in
+updates: the compiled step from gradients to new parameters on the parameters of GPT-2 (124M), state donated: medians of runs in
 turns beside optax, and torch's fused AdamW where torch sees the device; bytes that the program moves, what that is of
 the device's bandwidth, and temporaries as the compiler states them.
 examples: digits and the character model, their last lines.
@@ -135,8 +135,7 @@ class _Side:
         self.state, self.params, self.times = jax.jit(tx.init)(params), params, []
 
         def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+            return jaxsgd.update_params(tx, grads, state, params)
 
         lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, self.state, grads)
         begin = time.perf_counter()

@@ -267,7 +267,7 @@ def topics() -> dict[str, list[str]]:
     placed = {n for listed in out.values() for n in listed}
     out["Transform"] = sorted(n for n in names if n not in placed and ".transforms." in names[n])
     placed |= set(out["Transform"])
-    out["Rules of rules, and their tools"] = sorted(n for n in names if n not in placed)
+    out["Wrappers, and their tools"] = sorted(n for n in names if n not in placed)
     return out
 
 

@@ -47,7 +47,7 @@ UPDATES = 4
 EXPLORING, WALKING = 0.4, 0.75
 """The parts of the budget after which the grid no longer grows, and the middle runs no longer move."""
 GOOD = 0.9
-"""A rate is good that lowers the loss by this much of what the best does in as many steps."""
+"""A rate is good if it lowers the loss by this part of the best rate's decrease, in as many steps."""
 ALIKE = 0.95
 """The range takes in rates that do so to this part in the longest runs."""
 HIGH = 4.0
@@ -135,7 +135,7 @@ class Probe(Report):
 
     @property
     def next(self) -> tuple[str, ...]:
-        """What to do with it."""
+        """Advice."""
         if not self.rates:
             return (f"leave learning_rate at {number(self.usual)}",)
         if self.learning_rate is None:

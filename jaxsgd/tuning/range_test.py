@@ -79,7 +79,7 @@ class RangeTest(Report):
 
     @property
     def next(self) -> tuple[str, ...]:
-        """What to do with it."""
+        """Advice."""
         return ("jaxsgd.probe trains each rate from the same start; its suggestion is better, see docs",)
 
     @property

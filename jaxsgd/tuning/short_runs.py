@@ -1,4 +1,4 @@
-"""Short runs by learning rate, for the probe and the range test: where they begin, and what they cost."""
+"""Short runs by learning rate, for the probe and the range test: their start and their cost."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Manner(NamedTuple):
 
 
 def manner(rule: Any, steps: int) -> Manner:
-    """The schedule of ``rule`` in a training of ``steps`` steps, and the calls that one update takes."""
+    """The schedule of ``rule`` in a run of ``steps`` steps, and the calls that one update takes."""
     params = {"w": jnp.ones((2, 2))}
     gradient = {"w": jnp.full((2, 2), 0.1)}
 
@@ -182,7 +182,7 @@ def budget(steps: int, share: float, least: int) -> int:
 
 
 def beginning(loss_fn: Callable[..., Any], model: Any, key: int | jax.Array) -> tuple[Any, Callable[..., Any]]:
-    """``(given, begin)`` with ``begin(given, tx) -> (step, state)``: the training's start, arrays apart from the rest.
+    """``(given, begin)`` with ``begin(given, tx) -> (step, state)``: the start of a run, arrays apart from the rest.
 
     Args:
       loss_fn: as in `jaxsgd.make_step`, or of ``(params, batch)`` alone.
@@ -328,7 +328,7 @@ def compressed(schedule: np.ndarray, horizon: Any) -> optax.GradientTransformati
 
 
 def tail(curve: np.ndarray, part: float = 0.25) -> float:
-    """The mean loss over the last ``part`` of a run; infinite for what diverged or never began."""
+    """The mean loss over the last ``part`` of a run; infinite if it diverged or never began."""
     if not len(curve) or not np.isfinite(curve).all():
         return math.inf
     return float(curve[-max(min(2, len(curve)), round(part * len(curve))) :].mean())
