@@ -4,8 +4,8 @@
 
 rules: three steps of every rule in float32 on the device beside the same on the CPU: the largest difference of an
 update, over the largest update. Of some rules with ``storage=int8()`` too, in its kernel.
-updates: the compiled step from gradients to new parameters on the parameters of GPT-2 (124M), state donated: medians of runs in
-turns beside optax, and torch's fused AdamW where torch sees the device; bytes that the program moves, what that is of
+updates: the compiled step from gradients to new parameters on those of GPT-2 (124M), all donated: medians of runs in
+turns beside optax, and torch's fused AdamW where torch sees the device; bytes that the program moves, their share of
 the device's bandwidth, and temporaries as the compiler states them.
 examples: digits and the character model, their last lines.
 
