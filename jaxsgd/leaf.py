@@ -326,24 +326,17 @@ def _pieces(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: A
     return pieces if alone else None
 
 
-def _step_in_pieces(
-    settings: Settings,
-    applies: bool,
-    pieces: Pieces,
-    g: Any,
-    p: Any,
-    rested: Any,
-    hyper: Any,
-    lost: Any,
-    keys: Any,
-) -> Any:
+def _step_in_pieces(settings: Settings, applies: bool, pieces: Pieces, *arrays: Any) -> Any:
+    """`step_leaf` for a CPU; ``arrays`` are its last six arguments."""
+    g, p, rested, hyper, lost, keys = arrays
     like = g if p is None else p
     dtype = wide_dtype(like.dtype) if rounds(like, settings.rounding) else like.dtype
     # The update takes the gradient's place where it can, which needs no memory in a training step.
     there = not applies and g.dtype == dtype
-    first = g if there else jnp.zeros_like(g, dtype)
     if applies:
         first = Applied(p, jnp.zeros((pieces.rows, 1), wide_dtype(like.dtype)))
+    else:
+        first = g if there else jnp.zeros_like(g, dtype)
 
     def step(read: Any, kept: Any, rows: Any) -> Any:
         (g, p, hyper), (first, rested, lost) = read, kept
@@ -355,19 +348,9 @@ def _step_in_pieces(
     return _summed(done) if applies else done
 
 
-def _step_in_kernel(
-    settings: Settings,
-    applies: bool,
-    pieces: Pieces,
-    g: Any,
-    p: Any,
-    rested: Any,
-    hyper: Any,
-    lost: Any,
-    keys: Any,
-    *,
-    on: str,
-) -> Any:
+def _step_in_kernel(settings: Settings, applies: bool, pieces: Pieces, *arrays: Any, on: str) -> Any:
+    """`step_leaf` for a TPU or a GPU; ``arrays`` are its last six arguments."""
+    g, p, rested, hyper, lost, keys = arrays
     like = g if p is None else p
     if applies:
         made = jax.ShapeDtypeStruct((pieces.rows, 1), wide_dtype(like.dtype))
@@ -384,7 +367,7 @@ def _step_in_kernel(
     stays, moves = (None, p) if applies else (p, None)
     out = in_kernel(step, pieces, (g, stays, hyper), (moves, rested, lost), made, like.shape, on=on)
     if out is None:
-        return _step(settings, applies, g, p, rested, hyper, lost, keys)
+        return _step(settings, applies, *arrays)
     new, (moved, rested, lost) = out
     return _summed((Applied(moved, new), rested, lost)) if applies else (new, rested, lost)
 
