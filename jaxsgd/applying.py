@@ -2,12 +2,14 @@
 
 `optax.apply_updates` reads each update again that the optimizer has just written. XLA joins the two in kernels that it
 makes itself. A kernel of the optimizer's own writes the parameter in place of the update. That is right only if no
-other transformation changes the update afterwards, so the updates are traced once to see which ones come out unchanged.
+other transformation changes or reads the update afterwards, so the updates are traced once to see which ones come out
+unchanged and unread.
 """
 
 from __future__ import annotations
 
 import contextvars
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.extend.core import Literal
 
 from jaxsgd.numerics import sum_of_squares
 
@@ -122,6 +125,8 @@ def step_params(
     with _within(one):
         updates, state = update(grads, state, params, **extra_args)
     whole = {id(made.out): made.squares for mark, made in one.made.items() if mark in one.chosen}
+    if not whole.keys() <= {id(u) for u in jax.tree.leaves(updates)}:
+        raise RuntimeError("tx: it treated an update otherwise when it was called again. Use a pure function as update")
 
     def after(p: Any, u: Any) -> Any:
         return u if p is None or id(u) in whole else optax.apply_updates(p, u)
@@ -133,24 +138,29 @@ def step_params(
 
 
 def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any) -> frozenset[int]:
-    """The parameters whose updates stay unchanged on the way out of ``update``, by the ``id`` of their marks."""
+    """The parameters whose updates come out of ``update`` unchanged and unread, by the ``id`` of their marks."""
     arrays = jax.tree.leaves(state)
     packed = any(getattr(x, "dtype", None) in (jnp.int8, jnp.uint8) and x.size > 1 for x in arrays)
     if not packed or not any(isinstance(x, Tracer) for x in arrays):
         return frozenset()
-    way, final = _Pass(), set()
+    way, marks = _Pass(), list[int | None]()
 
-    def follow() -> None:
-        updates, _ = update(grads, state, params, **extra_args)
+    def follow() -> Any:
+        updates, after = update(grads, state, params, **extra_args)
         made = {id(one.out): (mark, one.p) for mark, one in way.made.items() if mark not in way.repeated}
 
         def look(p: Any, u: Any) -> None:
-            mark, stepped = made.get(id(u), (None, None))
-            if mark is not None and stepped is p:
-                final.add(mark)
+            if p is not None:
+                mark, stepped = made.get(id(u), (None, None))
+                marks.append(mark if stepped is p else None)
 
         jax.tree.map(look, params, updates, is_leaf=lambda x: x is None)
+        return jax.tree.leaves(updates), after
 
     with _within(way):
-        jax.eval_shape(follow)
-    return frozenset(final)
+        traced = jax.make_jaxpr(follow)().jaxpr
+    # What reads an update on the way, such as a norm or an average of the parameters, needs the update itself.
+    read = Counter(x for equation in traced.eqns for x in equation.invars if not isinstance(x, Literal))
+    read.update(x for x in traced.outvars if not isinstance(x, Literal))
+    results = zip(marks, traced.outvars[: len(marks)], strict=True)
+    return frozenset(mark for mark, x in results if mark is not None and read[x] == 1)
