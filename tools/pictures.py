@@ -181,8 +181,9 @@ def as_svg(figure: Any, salt: str) -> str:
     figure.patch.set_visible(False)
     for ax in figure.axes:
         ax.patch.set_visible(False)
+        ax.set_rasterization_zorder(0.5)
         for contours in ax.collections:
-            contours.set_rasterized(True)
+            contours.set_zorder(0)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(file, format="svg", dpi=110, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
