@@ -18,12 +18,13 @@ import optax
 from jax.extend.core import Literal
 
 from jaxsgd.applying import step_params
+from jaxsgd.batches import as_arrays
 from jaxsgd.elementwise import CALLS
-from jaxsgd.numerics import conjugated, global_norm, is_float0, root_of, widest
+from jaxsgd.numerics import conjugated, global_norm, is_float0, widest
 from jaxsgd.paths import check_optimizer, leaf_names
 from jaxsgd.second_order.batch_loss import taken_by
 from jaxsgd.state import find_states, metrics
-from jaxsgd.train_state import TrainState, refuse_deleted
+from jaxsgd.train_state import TrainState, check_kind, refuse_deleted
 from jaxsgd.transforms.moving import moving
 
 __all__ = ["LayerStep", "make_layer_step"]
@@ -110,20 +111,30 @@ class LayerStep:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One step.
 
+        Args:
+          state: a `TrainState` whose parameters are a dict, without a model state.
+          batch: a tree of arrays, handed to ``before`` and ``after``.
+
         Raises:
-          ValueError: the parameters have no such stack; the optimizer looks at several parameters at once, or keeps for
-            the stack what it would not keep for a layer; the loss is no real scalar.
+          TypeError: the state is no `TrainState`.
+          ValueError: the parameters have no such stack; the state has a model state; the optimizer looks at several
+            parameters at once, or keeps other arrays for the stack than for a layer; the loss is no real scalar.
           RuntimeError: the state was donated to an earlier step.
         """
+        check_kind(state)
         refuse_deleted("state", state.step)
-        return self.jitted(state, batch)
+        return self.jitted(state, as_arrays(batch))
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """The step lowered for these arguments: a `jax.stages.Lowered` to compile or to print."""
-        return self.jitted.lower(state, batch)
+        check_kind(state)
+        return self.jitted.lower(state, as_arrays(batch))
 
     def fn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
+        check_kind(state)
+        if state.graphdef is not None or jax.tree.leaves(state.model_state):
+            raise ValueError("state: a model state has no place in three functions. Use jaxsgd.make_step")
         stack = _Stack.of(state.params, self.layers)
         parts = _Parts.of(self.tx, stack, state)
         moves_own = [moves for moves, mine in zip(parts.moves, stack.in_layers, strict=True) if mine]
@@ -147,7 +158,7 @@ class LayerStep:
             """One update of all parameters, of which either those of a layer or the others count."""
             new, opt_state, steps = step_params(self.tx.update, grads, parts.joined(kept), params, **extra)
             squares = [x for x, mine in zip(steps, stack.in_layers, strict=True) if mine is not rest]
-            return new, opt_state, root_of(squares) ** 2
+            return new, opt_state, sum((x.astype(stack.dtype) for x in squares), jnp.zeros((), stack.dtype))
 
         def backward(turn: Any, carry: Any) -> Any:
             dx, layers, kept, norms = carry
@@ -167,7 +178,7 @@ class LayerStep:
                     at(kept),
                     rest=False,
                 )
-                return dx, params[self.layers], parts.of_layers(opt_state), jnp.stack([norm, moved])
+                return dx, params[self.layers], parts.of_layers(opt_state), jnp.stack([norm.astype(moved.dtype), moved])
 
             def none(dx: Any, layers: Any, kept: list[Any]) -> Any:
                 return dx, at(layers), at(kept), jnp.zeros_like(norms)
@@ -190,7 +201,7 @@ class LayerStep:
             [x[0] for x in kept],
             rest=True,
         )
-        norms = jnp.sqrt(norms + jnp.stack([norm, moved]).astype(norms.dtype))
+        norms = jnp.sqrt(norms + jnp.stack([norm.astype(moved.dtype), moved]))
         new = state.replace(
             step=state.step + 1,
             params={**params, self.layers: layers},

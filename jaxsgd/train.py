@@ -26,7 +26,7 @@ from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, on_every_device, shard_batch
 from jaxsgd.state import find_states, metrics
-from jaxsgd.train_state import TrainState, refuse_deleted
+from jaxsgd.train_state import TrainState, check_kind, refuse_deleted
 from jaxsgd.transforms.accumulation import carrying_gradients
 from jaxsgd.transforms.clip import AxisName
 from jaxsgd.transforms.moving import moving
@@ -191,7 +191,7 @@ class Step:
                     f"axis_name={self.axis_name!r}: call this step inside jax.pmap or jax.shard_map over that axis; "
                     "on one device, or with mesh=, leave axis_name out"
                 ) from None
-        _check_kind(state)
+        check_kind(state)
         # On several devices jaxlib would end the process. On one it raises, and is asked why then.
         refuse_deleted("state", state.step if self.mesh is None else state)
         batch = as_arrays(batch)
@@ -249,7 +249,7 @@ class Step:
 
     def lower(self, state: TrainState, batch: Any, constants: Any = None) -> Any:
         """The step lowered for these arguments of a call: a `jax.stages.Lowered` to compile or to print."""
-        _check_kind(state)
+        check_kind(state)
         state, batch, constants = self._settle(state, batch, constants)
         with self._entered():
             return self.jitted.lower(state, batch, constants)
@@ -314,7 +314,7 @@ class Step:
 
     def fn(self, state: TrainState, batch: Any, constants: Any = None) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
-        _check_kind(state)
+        check_kind(state)
         user_loss = _with_constants(self.loss_fn, constants, is_stateful(state.graphdef, state.model_state))
         _check_shapes(self.tx, state)
         key, carried = jax.random.fold_in(state.key, state.step), state.model_state
@@ -405,16 +405,6 @@ def _outputs(
     if model_state is not None:
         return split.outputs_fn(params, model_state, batch, key)
     return split.outputs_fn(params, batch, key), None
-
-
-def _check_kind(state: Any) -> None:
-    """Check that ``state`` is a `TrainState`.
-
-    Raises:
-      TypeError: it is something else.
-    """
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state: a jaxsgd.TrainState is needed, got a {type(state).__name__}. Use TrainState.create")
 
 
 def _check_shapes(tx: Any, state: TrainState) -> None:

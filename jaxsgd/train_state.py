@@ -21,7 +21,7 @@ from jaxsgd.paths import check_optimizer, check_params, is_function
 from jaxsgd.rules.averaging import averages_in, eval_params
 from jaxsgd.sharding import compiled_init, param_sharding, put, state_sharding
 
-__all__ = ["TrainState", "refuse_deleted"]
+__all__ = ["TrainState", "check_kind", "refuse_deleted"]
 
 
 @jax.tree_util.register_dataclass
@@ -222,6 +222,16 @@ def _unshared(tree: Any) -> Any:
         return x
 
     return jax.tree.map(own, tree)
+
+
+def check_kind(state: Any) -> None:
+    """Check that ``state`` is a `TrainState`.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: a jaxsgd.TrainState is needed, got a {type(state).__name__}. Use TrainState.create")
 
 
 def refuse_deleted(argument: str, tree: Any) -> None:

@@ -144,6 +144,10 @@ def test_bad_input_is_refused_by_name():
     vector = make_layer_step(before, layer, lambda params, x, batch, key: x, tx)
     with pytest.raises(ValueError, match=r"after: it returned float32\[8, 64\]; a loss is a real scalar"):
         vector(TrainState.create(PARAMS, tx), BATCH)
+    with pytest.raises(ValueError, match="a model state has no place"):
+        step(TrainState.create(PARAMS, tx, model_state={"mean": jnp.ones(2)}), BATCH)
+    with pytest.raises(TypeError, match="a jaxsgd.TrainState is needed, got a dict"):
+        step(PARAMS, BATCH)
     with pytest.raises(ValueError, match="layer_clip=0"):
         make_layer_step(before, layer, after, tx, layer_clip=0)
     with pytest.raises(TypeError, match="tx"):
