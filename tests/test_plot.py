@@ -201,3 +201,11 @@ def test_sharpness_noise_curve_and_race_are_drawn(tmp_path):
     drawn(figure, tmp_path)
     assert figure.axes[0].get_title(loc="left") == "Winner: adamw"
     assert [len(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_marker() == "o"] == [3, 2]
+
+
+def test_second_order_rules_walk_too():
+    """Their extra arguments are those of the train step."""
+    bowl = plot.landscapes.LANDSCAPES["bowl"]
+    for tx in (jaxsgd.newton(), jaxsgd.lbfgs(), jaxsgd.sophia(0.1)):
+        points = plot.landscapes.path(tx, bowl.fn, bowl.start, 6)
+        assert points.shape == (7, 2) and bowl.fn(points[-1]) < bowl.fn(points[0])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsgd.lift import lifts_in
 from jaxsgd.plot.style import COLORS, INK, Figure, LogNorm, blank, styled
 from jaxsgd.rules.averaging import eval_params
 from jaxsgd.second_order.batch_loss import taken_by
@@ -75,11 +76,13 @@ def walk(
       A tree like ``start``, each array with a new first axis of length ``steps + 1``.
     """
     tx = optax.with_extra_args_support(tx)
+    # L-BFGS hands the arguments that it does not know to ``value_fn``.
+    objective = {"obj_fn": fn} if any("obj_fn" in lift.rule.extra for lift in lifts_in(tx, start)) else {}
 
     def step(carry: tuple[Any, Any], _: Any) -> tuple[tuple[Any, Any], Any]:
         w, state = carry
         value, grads = jax.value_and_grad(fn)(w if gradient_at is None else gradient_at(state, w))
-        extra = taken_by(tx.update, {"value": value, "grad": grads, "value_fn": fn, "obj_fn": fn})
+        extra = taken_by(tx.update, {"value": value, "grad": grads, "value_fn": fn} | objective)
         updates, state = tx.update(grads, state, w, **extra)
         w = optax.apply_updates(w, updates)
         return (w, state), eval_params(state, w)
