@@ -149,8 +149,10 @@ def main() -> None:
     gradients = 4 * sum(x.size for x in jax.tree.leaves(shapes(args.width)))
     print(f"gradients: {gradients / 2**20:,.0f} MiB\n")
     print("| bytes | make_step | make_layer_step | fall |\n|:---|---:|---:|---:|")
-    rows = {f"temporaries, {name}": [temporaries(step, args.width, name) for step in steps().values()]
-            for name, platform in DEVICES.items() if available(platform)}  # fmt: skip
+    rows = {}
+    for name, platform in DEVICES.items():
+        if available(platform):
+            rows[f"temporaries, {name}"] = [temporaries(step, args.width, name) for step in steps().values()]
     rows["growth measured, cpu"] = [in_a_process(name, args.width, args.rounds) for name in steps()]
     for name, (one, two) in rows.items():
         print(f"| {name} | {one / gradients:.3f} | {two / gradients:.3f} | {(one - two) / gradients:.3f} |")

@@ -28,10 +28,20 @@ SHARES = (0.0, 0.02, 0.06)
 """Shares of the batches that are NaN."""
 NEAR = 1.5
 PROBLEMS = (
-    "digits mlp adam", "digits tanh momentum", "digits cnn adamw", "topics transformer adamw", "topics bigram sgd",
-    "diabetes linear adamw", "china noise sgd", "digits dropout adamw",
-    "wine raw adamw", "cancer raw adam", "digits batchnorm sgd", "iris mlp lion", "topics window schedule-free",
-)  # fmt: skip
+    "digits mlp adam",
+    "digits tanh momentum",
+    "digits cnn adamw",
+    "topics transformer adamw",
+    "topics bigram sgd",
+    "diabetes linear adamw",
+    "china noise sgd",
+    "digits dropout adamw",
+    "wine raw adamw",
+    "cancer raw adam",
+    "digits batchnorm sgd",
+    "iris mlp lion",
+    "topics window schedule-free",
+)
 """Tasks of learning_rate_tasks.py, all of its design half."""
 CYCLES = [{"init_value": 0.0, "warmup_steps": 20, "decay_steps": n, "end_value": 0.0} for n in (400, 600)]
 SCHEDULES: dict[str, Callable[[float], Any]] = {

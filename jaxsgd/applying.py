@@ -109,18 +109,33 @@ def update_params(
       params: the parameters.
       extra_args: further arguments of ``tx.update``, such as ``value=loss``.
 
+    Returns:
+      The parameters after the step, in the shapes and dtypes of ``params``, and the optimizer's next state.
+
+    Raises:
+      ValueError, TypeError: what ``tx.update`` raises.
+      RuntimeError: under ``jax.jit``, ``tx.update`` treats an update otherwise when it is traced again.
+
     >>> import jaxsgd
     >>> tx, params = jaxsgd.adamw(1e-3, storage=jaxsgd.int8()), {"w": jnp.ones((64, 256))}
     >>> params, state = jax.jit(lambda g, s, p: update_params(tx, g, s, p))(params, tx.init(params), params)
     """
     update = optax.with_extra_args_support(tx).update
-    return step_params(update, grads, state, params, **extra_args)[:2]
+    return _stepped(update, grads, state, params, extra_args)[:2]
 
 
 def step_params(
     update: Callable[..., Any], grads: Any, state: Any, params: Any, **extra_args: Any
 ) -> tuple[Any, Any, list[jax.Array]]:
     """`update_params` by the ``update`` of a transformation; and of each update the sum of its squares."""
+    params, state, updates, whole = _stepped(update, grads, state, params, extra_args)
+    return params, state, [whole[id(u)] if id(u) in whole else sum_of_squares(u) for u in updates]
+
+
+def _stepped(
+    update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any
+) -> tuple[Any, Any, list[Any], dict[int, Any]]:
+    """New params and state, the updates, and the sums of squares of those that are new params, by their ``id``."""
     one = _Pass(_final(update, grads, state, params, extra_args))
     with _within(one):
         updates, state = update(grads, state, params, **extra_args)
@@ -132,9 +147,7 @@ def step_params(
         return u if p is None or id(u) in whole else optax.apply_updates(p, u)
 
     params = jax.tree.map(after, params, updates, is_leaf=lambda x: x is None)
-    squares = [whole.get(id(u)) for u in jax.tree.leaves(updates)]
-    squares = [sum_of_squares(u) if x is None else x for u, x in zip(jax.tree.leaves(updates), squares, strict=True)]
-    return params, state, squares
+    return params, state, jax.tree.leaves(updates), whole
 
 
 def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any) -> frozenset[int]:

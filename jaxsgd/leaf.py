@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxsgd.elementwise import elementwise
 from jaxsgd.hyper import Hyper, is_array, is_off, narrow
 from jaxsgd.kernels import in_kernel
-from jaxsgd.numerics import sq, wide, wide_dtype, widest
+from jaxsgd.numerics import sq, sum_of_squares, wide, wide_dtype, widest
 from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of, platform_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
@@ -299,9 +299,8 @@ def _step(
 
 
 def _applied(p: Any, update: Any, rows: Any) -> Applied:
-    squares = sq(wide(update))
-    summed = jnp.sum(squares) if rows is None else jnp.sum(squares, axis=1, keepdims=True)
-    return Applied((p.astype(update.dtype) + update).astype(p.dtype), summed)
+    squares = sum_of_squares(update) if rows is None else jnp.sum(sq(wide(update)), axis=1, keepdims=True)
+    return Applied((p.astype(update.dtype) + update).astype(p.dtype), squares)
 
 
 def _pieces(settings: Settings, g: Any, p: Any, rested: Any, hyper: Any, lost: Any) -> Pieces | None:
