@@ -11,7 +11,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
-FIRST := layers rooms numerics momentum record adding_a_rule transforms train
+FIRST := core/test_layers core/test_rooms core/test_numerics rules/test_momentum training/test_record \
+	rules/test_adding_a_rule rules/test_transforms training/test_train
 # Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
@@ -50,7 +51,7 @@ test: lint
 
 quick: $(VENV)/.test
 	$(RUN) -m ruff check .
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(FIRST:%=tests/test_%.py) $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(FIRST:%=tests/%.py) $(ARGS)
 
 packagers: $(VENV)/.test
 	$(PIP) 'build>=1.2' 'twine>=6'
@@ -83,14 +84,14 @@ $(VENV)-compilers/.done: pyproject.toml constraints.txt
 compilers: $(VENV)-compilers/.done
 
 plans: compilers
-	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/test_plan.py tests/test_ledger.py tests/test_compilers.py tests/test_kernels.py $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/planning tests/core/test_kernels.py $(ARGS)
 
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 tables: $(VENV)/.test
-	$(RUN) tests/agreement.py
+	PYTHONPATH=tests:tests/rules $(RUN) tests/helpers/agreement.py
 	$(RUN) tools/catalog.py --write
 	$(RUN) tools/stubs.py
 

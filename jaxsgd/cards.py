@@ -71,7 +71,7 @@ def arguments(rule: Rule) -> dict[str, Any]:
 
 @functools.cache
 def agreement() -> Mapping[str, Mapping[str, float]]:
-    """Rule -> package -> largest relative error of 50 steps in float64, as ``tests/agreement.py`` measured it."""
+    """Rule -> package -> largest relative error of 50 steps in float64 (``tests/helpers/agreement.py``)."""
     return json.loads(pathlib.Path(__file__).with_name("agreement.json").read_text())
 
 

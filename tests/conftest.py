@@ -8,8 +8,6 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "tools"))
-
 import jax
 import pytest
 

@@ -2,7 +2,7 @@
 
 ``python tools/catalog.py`` prints the table of rules, ``--write`` writes both documents. ``--check`` lists each rule
 with its measured agreement. It fails if a document is out of date, if a rule has no measurement, or if one misses its
-bar. The measurements are in jaxsgd/agreement.json, which ``python tests/agreement.py`` writes.
+bar. The measurements are in jaxsgd/agreement.json, which ``make tables`` writes.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _wrappers() -> dict[str, str]:
 def _wrapped(name: str, agreement: Agreement) -> str:
     found = {rule: row for rule, row in agreement.items() if rule.startswith(f"{name}(")}
     said = [f"`{rule}`: {p} to {digits(error)}" for rule, row in found.items() for p, error in row.items()]
-    return "; ".join(said) or "NumPy twins (`tests/test_wrappers.py`)"
+    return "; ".join(said) or "NumPy twins (`tests/rules/test_wrappers.py`)"
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def replaced(text: str) -> str:
 
 def faults(agreement: Agreement) -> list[str]:
     """What is not measured, measured without being there, or measured beyond its bar."""
-    out = [f"{name}: not measured; run python tests/agreement.py" for name in sorted(RULES) if name not in agreement]
+    out = [f"{name}: not measured; run make tables" for name in sorted(RULES) if name not in agreement]
     for name, row in agreement.items():
         if name not in RULES and not re.fullmatch(r"torch\.\w+|\w+\(.+\)", name):
             out.append(f"{name}: measured, but no rule")

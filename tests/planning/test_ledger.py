@@ -12,7 +12,7 @@ import jaxsgd
 from jaxsgd.planning.hlo import Program
 from jaxsgd.planning.targets import available
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 JSON, PAGE = ROOT / "docs" / "ledger.json", ROOT / "docs" / "ledger.md"
 HELD = json.loads(JSON.read_text())
 REAL = ["--json", str(JSON), "--page", str(PAGE)]

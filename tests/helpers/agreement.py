@@ -1,6 +1,6 @@
 """Measure how far every rule is from those it is compared with, and write it where the documents read it.
 
-    python tests/agreement.py        # writes jaxsgd/agreement.json, some minutes
+    make tables        # writes jaxsgd/agreement.json and the documents that quote it, some minutes
 
 An error is the largest difference over the largest value of its leaf's trajectory, the worst of 50 steps in float64,
 of every leaf and of every kind of gradients. The bars are those of the tests: 1e-12 for optax and for the NumPy twins
@@ -24,7 +24,7 @@ from cases import case_of
 
 from jaxsgd import RULES
 
-FILE = pathlib.Path(__file__).parent.parent / "jaxsgd" / "agreement.json"
+FILE = pathlib.Path(__file__).parents[2] / "jaxsgd" / "agreement.json"
 KINDS = ("normal", "sparse", "heavy", "constant")
 TORCH = {
     "SGD": "torch_sgd", "Adam": "adam", "AdamW": "adamw", "NAdam": "torch_nadam", "Adamax": "adamax",

@@ -8,17 +8,13 @@ import struct
 import subprocess
 import sys
 
+import char_lm
+import char_model
 import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-try:
-    import char_lm
-    import char_model
-finally:
-    sys.path.remove(str(EXAMPLES))
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.xdist_group("char_lm")
 

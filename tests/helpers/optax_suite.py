@@ -1,7 +1,7 @@
 """optax's own test files, run with jaxsgd's functions in place of optax's.
 
-    python tests/optax_suite.py            all of them, and a report: per file, how many passed and through jaxsgd
-    python tests/optax_suite.py --record   the same in optax as well, written to tests/data/optax_suite.json
+    python tests/helpers/optax_suite.py            all, and a report: per file, how many passed and through jaxsgd
+    python tests/helpers/optax_suite.py --record   the same in optax as well, written to tests/data/optax_suite.json
 
 The tests run in an interpreter of their own: the functions are replaced there in every module of optax that holds
 them, before a test file is imported (some make their optimizers at import). What is replaced follows from what
@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data" / "optax_suite.json"
 
 HOMES = ("optax", "optax.contrib", "optax.transforms")

@@ -10,7 +10,7 @@ import pytest
 import jaxsgd
 from jaxsgd.__main__ import main
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 MODEL = """
 import jax, jax.numpy as jnp, jaxsgd
 shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -341,11 +339,9 @@ def test_bad_input(call, error, words):
 
 @pytest.fixture
 def bench():
-    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
     import minimise
 
-    yield minimise
-    sys.path.pop(0)
+    return minimise
 
 
 @pytest.mark.slow

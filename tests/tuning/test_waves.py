@@ -14,7 +14,7 @@ import pytest
 import jaxsgd
 from jaxsgd.ensemble.waves import wave_size
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 RATES = np.concatenate([np.geomspace(1e-3, 0.1, 61), [30.0, 1e4, 0.05]])  # 64 runs, of which some diverge
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from containers import CONTAINERS, names_of
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from test_inputs import CONTAINERS, names_of
 
 import jaxsgd
 from jaxsgd.migration import adopt, migrate

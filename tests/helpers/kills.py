@@ -1,6 +1,6 @@
 """Kill a training process at random moments, many times, and see whether its end differs from an unbroken run's.
 
-    python tests/kills.py --times 200 --flips 100 --seed 0 --out kills.json
+    python tests/helpers/kills.py --times 200 --flips 100 --seed 0 --out kills.json
 
 Each process trains a small network with `jaxsgd.checkpoint.Checkpoints` and writes down, on the disk, each step that
 it learns to be saved. SIGKILL ends it at a random moment: in turn from its start on, or from its first step on, within

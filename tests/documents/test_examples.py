@@ -12,7 +12,7 @@ import pytest
 
 import jaxsgd
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 def load(name):

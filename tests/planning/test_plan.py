@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from containers import CONTAINERS
 from flax import linen, nnx
 from jax.sharding import PartitionSpec
-from test_inputs import CONTAINERS
 
 import jaxsgd
 from jaxsgd.planning.accounts import int8_bytes
@@ -428,7 +428,7 @@ def test_the_peak_is_that_of_a_real_run(example):
         pytest.skip("the kernel does not tell the peak of the resident memory of a step")
     if importlib.util.find_spec("sklearn") is None and example == "digits":
         pytest.skip("scikit-learn is not installed")
-    examples = pathlib.Path(__file__).parent.parent / "examples"
+    examples = pathlib.Path(__file__).parents[2] / "examples"
     command = [sys.executable, "-c", MEASURE, example, str(examples)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -441,7 +441,7 @@ def test_the_benchmark_of_peaks():
     """Within 10% on the program that was worst, measured in a process of its own."""
     if not pathlib.Path("/proc/self/clear_refs").exists():
         pytest.skip("the kernel does not tell the peak of the resident memory of a step")
-    script = pathlib.Path(__file__).parent.parent / "benchmarks" / "plan_memory.py"
+    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
     command = [sys.executable, str(script), "--only", "scan, remat"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -691,7 +691,7 @@ def test_vendors_do_not_fit(topology):
 @pytest.mark.parametrize("topology", [pytest.param("v5e:4x4", marks=tpu), pytest.param("h100:8", marks=cuda)])
 def test_vendors_a_large_transformer(topology, monkeypatch):
     """1.3 billion parameters with AdamW: answered, and it fits with ZeRO-1 and remat."""
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "examples"))
     from dataclasses import replace
 
     from char_model import PRESETS, build

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-DATA = pathlib.Path(__file__).parent / "data" / "lowrank_trajectories.npz"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "lowrank_trajectories.npz"
 STEPS, RATE, RANK = 50, 0.01, 2
 KEPT = (1, 2, 3, 5, 8, 10, 25, 40, 50)
 
@@ -120,7 +120,7 @@ def trajectory(case: str) -> dict[str, np.ndarray]:
 
 
 def record() -> None:
-    """Write the file that the tests read: ``python tests/lowrank_cases.py`` where the three packages are installed."""
+    """Write the tests' file: ``python tests/helpers/lowrank_cases.py`` where the three packages are installed."""
     from importlib.metadata import version
 
     arrays = {key: value for case in CASES for key, value in trajectory(case).items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +10,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from learning_rate_tasks import TASKS
+from probe_learning_rates import train
 
 import jaxsgd
 from jaxsgd.tuning.probe import _Search, probe
 from jaxsgd.tuning.range_test import range_test
 from jaxsgd.tuning.short_runs import manner, usual_rate
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-
-from learning_rate_tasks import TASKS  # noqa: E402
-from probe_learning_rates import train  # noqa: E402
 
 VERDICTS = {"diverged", "oscillating", "too low", "too high", "good"}
 CURVATURE = jnp.array([1.0, 3.0, 10.0])

@@ -26,7 +26,7 @@ import twins_psgd
 
 from jaxsgd.testing import SHAPES, draw_gradients, draw_params
 
-FOLDER = pathlib.Path(__file__).parent / "data"
+FOLDER = pathlib.Path(__file__).parents[1] / "data"
 FILES = {"normuon": "muon_kin", "adamuon": "muon_kin", "kron": "psgd"}
 VERSIONS = {"muon_kin": ("pytorch-optimizer", "4.1.0"), "psgd": ("kron-torch", "0.3.3")}
 STEPS = 50
@@ -215,7 +215,7 @@ def trajectory(name: str) -> dict[str, np.ndarray]:
 
 
 def record() -> None:
-    """Write the files that the tests read: ``PYTHONPATH=. python tests/muon_kin_cases.py``, with all packages."""
+    """Write the tests' files: ``PYTHONPATH=. python tests/helpers/muon_kin_cases.py``, with all packages."""
     from importlib.metadata import version
 
     for file, (package, wanted) in VERSIONS.items():

@@ -1,12 +1,10 @@
 """`jaxsgd.diagnosis.diagnose`: real curves, what does not change a verdict, every shape of history, layers."""
 
-import pathlib
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import verdict_curves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +12,6 @@ import jaxsgd
 from jaxsgd.diagnosis import layers, loss_curve
 from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
 from jaxsgd.diagnosis.verdict import Verdict
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-import verdict_curves  # noqa: E402
 
 CURVES = verdict_curves.load()
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsgd.testing import SHAPES, draw_gradients, draw_params
 
-DATA = pathlib.Path(__file__).parent / "data" / "torch_trajectories.npz"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "torch_trajectories.npz"
 STEPS = 50
 KEPT = (1, 2, 3, 5, 10, 25, 26, 27, 40, 50)
 MATRICES = {"tall": (5, 3), "wide": (3, 7)}
@@ -203,7 +203,7 @@ def trajectory(name: str) -> dict[str, np.ndarray]:
 
 
 def record() -> None:
-    """Write the file that the tests read: ``PYTHONPATH=. python tests/torch_cases.py``, with torch installed."""
+    """Write the tests' file: ``PYTHONPATH=. python tests/helpers/torch_cases.py``, with torch installed."""
     import torch
 
     arrays = {key: value for case in CASES for key, value in trajectory(case).items()}

@@ -13,7 +13,7 @@ def test_record_is_of_the_installed_optax():
     held = suite.Record.load()
     if held.optax != suite.installed():
         pytest.skip(f"recorded with optax {held.optax}, {suite.installed()} is installed: make slow runs both")
-    assert held.current(), "jaxsgd has other functions of optax now: python tests/optax_suite.py --record"
+    assert held.current(), "jaxsgd has other functions of optax now: python tests/helpers/optax_suite.py --record"
 
 
 def test_nothing_of_optax_is_left_out_in_silence():

@@ -66,7 +66,7 @@ def test_every_rule_compiles(rule, topology):
 @pytest.mark.parametrize("zero1", [None, "data"])
 @pytest.mark.parametrize("topology", TARGETS.values())
 def test_a_transformer_compiles(topology, zero1, monkeypatch):
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "examples"))
     from char_model import PRESETS, build
 
     built = build(PRESETS["small"])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DATA = pathlib.Path(__file__).parent / "data" / "authors_trajectories.npz"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "authors_trajectories.npz"
 STEPS = 50
 KEPT = (1, 2, 3, 6, 10, 12, 26, 50)
 SHAPES = {"scalar": (), "vector": (7,), "matrix": (5, 3), "cube": (4, 3, 2)}
@@ -697,7 +697,7 @@ def unpacked(array: np.ndarray, leaves: tuple[str, ...]) -> dict[str, np.ndarray
 
 
 def record() -> None:
-    """Write the file that the tests read: ``python tests/authors_cases.py`` where the packages are installed."""
+    """Write the tests' file: ``python tests/helpers/authors_cases.py`` where the packages are installed."""
     from importlib.metadata import version
 
     for package, wanted in VERSIONS.items():
