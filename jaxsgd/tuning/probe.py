@@ -2,7 +2,8 @@
 
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
 the edge, the grid grows. The gaps beside the best are filled; the best and its neighbours are trained further; the best
-two go on as long as the steps last. Where they do equally well, up to noise, the suggestion is between the two.
+two go on as long as the steps last. Where the next lower rate does as well as the best, up to noise, the suggestion is
+between the two: a long run wants a lower rate than a short one.
 A schedule is applied as a whole in each run, however short.
 """
 
@@ -50,6 +51,8 @@ GOOD = 0.9
 """A rate is good if it lowers the loss by this part of the best rate's decrease, in as many steps."""
 ALIKE = 0.95
 """The range takes in rates that do so to this part in the longest runs."""
+LOWER = 0.98
+"""The lower neighbour of the best is trained on, not the upper, if it does so to this part."""
 HIGH = 4.0
 """A loss that ends so many times above the start has diverged."""
 RATES = 24
@@ -352,11 +355,14 @@ class _Search:
             trio.append(new[0])
 
     def _go_on(self) -> None:
-        """The last runs: the best and the better of its neighbours, as far as the steps last."""
+        """The last runs: the best and a neighbour, the lower one if it does about as well, as far as the steps last."""
         best = self._best(self.middle)
         if best is None:
             return
-        pair = [best, *self._beside(best, self.middle)[:1]]
+        near = self._beside(best, self.middle)
+        enough = self._begun - LOWER * (self._begun - self._tail(best, self.middle))
+        lower = [rate for rate in near if rate < best and self._tail(rate, self.middle) <= enough]
+        pair = [best, *(lower or near)[:1]]
         for rates in (pair, [best]):
             furthest = self._furthest(rates)
             if furthest > self.middle:
@@ -389,26 +395,28 @@ class _Search:
         """The best of the longest runs; where they say nothing, of the middle ones that did not diverge later."""
         return self._best(self.horizon)
 
-    def _towards(self, best: float) -> tuple[float, float] | None:
-        """The neighbour whose loss is like the best's, and the weight of its logarithm: half where they are equal.
+    def _below(self, best: float) -> tuple[float, float, int] | None:
+        """The next lower rate whose loss is like the best's, how far to go there (1: all the way), and their steps.
 
-        The runs had the same batches, so the error is that of the mean of the differences. A tenth of the steps more or
-        less decides nothing either. The weight falls to 0 at the sum of both, or where a rate is not good any more.
+        Both had the same batches, so the error is that of the mean of the differences, in as many steps as both have.
+        A tenth of the steps more or less decides nothing either. The way is shorter the more the losses differ, and 0
+        at the sum of both, or where the lower rate is not good any more. There is no way up: the best rate falls as
+        runs get longer.
         """
-        beside = self._beside(best, self.horizon)[:1]
-        if not beside:
+        rate = max((r for r in self.curves if best / NEIGHBOUR < r < best and self.members.alive(r)), default=None)
+        if rate is None:
             return None
-        curve, other = (self.members.run(rate, self.horizon) for rate in (best, beside[0]))
-        assert curve is not None and other is not None
-        last, sooner = max(2, self.horizon // 4), max(1, round(SOONER * self.horizon))
+        steps = min(self.horizon, len(self.curves[rate]))
+        curve, other = self.curves[best][:steps], self.curves[rate][:steps]
+        last, sooner = max(2, steps // 4), max(1, round(SOONER * steps))
         apart = (other - curve)[-last:]
         margin = ERRORS * float(apart.std(ddof=1)) / math.sqrt(last)
         margin += max(float(curve[-last - sooner : -sooner].mean()) - float(curve[-last:].mean()), 0.0)
-        margin = min(margin, (1 - GOOD) * (self._begun - self._tail(best, self.horizon)))
+        margin = min(margin, (1 - GOOD) * (self._begun - self._tail(best, steps)))
         gap = max(float(apart.mean()), 0.0)
         if gap > margin:
             return None
-        return beside[0], 0.5 * (1 - gap / margin if margin else 1)
+        return rate, 1 - gap / margin if margin else 1.0, steps
 
     def _compare(self) -> None:
         """Whether the best is lower than the start on the same batches by more than noise."""
@@ -495,10 +503,10 @@ class _Search:
             )
             return Probe(None, None, "low", (reason,), rates, *rest)
         assert best is not None
-        towards = self._towards(best)
-        chosen = float(f"{best if towards is None else best * (towards[0] / best) ** towards[1]:.3g}")
+        below = self._below(best)
+        chosen = float(f"{best if below is None else best * (below[0] / best) ** below[1]:.3g}")
         confidence, why = self._confidence(best, rates)
-        why.insert(0, self._reason(best, chosen, towards))
+        why.insert(0, self._reason(best, chosen, below))
         return Probe(
             chosen, _range(chosen, best, rates, self.horizon), confidence, (*why, *doubts), rates, *rest, best=best
         )
@@ -515,13 +523,15 @@ class _Search:
             return f"no rate lowers the loss by more than its noise (p = {self.p_value:.2g})"
         return None
 
-    def _reason(self, best: float, chosen: float, towards: tuple[float, float] | None) -> str:
+    def _reason(self, best: float, chosen: float, below: tuple[float, float, int] | None) -> str:
         lowest = f"{number(best)} had the lowest loss of the longest runs, {self.horizon} of {self.steps} steps"
-        if towards is None or chosen == float(f"{best:.3g}"):
+        if below is None or chosen == float(f"{best:.3g}"):
             return f"{lowest}; it is the suggestion as it is: no factor is taken off"
+        rate, _, steps = below
+        place = "is that one" if chosen == float(f"{rate:.3g}") else "lies between the two"
         return (
-            f"{lowest}; {number(towards[0])} did as well, up to noise and a tenth of the steps, so the suggestion is "
-            "between the two"
+            f"{lowest}; the lower {number(rate)} did as well in {steps} steps, up to noise and a tenth of the steps, "
+            f"so the suggestion {place}"
         )
 
     def _confidence(self, best: float, rates: Sequence[Rate]) -> tuple[str, list[str]]:

@@ -215,14 +215,14 @@ def test_statistics_that_are_not_finite_are_not_carried_within_a_window():
 # -- tools that train ------------------------------------------------------------------------------
 
 
-def regression(bad, count=120):
-    """Batches of a linear regression; every seventeenth holds a NaN if ``bad``."""
+def regression(every, count=120, place=5):
+    """Batches of a linear regression; one of ``every`` so many, if any, holds a NaN."""
     rng = np.random.default_rng(1)
     weight, out = rng.normal(size=8), []
     for i in range(count):
         x = rng.normal(size=(16, 8))
         batch = x, x @ weight
-        if bad and i % 17 == 5:
+        if every and i % every == place:
             batch[0][3, 2] = np.nan
         out.append(jax.tree.map(np.float32, batch))
     return out
@@ -239,20 +239,20 @@ def guarded(rate):
     return jaxsgd.guard(jaxsgd.adam(rate))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="0.0524 without and 0.1 with NaN: other neighbours of 0.1 were trained longest, on a loss that falls to 0",
-)
-def test_probe_finds_the_same_rate_with_batches_that_the_guard_skips():
-    probes = [jaxsgd.probe(square_loss, ZEROS, regression(bad), guarded, steps=480) for bad in (False, True)]
-    assert 1 / 1.5 <= probes[0].learning_rate / probes[1].learning_rate <= 1.5
+@pytest.mark.parametrize("every", [17, 50])
+def test_probe_finds_the_same_rate_with_batches_that_the_guard_skips(every):
+    """6% and 2% of the batches at four places each; the loss falls to a millionth, so nothing hides behind noise."""
+    clean = jaxsgd.probe(square_loss, ZEROS, regression(None), guarded, steps=480).learning_rate
+    for place in (2, 5, 11, every - 2):
+        bad = regression(every, place=place)
+        assert 1 / 1.5 <= jaxsgd.probe(square_loss, ZEROS, bad, guarded, steps=480).learning_rate / clean <= 1.5
 
 
 def test_probe_and_range_test_do_not_judge_what_the_guard_skips():
-    probed = jaxsgd.probe(square_loss, ZEROS, regression(True), guarded, steps=480)
+    probed = jaxsgd.probe(square_loss, ZEROS, regression(17), guarded, steps=480)
     assert probed.learning_rate is not None and 0.01 <= probed.learning_rate <= 0.5
-    assert np.isfinite(jaxsgd.range_test(square_loss, ZEROS, regression(True), guarded, steps=60).losses[:30]).all()
-    unguarded = jaxsgd.range_test(square_loss, ZEROS, regression(True), jaxsgd.adam, steps=60)
+    assert np.isfinite(jaxsgd.range_test(square_loss, ZEROS, regression(17), guarded, steps=60).losses[:30]).all()
+    unguarded = jaxsgd.range_test(square_loss, ZEROS, regression(17), jaxsgd.adam, steps=60)
     assert len(unguarded.losses) < 30 or not np.isfinite(unguarded.losses[:30]).all()
 
 
@@ -260,13 +260,13 @@ def test_probe_and_range_test_do_not_judge_what_the_guard_skips():
 def test_a_sweep_trains_on_through_skipped_steps(strategy):
     tx, rates = guarded(0.1), [0.01, 0.1]
     step, begin = make_step(square_loss, tx), TrainState.create(ZEROS, tx)
-    found = jaxsgd.sweep(step, begin, regression(True), learning_rate=rates, strategy=strategy)
+    found = jaxsgd.sweep(step, begin, regression(17), learning_rate=rates, strategy=strategy)
     assert (found.diverged_at == -1).all() and np.isfinite(found.metrics["loss"]).all()
     np.testing.assert_array_equal(found.metrics["loss"][:, 5], found.metrics["loss"][:, 4])
     assert found.metrics["skipped"][0, -1] == 7
     bare = jaxsgd.adam(0.1)
     step, begin = make_step(square_loss, bare), TrainState.create(ZEROS, bare)
-    lost = jaxsgd.sweep(step, begin, regression(True), learning_rate=rates, strategy=strategy)
+    lost = jaxsgd.sweep(step, begin, regression(17), learning_rate=rates, strategy=strategy)
     assert (lost.diverged_at == 5).all()
 
 
@@ -274,13 +274,13 @@ def test_an_entry_of_aux_named_skipped_is_no_count_of_steps():
     def loss_fn(params, batch, key):
         return square_loss(params, batch, key), {"skipped": jnp.float32(7)}
 
-    tx, batches = jaxsgd.adam(0.1), regression(False, 8)
+    tx, batches = jaxsgd.adam(0.1), regression(None, 8)
     found = jaxsgd.sweep(make_step(loss_fn, tx), TrainState.create(ZEROS, tx), batches, learning_rate=[0.01, 0.1])
     assert "skipped" not in found.metrics and (found.metrics["aux/skipped"] == 7).all()
 
 
 def test_a_sweep_over_a_training_of_ones_own_reads_skipped_too():
-    batches = jax.tree.map(lambda *xs: jnp.stack(xs), *regression(True))
+    batches = jax.tree.map(lambda *xs: jnp.stack(xs), *regression(17))
 
     def train(learning_rate):
         tx = guarded(learning_rate)
