@@ -592,8 +592,39 @@ def _written(path: pathlib.Path, owner: dict) -> pathlib.Path:
 def start(function: str, *arguments: object) -> subprocess.Popen:
     call = f"import test_checkpoint; test_checkpoint.{function}(*{[str(each) for each in arguments]!r})"
     return subprocess.Popen(
-        [sys.executable, "-c", call], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, "-c", call], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def elsewhere(directory: str) -> None:
+    """In a process of its own, and of another host by its name: save, wait to be stopped and woken, save again."""
+    socket.gethostname, lock.BEAT = (lambda: "elsewhere"), 0.1
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(small(1), step=1, wait=True)
+        print("saved", flush=True)
+        sys.stdin.readline()
+        with pytest.raises(DirectoryInUse, match="the lock of this run was taken over by process"):
+            checkpoints.save(small(2), step=2)
+    print("refused")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
+def test_a_stopped_run_loses_its_lock_to_another_host_and_saves_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LIMIT", 1.0)
+    child = start("elsewhere", tmp_path)
+    assert child.stdout.readline() == "saved\n"
+    with pytest.raises(DirectoryInUse, match="host 'elsewhere'"):
+        Checkpoints(tmp_path).__enter__()
+    os.kill(child.pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(small(5), step=5, wait=True)
+        os.kill(child.pid, signal.SIGCONT)
+        out, _ = child.communicate("go on\n", timeout=60)
+        assert child.returncode == 0 and out == "refused\n", out
+        checkpoints.save(small(6), step=6, wait=True)
+        assert checkpoints.saved == [1, 5, 6]
 
 
 def test_a_full_disk_costs_no_other_checkpoint(tmp_path):
