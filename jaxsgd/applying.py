@@ -2,8 +2,8 @@
 
 `optax.apply_updates` reads each update again that the optimizer has just written. XLA joins the two in kernels that it
 makes itself. A kernel of the optimizer's own writes the parameter in place of the update. That is right only if no
-other transformation changes or reads the update afterwards, so the updates are traced once to see which ones come out
-unchanged and unread.
+other transformation changes or reads the update afterwards. So the updates are traced once, and only those that come
+out unchanged and unread are written this way.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ class Octaves:
 
         Args:
           size: the magnitudes.
-          dithered: see `dither`. A value goes to the larger neighbour if its share of the way there exceeds them, so
-            that the mean over keys is the value. None: to the nearest.
+          dithered: see `dither`. A value goes to the larger neighbour if its share of the way there exceeds them. So
+            the mean over keys is the value. None: to the nearest.
         """
         whole = size * self.top + 1 if self.least else jnp.maximum(size * self.top, 1)
         above = jax.lax.bitcast_convert_type(whole, jnp.int32) - ONE
@@ -243,9 +243,9 @@ def _over_lines(x: jax.Array, a: np.ndarray, b: np.ndarray, line: Callable[..., 
 def dynamic_map(index: jax.Array, signed: bool) -> jax.Array:
     """256 values in [-1, 1], or in [0, 1], finer towards zero (Dettmers et al. 2022, arXiv:2110.02861).
 
-    Seven decades below 1, each with twice the values of the one before, the middles of equal parts of its
-    [0.1, 1]; and 0 and 1 themselves. Index 0 is 0; a signed map has -127 to 128, the other one 0 to 255.
-    The map is convex and piecewise linear, so that a value is the largest of seven lines of the index.
+    The values cover seven decades below 1, each with twice the values of the one below it. They are the middles of
+    equal parts of a decade; 0 and 1 are values too. Index 0 is 0. A signed map has the indices -127 to 128, the other
+    one 0 to 255. The map is convex and piecewise linear, so that a value is the largest of seven lines of the index.
     """
     x = index.astype(jnp.float32)
     value = _over_lines(9 * jnp.abs(x) if signed else 9 * x, *_value_lines(signed), lambda x, c, k: (x + c) * k, True)
@@ -451,10 +451,9 @@ def int8(*, block: int = 256, min_size: int = 4096, stochastic: bool = True, map
 def int4(*, block: int = 128, min_size: int = 4096, stochastic: bool = True) -> Storage:
     """Moments at four bits between steps, in blocks that share a scale: ``storage=int4()``.
 
-    As `int8`, with 16 values of a block: for a mean a sign and 4 octaves of 2 steps, for a square 8 octaves
-    without 0 (Li et al. 2023, arXiv:2309.01507, whose scales go by rows and columns). AdamW keeps 1.06 bytes a
-    parameter. Rounding adds noise; ``benchmarks/parity.py`` measures the losses. An array with an odd last axis stays
-    whole.
+    As `int8`, with 16 values of a block. A mean has a sign and 4 octaves of 2 steps, a square has 8 octaves without 0
+    (Li et al. 2023, arXiv:2309.01507, whose scales go by rows and columns). AdamW keeps 1.06 bytes a parameter.
+    Rounding adds noise; ``benchmarks/parity.py`` measures the losses. An array with an odd last axis stays whole.
 
     Args:
       block: elements that share a scale, a power of two. Default: 128.

@@ -21,9 +21,9 @@ OWN_COLUMNS = ("learning_rate", "weight_decay", "lr_mult", "frozen")
 def describe(tx: optax.GradientTransformation, params: Any) -> str:
     """The settings of each parameter, as a table: ``print(describe(tx, params))``.
 
-    Columns: the leaf's name, shape and dtype; its learning rate with its multiplier; its weight decay; other overrides
-    of its groups; its state in bytes. In a chain or any other combination each rule of jaxsgd has a table of its own,
-    and the other parts are listed by the names of their states.
+    The columns are the leaf's name, shape and dtype, its learning rate with its multiplier, and its weight decay. Other
+    overrides of its groups and its state in bytes follow. In a chain, or any other combination, each rule of jaxsgd has
+    its own table. The other parts are listed by the names of their states.
 
     Args:
       tx: any optax gradient transformation.

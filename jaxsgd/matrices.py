@@ -260,9 +260,9 @@ class NewtonSchulz:
     Attributes:
       table, whole: see `table_of`; the number of steps counts unless the table is whole.
       preconditioning: see `newton_schulz`.
-      mesh: if given, the steps run without communication: the matrices of a stack that divides among all devices are
-        computed each on one device, any other matrix is gathered once and computed on each. Leaves of one shape are
-        such a stack too, see `jaxsgd.stacking`.
+      mesh: if given, the steps run without communication. If a stack of matrices divides among all devices, each matrix
+        is computed on one device. Any other matrix is gathered once and computed on each. Leaves of one shape are such
+        a stack too, see `jaxsgd.stacking`.
       dtype: the type that the steps compute in, for float32 and narrower matrices. Default: that of the matrix.
     """
 
@@ -377,7 +377,7 @@ def completed(vectors: jax.Array, null: jax.Array) -> jax.Array:
 def eigenbasis(x: jax.Array) -> jax.Array:
     """Eigenvectors of a positive semidefinite matrix in columns, those of the largest eigenvalues first.
 
-    The eigenvectors of the eigenvalue 0, which a solver picks by its rounding, are here the same on every machine:
+    A solver picks the eigenvectors of the eigenvalue 0 by its rounding. Here they are the same on every machine:
     cosines, made orthogonal to the others and to each other. The basis of a zero matrix is the identity.
     """
     n, real = x.shape[-1], jnp.finfo(x.dtype).dtype
@@ -410,7 +410,7 @@ def reordered_basis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Arra
 def rotated(x: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
     """$Q_L^* X Q_R$, with zeros where only rounding is left; a side without a basis stays as it is.
 
-    Wherever a gradient is of low rank, a rule that divides by the size of a coordinate's history would make full steps
+    Some rules divide by the size of a coordinate's history. Where a gradient is of low rank, they would make full steps
     of that rounding.
     """
     if left is None and right is None:

@@ -57,8 +57,8 @@ def factored(*, min_dim_size: int = 128) -> Storage:
 
     The factors of Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) for any rule with a second moment:
     $v \approx r c^\top / \bar r$. A matrix of $n \times m$ keeps $n + m$ numbers. The last two axes of an array are the
-    matrix; axes before them are a stack. The step itself sees the new moment before it is factored. An array whose last
-    two axes are not both of at least ``min_dim_size`` stays as it is, and so does a slot that is no second moment.
+    matrix; axes before them are a stack. The step itself sees the new moment before it is factored. An array stays as
+    it is if one of its last two axes is shorter than ``min_dim_size``. So does a slot that is no second moment.
 
     Args:
       min_dim_size: the least size of both axes. Default: 128, as in Adafactor.

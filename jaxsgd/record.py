@@ -17,8 +17,8 @@ __all__ = ["Recorder"]
 class Recorder:
     """Keeps the metrics of steps on the device and fetches them in one transfer every so many steps.
 
-    Reading a metric at each step (``float(metrics["loss"])``) makes the host wait for that step, and the device wait
-    for the host to send the next one::
+    ``float(metrics["loss"])`` at each step makes the host wait for that step. The device then waits for the host to
+    send the next one. A recorder avoids both::
 
         recorder = jaxsgd.Recorder(every=20)
         for batch in batches:

@@ -1,7 +1,7 @@
 """Rules by name: `rule` turns a function on one array into a `Rule`, `wrapper` a function around one.
 
-A rule's signature is its spec. The first positional parameter is the gradient, further positionals are slots,
-annotated by their kind (`jaxsgd.slots`); keyword-only parameters without a default are context, with a default
+A rule's signature is its spec. The first positional parameter is the gradient. Further positionals are slots, annotated
+by their kind (`jaxsgd.slots`). Keyword-only parameters without a default are context. Those with a default are
 hyperparameters, annotated by their domain (`jaxsgd.hyper`).
 """
 
@@ -532,8 +532,8 @@ def wrapper(fn: Callable | None = None, /, **options: Any) -> Any:
     """Decorate ``fn(inner, leaf, *slots, **context, **hyper) -> (leaf, *slots)``: a rule around any rule.
 
     ``inner(leaf)`` takes the base's step and ``inner.direction(leaf)`` gives its direction; ``leaf.replace(g=...)``
-    changes what the base sees. The result is a function ``(base) -> Rule``: the new rule has the wrapper's slots and
-    hyperparameters, then the base's, whose kinds, call and routes it keeps. It is not registered in `RULES`.
+    changes what the base sees. The result is a function ``(base) -> Rule``. The new rule has the wrapper's slots and
+    hyperparameters, then the base's. It keeps the base's kinds, call and routes. It is not registered in `RULES`.
 
     Args:
       fn: the function on one leaf.

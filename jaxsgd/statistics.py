@@ -30,8 +30,8 @@ def batch_statistics(
     """Compute the batch statistics of the weights to evaluate, from a few batches.
 
     An average of weights (`jaxsgd.params_ema`, schedule-free) was never trained with, so the running statistics of
-    batch norm are those of other weights. This call runs the loss, in training mode, on each batch, and takes the
-    plain mean of the batches' statistics, as torch's ``update_bn`` does (Izmailov et al. 2018, arXiv:1803.05407).
+    batch norm are those of other weights. This call runs the loss, in training mode, on each batch. It takes the plain
+    mean of the batches' statistics, as torch's ``update_bn`` does (Izmailov et al. 2018, arXiv:1803.05407).
 
     A running average is recognised by its update: it is linear in the old value, with one momentum below 1. That
     momentum is measured, so that the batch's own statistics come out exactly. Everything else that the model carries

@@ -41,7 +41,7 @@ class Storage(Protocol):
     - ``accepts(kind) -> bool``: whether a slot of this kind can be stored so (see `jaxsgd.slots`); by default any;
     - ``of_kind(kind) -> Storage``: the form for slots of this kind; by default itself;
     - ``part(like) -> int``: how many numbers at the end of an array of this shape and dtype are packed apart from the
-      others, a divisor of its last axis; None where it is not packed. A large array may then be packed in parts,
+      others. It divides the last axis; None where the array is not packed. A large array may then be packed in parts,
       ``(count, n * part)``, and ``pack`` takes ``rows=``, the number of each row in the whole, ``(count, 1)``;
     - ``zeros(like) -> packed``: the form of zeros of ``like``'s shape and dtype, where packing zeros costs more. It is
       called while tracing.
@@ -149,8 +149,8 @@ def cast(dtype: DTypeLike, *, stochastic: bool = False) -> Storage:
     Args:
       dtype: a floating dtype, or a complex one, which means that of its real part. A bfloat16 second moment
         with ``b2=0.999`` stops moving at half its value when rounded to nearest; use ``stochastic=True`` there.
-      stochastic: round at random (to bfloat16) with the right mean, with bits drawn from the step,
-        the slot and the leaf, so that every replica draws the same.
+      stochastic: round at random (to bfloat16) with the right mean. The bits come from the step, the slot and the leaf,
+        so every replica draws the same.
 
     Raises:
       ValueError: ``dtype`` is not a floating dtype, or ``stochastic`` with other than bfloat16.

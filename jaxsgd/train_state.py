@@ -65,9 +65,9 @@ class TrainState:
         """The state before the first step. Arrays are copied: the step donates its own, never the caller's.
 
         Args:
-          model: an ``nnx.Module``, or a tree of parameters (from Flax linen's ``init``, or any other pytree of arrays
-            and numbers), or a function of a key that makes either. On a mesh a function's parameters are never whole
-            on one device. A pytree with ``__call__`` is a tree.
+          model: an ``nnx.Module``, a tree of parameters, or a function of a key that makes either. A tree may come from
+            Flax linen's ``init``, or be any other pytree of arrays and numbers. On a mesh a function's parameters are
+            never whole on one device. A pytree with ``__call__`` is a tree.
           tx: any optax gradient transformation.
           key: a seed or a PRNG key. Default: 0.
           model_state: with a tree of parameters, the other variables of the model; then the loss takes and

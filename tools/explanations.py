@@ -1,8 +1,8 @@
 """Why an update moves more bytes, takes more kernels or leaves more temporaries than its arrays alone would.
 
-A key is the ``cost`` that a rule declares or that follows from what it asks of the whole tree (see `cost_of`), such a
-cost with a storage, or ``("*", storage)`` for all rules with that storage. `ledger.faults` names the keys
-that are missing, and those that nothing needs.
+A key is a ``cost``, a cost with a storage, or ``("*", storage)`` for all rules with that storage. A rule declares its
+cost, or it follows from the trees and sums that the rule asks for, see `cost_of`. `ledger.faults` names the keys that
+are missing, and those that nothing needs.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ SLOW_TO_COMPILE = ("decomposed",)
 """The costs of rules for which compilers take minutes on a large matrix."""
 
 TREE_SUMS = (
-    "sums over all leaves come before the first step: one pass makes them, a second one reads the same arrays again "
-    "and steps; on H100 each sum of a leaf ends in a small kernel of its own."
+    "Sums over all leaves come before the first step. One pass makes them, and a second one reads the same arrays "
+    "again and steps. On H100 each sum of a leaf ends in a small kernel."
 )
 LEAF_NORMS = (
-    "a norm or a mean over the leaf scales the step: one pass makes it, a second one reads the same arrays again and "
-    "steps; on H100 each sum of a leaf ends in a small kernel of its own."
+    "A norm or a mean over the leaf scales the step. One pass makes it, and a second one reads the same arrays again "
+    "and steps. On H100 each sum of a leaf ends in a small kernel."
 )
 FACTORED = (
-    "the gradient is read for the means of rows and columns, for the norm of the step made of them, and for the step; "
-    "parameters for their own norm and for the step. On H100 rows and columns are two passes. What is small (a factor, "
-    "a norm) is a kernel each."
+    "The gradient is read for the means of rows and columns, for the norm of the step, and for the step. "
+    "Parameters are read for their norm and for the step. On H100 rows and columns are two passes. Each small result "
+    "(a factor, a norm) is a kernel."
 )
 PRODUCTS = (
-    "Newton-Schulz: fifteen products for a matrix, whose factors and results pass through memory (on H100 the sums of "
-    "the polynomial too, as kernels of their own). Temporaries are these factors, of one matrix at a time; norms and "
-    "means are further kernels."
+    "Newton-Schulz is fifteen products for a matrix, and their factors and results pass through memory. On H100 the "
+    "sums of the polynomial are kernels too. Temporaries are these factors, of one matrix at a time. Norms and means "
+    "are further kernels."
 )
 DECOMPOSED = (
-    "products, roots and decompositions of matrices are work of their own, with temporaries of their own; on matrices "
-    "as small as these the H100 compiler also cuts a product into parts that are summed by a further kernel."
+    "Products, roots and decompositions of matrices are extra work, with their own temporaries. On matrices as small "
+    "as these the H100 compiler also cuts a product into parts, and a further kernel sums the parts."
 )
 LOW_RANK = (
-    "the gradient is read for its image, for the norm that the limiter of growth needs, and for the step; norms of "
-    "columns are kernels of their own, and the random projection is recomputed from its seed by kernels on a few words."
+    "The gradient is read for its image, for the norm that the limiter of growth needs, and for the step. Norms of "
+    "columns are kernels too. Kernels on a few words recompute the random projection from its seed."
 )
-GRADIENT_KEPT = "the new state is the gradient itself: a copy, which reads the gradient once more."
+GRADIENT_KEPT = "The new state is the gradient itself, so a copy reads the gradient once more."
 KEPT_IN_PLACE = (
-    "on H100 the compiler does not write one of the results over an array that the kernel still reads: it writes it "
-    "elsewhere and copies it, one leaf at a time."
+    "On H100 the kernel still reads the array that one of its results should replace. So the compiler writes that "
+    "result to other memory and copies it, one leaf at a time."
 )
 EIGHT_BITS = (
-    "where each number steps by itself, one kernel reads, unpacks, steps, packs and writes a matrix and its parameter. "
-    "Where a rule looks at the whole leaf, the largest of a block must be known before its first code: new moments are "
-    "written in float32 and read again, on TPU with copies to another layout."
+    "Where each number steps by itself, one kernel reads, unpacks, steps, packs and writes a matrix and its parameter. "
+    "Where a rule needs the whole leaf, the largest value of a block must be known before its first code. So new "
+    "moments are written in float32 and read again. On TPU they are also copied to another layout."
 )
 
 EXPLANATIONS: dict[str | tuple[str, str], str] = {
@@ -60,21 +60,19 @@ EXPLANATIONS: dict[str | tuple[str, str], str] = {
     "low_rank": LOW_RANK,
     "gradient_kept": GRADIENT_KEPT,
     "kept_in_place": KEPT_IN_PLACE,
-    "random": "the counters of the random numbers are vectors made by small kernels; bytes are at the minimum.",
-    "trees": "the estimate of the Hessian, which only some steps make, is an array like the parameters, written and "
-    "read.",
-    ("step_averaged", "plain"): "on TPU the compiler makes two kernels: the second one needs the step that the first "
-    "made, makes it again from the old averages, and so the first one's average is written elsewhere and copied.",
+    "random": "Small kernels make the counters of the random numbers, which are vectors. Bytes are at the minimum.",
+    "trees": "The estimate of the Hessian, which only some steps make, is an array like the parameters. It is written "
+    "and read.",
+    ("step_averaged", "plain"): "On TPU the compiler makes two kernels. The second one needs the step of the first and "
+    "computes it again from the old averages. So the first one's average is written to other memory and copied.",
     ("differences", "bf16"): KEPT_IN_PLACE,
-    "sums_of_this_step": "sums for the next step's scale come from the same pass, and end in small kernels; "
-    + KEPT_IN_PLACE,
-    "sums_of_moments": TREE_SUMS[:-1] + ", and the new moments of the first pass are kept for the second and copied.",
-    "corrected_gradient": "the norm of the corrected gradient: one pass makes it, a second one steps; and "
-    + GRADIENT_KEPT,
-    "bounds": "the bounds of rows and columns: kernels on vectors, and on H100 one of the two maxima is a pass of its "
-    "own, over an array that is kept for it.",
-    "rows_with_gradient": "whether a row has any gradient is known only when the whole row is read: the step reads it "
-    "again.",
+    "sums_of_this_step": f"The sums for the next step's scale come from the same pass and end in small kernels. "
+    f"{KEPT_IN_PLACE}",
+    "sums_of_moments": f"{TREE_SUMS} The new moments of the first pass are kept for the second and copied.",
+    "corrected_gradient": f"One pass makes the norm of the corrected gradient, and a second one steps. {GRADIENT_KEPT}",
+    "bounds": "Kernels on vectors compute the bounds of rows and columns. On H100 one of the two maxima is a pass of "
+    "its own, over an array that is kept for it.",
+    "rows_with_gradient": "Only a whole row shows whether it has any gradient, so the step reads it again.",
     ("*", "int8"): EIGHT_BITS,
 }
 

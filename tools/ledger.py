@@ -1,8 +1,8 @@
 """What each rule's update costs on hardware, measured by the compilers: docs/ledger.json and docs/ledger.md.
 
-``python tools/ledger.py`` compiles the update of every rule with every storage for a TPU v5e and an
-H100 and writes both documents; programs that are as they were are not compiled again. ``--check`` says whether the
-page is what the measurements give, whether all rules are in it, and whether each one beyond a bar is explained.
+``python tools/ledger.py`` compiles the update of every rule with every storage for a TPU v5e and an H100, and writes
+both documents. Programs that have not changed are not compiled again. ``--check`` fails if the page differs from the
+measurements, if a rule is missing, or if one beyond a bar has no explanation.
 """
 
 from __future__ import annotations
@@ -171,30 +171,30 @@ def faults(held: Ledger) -> list[str]:
 
 INTRODUCTION = """# What an update costs on hardware
 
-Made by `python tools/ledger.py` from [ledger.json](ledger.json); not written by hand. Nothing here was run: the
-compilers for TPU and CUDA translated the update of each rule (`jaxsgd.update_params`, parameters and state
-donated) for one TPU v5e and one H100, and their programs were read.
+Made by `python tools/ledger.py` from [ledger.json](ledger.json); not written by hand. Nothing here was run. The
+compilers for TPU and CUDA translated the update of each rule for one TPU v5e and one H100, and their programs were
+read. The update is `jaxsgd.update_params`, with parameters and state donated.
 
-Parameters and gradients are float32: {large}; with moments at eight bits {packed}, since compilers take long there.
-Rules that decompose matrices ({few}) are on {small}; there a TPU holds most in its core's own memory, and bytes are
-few.
+Parameters and gradients are float32: {large}. With moments at eight bits they are {packed}, since compilers take long
+there. Rules that decompose matrices ({few}) are on {small}. There a TPU holds most arrays in its core's memory, so the
+bytes are few.
 
 - **state**: bytes kept for a parameter between steps.
-- **minimum**: bytes a parameter and step if everything moved once: the parameter read and written, its gradient read,
-  its state read and written, in the types they rest in.
+- **minimum**: bytes a parameter and step if everything moved once. That is the parameter read and written, its gradient
+  read, and its state read and written, in the types of their storage.
 - **bytes**: what the program's kernels read from and write to the device's memory, over the minimum. Below 1 where a
   rule does not write all of its state, or not in each step.
 - **fusions**: kernels of elementwise work and sums, divided by the number of leaves. Products (kernels that multiply
-  matrices) are counted apart, what is within loops not at all.
-- **temporaries**: memory beside arguments and results, in % of the parameters' bytes. Where compilers work on one leaf
-  after the other, 50% is one array like a matrix of this tree, in a model one like its largest.
+  matrices) are counted apart. Kernels within loops are not counted.
+- **temporaries**: memory beside arguments and results, in % of the parameters' bytes. If the compiler works on one leaf
+  after the other, 50% is one array like a matrix of this tree. In a model it is one like its largest.
 
-A rule is explained below the table where its bytes are above {ratio} times the minimum, where it takes more than
-{fusions:g} fusion a leaf, or where temporaries are above {temporaries:.0%}; a number beyond its bar is **bold**.
+A number beyond its bar is **bold**, and the section "Why" explains it. The bars are bytes of {ratio} times the minimum,
+{fusions:g} fusion a leaf, and temporaries of {temporaries:.0%}.
 
 Donate parameters and state as the first arguments and return them in the same order, as `jaxsgd.make_step` does.
-`jax.jit` gives donated arrays to results of the same shape in order: `update(grads, state, params)` that returns
-`(params, state)` costs Adam 16 bytes a parameter more on H100, in copies.
+`jax.jit` gives donated arrays to results of the same shape in order. If `update(grads, state, params)` returns
+`(params, state)`, Adam moves 16 bytes a parameter more on H100, in copies.
 """
 
 

@@ -72,8 +72,8 @@ def _loss(params: Any) -> jax.Array:
 def lower(rule: Rule, storage: str, topology: str) -> tuple[Any, Any, Any]:
     """A rule's update, lowered for one device: ``(lowered, shapes of params, shapes of slots)``.
 
-    Parameters and state are donated and come first, in the order in which the step returns them: donated arrays are
-    given to outputs in order, and in another order the compiler has to copy.
+    Parameters and state are donated and come first, in the order in which the step returns them. JAX gives donated
+    arrays to outputs in order. In another order the compiler has to copy.
     """
     tx = rule(1e-3, storage=stored(rule, storage))
     params = tree_of(rule, storage)

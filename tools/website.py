@@ -2,8 +2,8 @@
 
     make site   # builds site/, a warning is an error
 
-The hooks write the front page (README.md), a page for each rule, a page for each notebook with its saved outputs, and
-the API with the docstring of every public name.
+The hooks write the front page (README.md), a page for each rule, and a page for each notebook with its saved outputs.
+They also write the API, with the docstring of every public name.
 """
 
 from __future__ import annotations

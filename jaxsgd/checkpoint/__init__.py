@@ -375,8 +375,8 @@ class Checkpoints:
           like: a state, or its shapes with their shardings, which say where each array goes: any number of devices,
             any mesh. Its values are not used.
           step: this checkpoint and no other.
-          migrate: take ``opt_state`` over by name where the optimizer was edited, and leave the rest as it is in
-            ``like``, which must then be a state. See `jaxsgd.migration`.
+          migrate: take ``opt_state`` over by name where the optimizer was edited, see `jaxsgd.migration`. The rest
+            stays as it is in ``like``, which must be a state.
           tx, old_tx: with ``migrate``, the new optimizer and the one that was saved, for storages of your own. Default:
             unknown.
 
@@ -385,8 +385,8 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint, or not that of ``step``.
-          ValueError: no checkpoint is good (with the fault of each), or it is that of another model (says
-            which paths differ), or ``migrate`` with a ``like`` that is no such state.
+          ValueError: no checkpoint is good (the error names the fault of each); the checkpoint is of another model (it
+            names the paths that differ); ``migrate`` with a ``like`` that is no state.
         """
         if self._writer is not None:
             self.wait()
@@ -439,8 +439,8 @@ class Checkpoints:
           step: this checkpoint and no other, as in `restore`.
           dtype: of floating leaves, in place of their own. Default: None.
           averaged: the averages of `jaxsgd.eval_params` in place of the parameters, where there are any.
-          partial: keep the leaves that fit by name and shape, and leave the others as they are in ``like``: for a new
-            head or an added adapter. The report lists both. Default: False, a leaf without counterpart is an error.
+          partial: keep the leaves that fit by name and shape; the others stay as they are in ``like``: for a new head
+            or an added adapter. The report lists both. Default: False, a leaf without counterpart is an error.
           rename: name in ``like`` -> name in the checkpoint, both with the part in front:
             ``lambda name: name.replace("params/base/", "params/")``. Default: the same names.
 

@@ -15,8 +15,10 @@ __all__ = ["averaged", "find_averages"]
 
 
 def find_averages(state: Any) -> dict[str, list[str]]:
-    """For each parameter with an average, by name: the leaf that holds it, and the one of b1 where that is the z of a
-    schedule-free rule, from which `averaged` extrapolates."""
+    """Name of each parameter with an average -> names of the leaves that hold it.
+
+    The first is the average. For the z of a schedule-free rule the leaf of b1 follows, from which `averaged`
+    extrapolates."""
     if not (hasattr(state, "opt_state") and hasattr(state, "params")):
         return {}
     names = {id(leaf): name for name, leaf in named_leaves(state, "state").items()}

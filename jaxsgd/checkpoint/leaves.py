@@ -58,8 +58,9 @@ def targets(table: dict[str, dict], likes: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(table: dict[str, dict], arrays: dict[str, Any], likes: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of ``table``, each as the kind of leaf its namesake in ``likes`` is, where that one is; NumPy arrays
-    (and typed keys) where there is none."""
+    """The leaves of ``table``, each as the kind of leaf that has its name in ``likes``.
+
+    Without such a leaf they are NumPy arrays and typed keys."""
     out = {}
     for name, row in table.items():
         value = arrays[name] if name in arrays else np.zeros(row["stored"]["shape"], jnp.dtype(row["stored"]["dtype"]))

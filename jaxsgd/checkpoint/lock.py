@@ -35,8 +35,8 @@ class DirectoryInUse(RuntimeError):
 class Lock:
     """The right of one run to save into a directory, from `Lock` to `release`.
 
-    On the same host the owner's process id and its start time decide whether it is alive. Of another host only signs
-    of life are seen: the owner touches the file every 5 s, and after 60 s without it is stale.
+    On the same host the owner's process id and its start time decide whether it is alive. An owner on another host
+    touches the file every 5 s. After 60 s without a touch the lock is stale.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:

@@ -1,8 +1,8 @@
 """The largest and smallest eigenvalues of a Hessian, from its products with vectors.
 
-The Lanczos iteration with full reorthogonalisation and thick restarts (Wu & Simon 2000,
-doi:10.1137/S0895479898334605) on a Hessian that is never formed: its product with a vector is a forward derivative of
-the gradient (Pearlmutter 1994, doi:10.1162/neco.1994.6.1.147). One compiled program makes all steps.
+This is the Lanczos iteration with full reorthogonalisation and thick restarts (Wu & Simon 2000,
+doi:10.1137/S0895479898334605). The Hessian is never formed. Its product with a vector is a forward derivative of the
+gradient (Pearlmutter 1994, doi:10.1162/neco.1994.6.1.147). One compiled program makes all steps.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """What a rule does to a small gradient once its scales stand still, read off the rule itself.
 
-Around a minimum a rule is a linear recursion: its averages of gradients, and the parameters, are new
-linear combinations of themselves and of the gradient. Averages of squares do not change under a small gradient, and
-are held. Here the rule, called as it is, tells the coefficients by what it answers to tiny inputs; from them come its
-preconditioner, which is what it divides each coordinate by, and the largest stable learning rate on a quadratic:
-the one at which an eigenvalue of the recursion's matrix leaves the unit circle. For gradient descent this gives
-``2 / h``, for momentum ``2 (1 + b) / h``, for Adam ``2 (1 + b1) / ((1 - b1) h)`` with h of the preconditioned Hessian
-(Cohen et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484).
+Around a minimum a rule is a linear recursion. Its averages of gradients, and the parameters, are linear combinations of
+their old values and of the gradient. Averages of squares do not change under a small gradient, and stay fixed. The rule
+itself, called with tiny inputs, gives the coefficients. They give its preconditioner: the divisor of each coordinate.
+They also give the largest stable learning rate on a quadratic, where an eigenvalue of the recursion's matrix leaves the
+unit circle. For gradient descent this is ``2 / h``, for momentum ``2 (1 + b) / h``, for Adam
+``2 (1 + b1) / ((1 - b1) h)`` with h of the preconditioned Hessian (Cohen et al. 2021, arXiv:2103.00065, and 2022,
+arXiv:2207.14484).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Recursion:
     All coefficients are affine in the learning rate: ``here + rate * per_rate``.
 
     Attributes:
-      here, per_rate: matrices of the shape ``(1 + k, 2 + k)``: rows are the change of x and the new averages, columns
-        the gradient (in units of the preconditioner), the averages, and x by decoupled weight decay.
+      here, per_rate: matrices of the shape ``(1 + k, 2 + k)``. Rows: the change of x, then the new averages. Columns:
+        the gradient in units of the preconditioner, the averages, and x by decoupled weight decay.
     """
 
     here: np.ndarray

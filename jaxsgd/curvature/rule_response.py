@@ -1,8 +1,8 @@
 """A rule's answers to tiny inputs.
 
-The rule is called as it is, with all that is chained around it. The kinds of its slots say which parts of the state
-turn with the sign of the gradient (averages of gradients) and which do not (scales). Other transformations do not say
-it: they are called with gradients of either sign.
+The rule is called as it is, with all that is chained around it. The kinds of its slots separate averages of gradients,
+which turn with the gradient's sign, from scales, which do not. Other transformations have no kinds, so they are called
+with gradients of either sign.
 """
 
 from __future__ import annotations

@@ -199,12 +199,12 @@ def sharpness(
 ) -> Sharpness:
     """The largest eigenvalues of the loss's Hessian, the smallest, and the learning rates they allow.
 
-    With a rule, the Hessian is also preconditioned by the optimizer's state: ``P^-1/2 H P^-1/2``, where P is the
-    present divisor of each coordinate (for Adam the corrected ``sqrt(v) + eps``, times the correction of its mean, as
-    in Cohen et al. 2022, arXiv:2207.14484). P and the threshold come from calls of the rule itself. So it works with
-    any rule that treats each coordinate by itself and in proportion to the gradient; all others (signs, matrices,
-    norms of layers) are refused by name. Learning-rate multipliers are part of P. Frozen parameters are not in the
-    Hessian. Weight decay through the gradient is added to it.
+    With a rule, the Hessian is also preconditioned by the optimizer's state: ``P^-1/2 H P^-1/2``. P is the present
+    divisor of each coordinate. For Adam it is the corrected ``sqrt(v) + eps`` times the correction of its mean, as in
+    Cohen et al. 2022, arXiv:2207.14484. P and the threshold come from calls of the rule itself. So it works with any
+    rule that treats each coordinate by itself and in proportion to the gradient. All others (signs, matrices, norms of
+    layers) are refused by name. Learning-rate multipliers are part of P. Frozen parameters are not in the Hessian.
+    Weight decay through the gradient is added to it.
 
     Above the threshold a step oscillates and grows along the sharpest direction, as far as the loss is quadratic. The
     threshold is that of the loss of ``batch``: one minibatch and all data have different ones. Of several equal

@@ -133,9 +133,9 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose a run from its loss curve: ``print(jaxsgd.diagnose(recorder.records, tx=tx))``.
 
-    The verdicts rest on shares of the curve's own fall and on its noise, so that a constant added to the loss, or a
-    factor, changes none. From losses alone a finished training cannot be told from one that is caught above the best
-    loss: ``best_known`` or the measurements of layers can tell them apart.
+    The verdicts rest on shares of the curve's own fall and on its noise. So a constant added to the loss, or a factor,
+    changes none. Losses alone cannot tell a finished run from one that is stuck above the best loss. ``best_known`` or
+    the measurements of layers can.
 
     Args:
       history: losses, one a step; or records, such as `jaxsgd.Recorder.records`, dicts with ``"loss"`` and perhaps

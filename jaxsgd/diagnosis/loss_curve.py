@@ -92,8 +92,10 @@ class Oscillation(NamedTuple):
 
     @property
     def ordered(self) -> bool:
-        """Whether it can be the order of the batches, the same in each epoch: a pattern of any form, of a whole number
-        of points. A ring is a sine, and only by chance of a whole period; few points cannot tell the form."""
+        """Whether it can be the order of the batches, the same in each epoch.
+
+        That is a pattern of any form, with a period of a whole number of points. An oscillation is a sine, and its
+        period is a whole number only by chance. Few points cannot tell the form."""
         return self.whole and not (round(self.period) >= SHORT and self.sine > SINE)
 
 

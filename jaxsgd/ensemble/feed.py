@@ -57,8 +57,8 @@ class Feed:
         - one batch for every step: a dict, a tuple, an array or another pytree. A list ``[x, y]`` of arrays is one
           batch where the loss takes only the whole array; see `is_one_batch`.
       takes: whether the loss takes a batch. Default: unknown.
-      replay: keep the batches of an iterator, or of an iterable that may give others on its next walk, on the host, so
-        that `rewind` can give them again. Default: False.
+      replay: keep the batches on the host, so that `rewind` can give them again. It concerns iterators, and iterables
+        that may give other batches on their next walk. Default: False.
 
     Attributes:
       taken: the number of batches taken so far.

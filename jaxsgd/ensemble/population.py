@@ -65,9 +65,9 @@ class Population:
         - ``"auto"``: loop for convolutions on CPU. Otherwise one program with vmap and map; the first steps are timed
           and the faster one is used. Only map if vmap does not fit in memory.
       devices: the devices that share the members. Their number need not divide the members. Default: the first device.
-      limit: three losses in a row so many times above the usual loss are a divergence. The usual loss is the lowest of
-        all members in a step, and the largest of the first eight such: with small batches the first loss alone says
-        little. With inf, only numbers that are not finite are a divergence. Default: 10.
+      limit: three losses in a row so many times above the usual loss are a divergence. The usual loss of a step is the
+        lowest of all members; of the first eight steps the largest such loss counts. With small batches the first loss
+        alone says little. With inf, only numbers that are not finite are a divergence. Default: 10.
       chunk: steps per call of the program (1 for the loop). Default: 16.
       memory: bytes of a device for states and temporaries, by which ``"auto"`` decides. Default: what is free.
 

@@ -70,8 +70,8 @@ def sweep(
           losses ``(steps,)``, or metrics with them, or ``(state, either)``. Names that the state has are set there,
           the others are passed by name.
       state: the initial state of every run.
-      data: for a step: a list of batches (repeated from its end), an iterator, a function of the step, or one batch for
-        all steps. For your own run: its second argument.
+      data: a list of batches (repeated from its end), an iterator, a function of the step, or one batch for all steps.
+        For your own run: its second argument.
       steps: the number of steps. Default: the length of the list.
       paired: combine the n-th values of all names. Default: all combinations.
       strategy: ``"vmap"``, ``"map"``, ``"loop"`` (single steps), or ``"auto"``, which reports its choice and the
@@ -81,7 +81,7 @@ def sweep(
       limit: three losses in a row so many times above the usual loss are a divergence, see
         `jaxsgd.ensemble.population.Population`. Default: 10.
       memory: bytes of one device that the runs may take. Runs that do not fit are trained in waves, one after the
-        other, through the same compiled program, and their last states are on the host. Default: half of what is free.
+        other, by the same compiled program. Their last states are then on the host. Default: half of what is free.
       directory: where to save the sweep, so that the same call continues after it was stopped. It needs
         ``jaxsgd[checkpoint]`` and a `jaxsgd.Step` or a function that builds one. Default: None, nothing is saved.
       save_every: steps from one save to the next; the end of a wave is always saved. Default: 1000.

@@ -25,33 +25,34 @@ def migrate(
     old_tx: optax.GradientTransformation | None = None,
     count: Literal["auto", "keep", "reset"] | int = "auto",
 ) -> tuple[Any, Report]:
-    """Go on with a state after an edit of its optimizer: ``state, report = migrate(old_state, tx, params)``.
+    """Keep a state after an edit of its optimizer: ``state, report = migrate(old_state, tx, params)``.
 
-    A clip or a guard was added, a schedule replaces a constant, AdamW replaces Adam, groups or storage changed, the
-    run began with optax: ``tx.init`` would forget the moments, and a checkpoint does not fit. Leaves are matched by
-    name. One that belongs to a parameter (``"1/slots/mu/dense/kernel"``) goes where the new state has the same slot
-    (mu) of the same parameter, whatever is around it. A leaf without a counterpart, or of another shape, is as
-    ``tx.init`` makes it. Of several alike (two rules in a chain with a mu each), those of rules with the same slots
-    are matched in order if they are as many, then by their full names; the others are reset. The report
-    lists every case.
+    Use it when a clip or a guard was added, a schedule replaces a constant, or AdamW replaces Adam. Use it too when
+    groups or storage changed, or when the run began with optax. In these cases ``tx.init`` would forget the moments,
+    and a checkpoint does not fit.
+
+    Leaves are matched by name. A leaf of a parameter (``"1/slots/mu/dense/kernel"``) goes to the same slot (mu) of the
+    same parameter, wherever that is in the new state. A leaf without a counterpart, or of another shape, is as
+    ``tx.init`` makes it. Two rules in a chain may each have a mu. Rules with the same slots are then matched in order
+    if their numbers are equal, else by their full names. The others are reset. The report lists every case.
 
     **Storage.** Each slot is packed by the storage that the new optimizer has for it: `cast`, `int8` or your own.
     Values that were cast or packed by `int8` unpack by themselves; those of your own storage need ``old_tx``, and are
     reset without it. A value that does not fit into its new dtype is reset too.
 
-    **Kinds.** A slot is reset where the new rule has another kind of slot under its name: with ``old_tx``, any other
-    kind; without, where a sum of squares would become negative. Within a kind names are all there is: the report
-    cannot know that adam's nu is a mean of squares and adamax's a maximum, or that a rule sums its momentum where
-    another averages it. Switch between such rules with ``tx.init(params)``.
+    **Kinds.** A slot is reset where the new rule has another kind of slot under its name. With ``old_tx`` any other
+    kind counts. Without it, a slot is reset where a sum of squares would become negative. Within a kind only names are
+    compared. So the report cannot know that adam's nu is a mean of squares and adamax's nu a maximum. Nor does it know
+    whether a rule sums its momentum or averages it. Switch between such rules with ``tx.init(params)``.
 
-    **The count** of completed steps drives schedules and bias correction. A rule's goes on if each of its slots was
-    found for one parameter at least; a copy of the parameters (the slow weights of `lookahead`) may start at any step.
-    Otherwise the whole rule is reset, with all its slots, to count 0: a moment that starts at zero is taken for an
-    average of ``count`` steps, and a full one at count 0 for an average of none. With adam's b1=0.9, b2=0.999,
-    t=10,000 and both moments at zero, the first step is 3.2 times too long, the twelfth 6.6 times, and it takes 1,750
-    steps to come within 10%; with nu alone at zero the first is 32 times too long; with a full mu at count 0, 10
-    times. The first holds for a single parameter that is reset (reshaped, no longer frozen) while the count goes on: a
-    short warmup helps.
+    **The count** of completed steps drives schedules and bias correction. The count of a rule continues if each of its
+    slots was found for at least one parameter. A copy of the parameters (the slow weights of `lookahead`) may start at
+    any step. Otherwise the whole rule is reset, with all its slots, to count 0. The reason is bias correction. It takes
+    a moment at zero for an average of ``count`` steps, and a full moment at count 0 for an average of none. The errors
+    are large with adam's b1=0.9, b2=0.999 and t=10,000. If both moments are zero, the first step is 3.2 times too long
+    and the twelfth 6.6 times. It takes 1,750 steps to come within 10%. If only nu is zero, the first step is 32 times
+    too long. With a full mu at count 0 it is 10 times too long. The first case concerns a single parameter that is
+    reset (reshaped, no longer frozen) while the count continues: a short warmup helps.
 
     **Hyperparameters** are as ``tx`` says; one that was set or pinned by `with_hyper` is to be set again. Scalars of a
     rule (weight sums) go with its slots, those of other transformations (counters, norms, statistics) by name.
@@ -62,8 +63,8 @@ def migrate(
       tx: the new optimizer.
       params: the parameters it is to train.
       old_tx: the optimizer that made ``old_state``. Default: unknown.
-      count: ``"auto"``, as above; ``"keep"``: it goes on, and found slots with it, in any case; ``"reset"``: it is 0
-        for every rule, and found slots are kept; or a number of steps, for states that hold none
+      count: ``"auto"``, as above; ``"keep"``: it always continues, with the slots that were found; ``"reset"``: it is 0
+        for every rule, and the slots that were found stay; or a number of steps, for states that hold none
         (``optax.sgd`` with a constant learning rate). Default: ``"auto"``.
 
     Returns:

@@ -1,7 +1,7 @@
 """Plan a train step for hardware you do not have: does it fit, and what does it cost?
 
-The compilers for TPU (``jaxsgd[tpu]``) and CUDA (``jaxsgd[cuda]``) run on any machine; here they compile the
-very step that `jaxsgd.make_step` would run, from shapes alone, and their answer is read:
+The compilers for TPU (``jaxsgd[tpu]``) and CUDA (``jaxsgd[cuda]``) run on any machine. Here they compile the same step
+that `jaxsgd.make_step` would run, from shapes alone. `plan` reads their answer:
 
     answer = jaxsgd.plan(loss_fn, init, tx, batch, topology="v5e:4x4", zero1="data")
     print(answer)

@@ -34,8 +34,9 @@ class Comparison(Report):
 
     @property
     def best(self) -> Plan | None:
-        """Of the plans that fit the one with the shortest bound, or with the most memory to spare if a bound is not
-        known; None where none fits."""
+        """The plan with the shortest bound, of those that fit; None if none fits.
+
+        If a bound is not known, it is the plan with the most memory to spare."""
         fitting = [p for p in self.plans if p.fits]
         timed = all(p.bound is not None for p in fitting)
         return min(fitting, key=lambda p: p.bound.seconds if timed and p.bound else -p.headroom, default=None)

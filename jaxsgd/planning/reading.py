@@ -151,8 +151,8 @@ def buffers(program: Program, most: int = 8) -> list[Buffer]:
 def scratch(program: Program) -> int:
     """Bytes of the arrays that the largest kernel of a CPU allocates by itself, an estimate.
 
-    A convolution copies its padded input and its kernel. A fusion of the YNNPACK library allocates the operand of a
-    matrix product that it computes itself, such as a softmax before its product with the values.
+    A convolution copies its padded input and its kernel. A fusion of the YNNPACK library computes an operand of a
+    matrix product itself, such as a softmax before its product with the values. It allocates that operand.
     """
     found = [0]
     for computation in program.computations.values():

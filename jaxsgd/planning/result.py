@@ -90,10 +90,10 @@ class Plan(Report):
       parameters: how many numbers are trained.
       fits: whether the device has the memory.
       needs, available: bytes needed, and there; `headroom` is the difference.
-      parts: ``needs`` split: ``"params"``, ``"gradients (estimate)"`` (an array like each parameter, where its moments
-        lie), ``"state: mu"`` and so on for each slot, ``"state: other"``, ``"batch"``, on a
-        CPU what one kernel copies beyond the compiler's count, and the rest: activations and other temporaries,
-        padding, the program itself.
+      parts: ``needs`` in parts. ``"gradients (estimate)"`` is an array like each parameter, sharded like its moments.
+        ``"state: mu"`` and so on are the slots, beside ``"params"``, ``"state: other"`` and ``"batch"``. On a CPU one
+        part is the copies of one kernel that the compiler does not count. The rest is activations and other
+        temporaries, padding, and the program itself.
       argument, temporary, output, alias, code, peak: the compiler's own account, see
         `jaxsgd.planning.reading.Memory`; None where it gave up before.
       flops: of matrix products and convolutions, by type.

@@ -1,7 +1,7 @@
 """Compilers for hardware that is not there: ``lookup("v5e:4x4").compile(lowered)``.
 
-The TPU compiler is in libtpu, the CUDA compiler in jaxlib's plugin with NVIDIA's assembler; both run on any
-machine, and what they compile cannot run on it.
+The TPU compiler is in libtpu, the CUDA compiler in jaxlib's plugin with NVIDIA's assembler. Both run on any machine.
+Their programs cannot run without the hardware.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def _there(name: str) -> bool:
 def prepare() -> None:
     """Tell the compilers that their hardware is not here, in the environment, unless a variable is set already.
 
-    `lookup` does so; call it earlier, before JAX is first used, where the compilers' complaints about hardware that is
-    not there should not be seen.
+    `lookup` calls it. Call it yourself before the first use of JAX to silence the compilers' complaints about missing
+    hardware.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -1,8 +1,8 @@
 r"""Rules that find the length of their step themselves.
 
-The length comes from the loss (Polyak: the gap to the optimum over the squared gradient), from the distance walked so
-far (DoG, DoWG, D-Adaptation, Prodigy), or from a bet on each coordinate (COCOB). The learning rate multiplies it, so
-start at 1. Where the loss gives the length, the learning rate caps it.
+Polyak's rules take the length from the loss: the gap to the optimum over the squared gradient. DoG, DoWG, D-Adaptation
+and Prodigy take it from the distance walked so far, COCOB from a bet on each coordinate. The learning rate multiplies
+it, so start at 1. Where the loss gives the length, the learning rate caps it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def polyak_sgd(
 ):
     r"""SGD with Polyak's step, SPS (Loizou et al. 2021, arXiv:2002.10542): $x \leftarrow x - s \min\{(f(x) - f^*) / (\lVert g \rVert^2 + \epsilon),\, \eta\}\, g$.
 
-    The update needs the loss: ``value=``. ``f_min`` is a guess of the lowest loss $f^*$, the learning rate
-    (or ``max_learning_rate``) is the cap $\eta$, ``scaling`` is $s$ (in optax 0.2.8 it acts as $1/s$ below the cap).
+    The update needs the loss: ``value=``. ``f_min`` is a guess of the lowest loss $f^*$. The learning rate (or
+    ``max_learning_rate``) is the cap $\eta$. ``scaling`` is $s$; in optax 0.2.8 it acts as $1/s$ below the cap.
     ``variant="sps+"`` takes no step back below ``f_min`` (Garrigos et al. 2023, arXiv:2307.14528).
     """
     gap = jnp.maximum(value - f_min, 0) if variant == "sps+" else value - f_min

@@ -113,11 +113,11 @@ def adafactor(
 ):
     r"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): $V \leftarrow R C / \operatorname{mean}(R),\; u = \operatorname{clip}(g / \sqrt V),\; x \leftarrow x - \eta \max(10^{-3}, \operatorname{rms}(x))\, u$.
 
-    $R$ and $C$ are averages of $g^2 + \epsilon$ over the largest and the second largest axis, where both are at
-    least ``min_dim_size_to_factor`` long; elsewhere ``row`` is $V$ itself and ``col`` is 1. The new value weighs
-    $(t - t_0)^{-c}$, with ``decay_rate`` $c$ and ``decay_offset`` $t_0$, the step where the average starts again.
-    Without ``learning_rate``, $\eta = 1$. ``weight_decay_rate`` is optax's weight decay: the learning rate does not
-    scale it, like ``weight_decay`` with ``independent_decay=True``. ``clipping_threshold`` None or 0: no clipping.
+    $R$ and $C$ are averages of $g^2 + \epsilon$ over the largest and the second largest axis. If one is shorter than
+    ``min_dim_size_to_factor``, ``row`` is $V$ itself and ``col`` is 1. The new value weighs $(t - t_0)^{-c}$, with
+    ``decay_rate`` $c$ and ``decay_offset`` $t_0$, the step where the average starts again. Without ``learning_rate``,
+    $\eta = 1$. ``weight_decay_rate`` is optax's weight decay: the learning rate does not scale it, like
+    ``weight_decay`` with ``independent_decay=True``. ``clipping_threshold`` None or 0: no clipping.
     """
     weight = jnp.where(t > decay_offset, t - decay_offset, 1) ** -decay_rate
     u, row, col = _scaled(g, row, col, weight, eps)
@@ -292,15 +292,15 @@ def adam_mini(
 ):
     r"""Adam-mini (Zhang et al. 2024, arXiv:2406.16793): $v_b \leftarrow \beta_2 v_b + (1-\beta_2) \operatorname{mean}(g_b^2),\; u_b = \hat m_b / (\sqrt{\hat v_b} + \epsilon)$.
 
-    Adam with one second moment for each block $b$ of a leaf. Kernels are (..., in, out), and by a leaf's name and
-    shape a block is: of query and key one head, of embeddings one token, of all other matrices (values, projections,
-    MLPs, heads) the weights into one output, of norms and vectors all of them, of a bias one coordinate.
-    Axes before these are a batch. ``print(describe(tx, params))`` shows the axes that a block spans.
+    Adam with one second moment for each block $b$ of a leaf. Kernels are (..., in, out). A leaf's name and shape decide
+    its blocks. A block of query and key is one head, of embeddings one token. A block of any other matrix (values,
+    projections, MLPs, heads) is the weights into one output. Norms and vectors are one block, and each coordinate of a
+    bias is one. Axes before these are a batch. ``print(describe(tx, params))`` shows the axes that a block spans.
 
     - ``head_dim``: the columns of one head, where query and key are (in, heads * head_dim). Flax's (in, heads,
       head_dim) do not need it; without either, a block of query and key is the weights into one output.
-    - ``blocks``: ``[(pattern, axes), ...]`` for other names, with patterns as in ``groups``: the axes that a block
-      spans, ``()`` for Adam, ``"all"`` for one block, the default of the authors' code for unknown names.
+    - ``blocks``: ``[(pattern, axes), ...]`` for other names, with patterns as in ``groups``. ``axes`` are those that a
+      block spans, ``()`` for Adam, or ``"all"`` for one block. The authors' code takes ``"all"`` for unknown names.
     """
     mu, nu = ema(mu, g, b1), ema(nu, _block_mean(sq(g), span, columns), b2)
     u = _in_heads(debias(mu, b1, t), columns) / (jnp.sqrt(debias(nu, b2, t)) + eps)

@@ -87,9 +87,9 @@ def lars(
 ):
     r"""LARS (You et al. 2017, arXiv:1708.03888): $u = g + \lambda x,\; v \leftarrow \mu v - \eta\, \kappa u\, \lVert x \rVert / (\lVert u \rVert + \epsilon),\; x \leftarrow x + v$.
 
-    Weight decay $\lambda$ is added to the gradient, and the norm is of their sum, as in optax; the paper adds
-    up their norms, $\lVert g \rVert + \lambda \lVert x \rVert$. ``trust_ratio_mask=False`` takes $u$ as it is,
-    for all parameters, or by a tree of booleans or a function of the params; so does a norm of 0.
+    Weight decay $\lambda$ is added to the gradient, and the norm is of their sum, as in optax. The paper adds up their
+    norms, $\lVert g \rVert + \lambda \lVert x \rVert$. ``trust_ratio_mask=False`` takes $u$ as it is for all
+    parameters. A tree of booleans, or a function of the params, chooses some. A norm of 0 does the same.
     """
     scale = trust_ratio(p, g, coefficient=trust_coefficient, eps=eps) if trust_ratio_mask else 1
     step = -learning_rate * (scale * g)

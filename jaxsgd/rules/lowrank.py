@@ -1,7 +1,7 @@
 r"""Rules that keep the state of a matrix in a space of low rank.
 
-One axis of each gradient matrix is compressed to ``rank``, by its own singular vectors (GaLore) or at random (APOLLO);
-the moments are those of the compressed gradient. Axes before the matrix axes are a batch.
+One axis of each gradient matrix is compressed to ``rank``, by its own singular vectors (GaLore) or at random (APOLLO).
+The moments are those of the compressed gradient. Axes before the matrix axes are a batch.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _dimensions(params: Any, dimensions: Any) -> list[Any]:
 def leading_basis(x: jax.Array, rank: int, turned: bool) -> jax.Array:
     """The left singular vectors of the ``rank`` largest singular values, in columns.
 
-    Those of the singular value 0, which a solver picks by its rounding, are cosines, made orthogonal to the others
-    and to each other: the basis is always whole, and the same on every machine but for the others' signs.
+    A solver picks those of the singular value 0 by its rounding. Here they are cosines, made orthogonal to the others
+    and to each other. So the basis is always complete, and the same on every machine but for the others' signs.
     ``turned`` says that ``x`` is a transpose; the signs are then those of the matrix as it was.
     """
     left, values, right = singular_vectors(jnp.swapaxes(x, -1, -2) if turned else x)
@@ -193,8 +193,8 @@ def _low_rank(base: Rule, name: str, doc: str, **options: Any) -> Rule:
 def low_rank(base: Rule) -> Rule:
     r"""GaLore (Zhao et al. 2024, arXiv:2403.03507): $u = \alpha P\, \rho(P^T g)$.
 
-    The wrapped rule $\rho$ sees gradients of ``rank`` rows; $P$ are the leading left singular vectors of $g$, computed
-    every ``update_proj_gap`` steps, $\alpha$ is ``scale``. The arguments are those of `galore`, then the base's own.
+    The wrapped rule $\rho$ sees gradients of ``rank`` rows. $P$ are the leading left singular vectors of $g$, computed
+    every ``update_proj_gap`` steps. $\alpha$ is ``scale``. The arguments are those of `galore`, then the base's own.
 
     Raises:
       ValueError: the base asks for more than a gradient, has sums over the tree, or treats leaves by their axes.
@@ -247,24 +247,25 @@ galore = _low_rank(
     "galore",
     r"""GaLore (Zhao et al. 2024, arXiv:2403.03507): $R = P^T G,\; U = \alpha P\, \hat M_R / (\sqrt{\hat V_R} + \epsilon)$.
 
-    Adam in the space of the gradient's ``rank`` leading singular vectors $P$, which are computed every
-    ``update_proj_gap`` steps; the moments then stay as they are, in the new coordinates. ``scale`` is $\alpha$. All other
-    leaves get Adam; weight decay acts on whole parameters.
+    Adam in the space of the gradient's ``rank`` leading singular vectors $P$. They are computed every
+    ``update_proj_gap`` steps, and the moments keep their numbers in the new coordinates. ``scale`` is $\alpha$. All
+    other leaves get Adam. Weight decay acts on the full parameters.
 
     The arguments are those of optax's galore, and further:
 
-    - ``side``: the axis that is compressed. ``"long"``, as in optax, keeps the least state, but at any rank it drops the
-      part of a gradient outside the span of the one that gave $P$. ``"short"`` is the paper's: nothing is lost where
-      ``rank`` reaches the short axis. The authors' code has it, with ``scale=0.25``.
+    - ``side``: the axis that is compressed. ``"long"``, as in optax, keeps the least state. But at any rank it drops
+      the part of a gradient outside the span of the one that gave $P$. ``"short"`` is the paper's: nothing is lost
+      where ``rank`` reaches the short axis. The authors' code has it, with ``scale=0.25``.
     - ``b1``, ``b2``, ``eps``, ``eps_root``, ``nesterov``, ``bias_correction``: of `jaxsgd.adam`.
     - ``base_optimizer``: in Adam's place, an optax transformation that needs gradients only; it runs on each leaf by
       itself. For a rule of jaxsgd in its place use ``low_rank(lion)(...)``.
-    - ``weight_dimension_numbers``: `GaLoreDimensionNumbers`, ours or optax's, for all leaves, or in a tree like the
-      params (or a prefix, or a function of the params), None for Adam. Default: the two-dimensional leaves are matrices.
-      Axes that it does not name are a batch: ``GaLoreDimensionNumbers(-2, -1)`` takes each layer of a scan by itself.
+    - ``weight_dimension_numbers``: `GaLoreDimensionNumbers`, ours or optax's, for all leaves, or None for Adam. Also a
+      tree of these like the params, a prefix of such a tree, or a function of the params. Default: the two-dimensional
+      leaves are matrices. Axes that it does not name are a batch: ``GaLoreDimensionNumbers(-2, -1)`` takes each layer
+      of a scan by itself.
 
     The singular vectors are computed in the precision of the moments. Where a gradient is of lower rank than ``rank``,
-    the missing vectors are fixed ones, and rounding is no signal: neither depends on the machine.
+    the missing vectors are fixed, and rounding is no signal. So neither depends on the machine.
     """,
     call=_galore_call,
     positional="learning_rate rank update_proj_gap scale base_optimizer weight_decay mask weight_dimension_numbers",
@@ -362,15 +363,15 @@ def apollo(
 ):
     r"""APOLLO (Zhu et al. 2024, arXiv:2412.05270): $R = P G,\; u_j = \sqrt\alpha\, G_j\, \lVert \hat M_{R,j} / (\sqrt{\hat V_{R,j}} + \epsilon) \rVert / \lVert R_j \rVert$.
 
-    Adam's moments are kept of $R$ only, ``rank`` rows in the place of a matrix's shorter axis; each channel $j$ of the
-    gradient itself (the longer axis) is scaled as much as Adam scales its image. $P$ is random: it is not kept but drawn
-    at each step from a ``seed``, which changes every ``update_proj_gap`` steps. Leaves below two dimensions, and those
-    whose name matches ``adam``, get Adam, as in `muon`.
+    Adam's moments are kept of $R$ only, with ``rank`` rows in the place of a matrix's shorter axis. Each channel $j$ of
+    the gradient itself (the longer axis) is scaled as much as Adam scales its image. $P$ is random: it is not kept but
+    drawn at each step from a ``seed``, which changes every ``update_proj_gap`` steps. Leaves below two dimensions, and
+    those whose name matches ``adam``, get Adam, as in `muon`.
 
     - ``scale``: $\alpha$, whose root multiplies the step, as in the authors' code.
     - ``scale_type``: ``"channel"``, or ``"tensor"`` for one factor a matrix.
-    - ``growth``: a matrix's step grows by no more than this factor at each step, before $\sqrt\alpha$ and Adam's bias
-      correction (the limiter of Fira, Chen et al. 2024, arXiv:2410.01623); None or 0 for no limit.
+    - ``growth``: the largest factor by which a matrix's step grows at each step, before $\sqrt\alpha$ and Adam's bias
+      correction. This is the limiter of Fira (Chen et al. 2024, arXiv:2410.01623). None or 0: no limit.
     - ``key``: the seed of the projections. They differ between leaves and are the same on every replica.
     - ``adam``, ``weight_dimension_numbers``: as in `muon` and `galore`; the latter goes before the former.
 

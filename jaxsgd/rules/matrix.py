@@ -1,8 +1,8 @@
 r"""Rules that see a parameter as a matrix.
 
-Kernels are (in, out), as JAX layers have them, and axes before the last two are a batch: the layers of a scan, the heads
-of an attention. Leaves that are no hidden matrix go to Adam within the same rule, so that a model has one optimizer, one
-state and one learning rate to set.
+Kernels are (in, out), as JAX layers have them. Axes before the last two are a batch: the layers of a scan, the heads of
+an attention. Leaves that are no hidden matrix go to Adam within the same rule. So a model has one optimizer, one state
+and one learning rate to set.
 """
 
 from __future__ import annotations
@@ -231,8 +231,8 @@ def muon(
 
     The arguments are those of optax's muon, and further:
 
-    - ``adam``: the leaves that Adam updates beside all below two dimensions: a regular expression on the leaf's name, or
-      a function ``(name, leaf) -> bool``; None goes by shape alone, as optax does (see `optax_muon`).
+    - ``adam``: the leaves that Adam updates, beside all below two dimensions. A regular expression on the leaf's name,
+      or a function ``(name, leaf) -> bool``. None goes by shape alone, as optax does (see `optax_muon`).
     - ``ns_coeffs``: $(a, b, c)$, or one triple a step, or ``"standard"``, ``"dion"``, ``"polar_express"``.
     - ``muon_weight_dimension_numbers``: `MuonDimensionNumbers`, ours or optax's, in a tree like the params (or a prefix,
       or a function of the params), None for Adam. Default: a leaf is (..., in, out), and attention's query, key and value
@@ -386,12 +386,12 @@ def soap(
 ):
     r"""SOAP (Vyas et al. 2024, arXiv:2409.11321): $L, R$ average $G G^T, G^T G$; Adam on $Q_L^T G Q_R$: $U = Q_L\, \tfrac{\hat M}{\sqrt{\hat V} + \epsilon}\, Q_R^T$.
 
-    Adam in the eigenbasis of Shampoo's factors. As in the authors' code: the first step only looks at the gradient
-    and moves nothing; every ``precondition_frequency`` steps the bases take one step of the QR iteration; a gradient
-    meets the bases of the step before. ``shampoo_beta`` is the decay of $L$ and $R$, ``b2`` where None; an axis
-    longer than ``max_precond_dim`` is not rotated; weight decay comes after the step: $x \leftarrow (1 - \eta\lambda)(x - \eta U)$.
-    Leaves below two dimensions get Adam; axes before the last two are a batch. ``stagger=True`` refreshes the bases of
-    the leaves in turn, a few in each step, so that no step but the first takes several times as long as the others.
+    Adam in the eigenbasis of Shampoo's factors. As in the authors' code, the first step only reads the gradient and
+    moves nothing. Every ``precondition_frequency`` steps the bases take one step of the QR iteration. A gradient meets
+    the bases of the step before. ``shampoo_beta`` is the decay of $L$ and $R$; None means ``b2``. An axis longer than
+    ``max_precond_dim`` is not rotated. Weight decay comes after the step: $x \leftarrow (1 - \eta\lambda)(x - \eta U)$.
+    Leaves below two dimensions get Adam. Axes before the last two are a batch. ``stagger=True`` refreshes the bases of
+    the leaves in turn, a few in each step. Then no step but the first takes several times as long as the others.
     """
     steps, moves, bases = jnp.maximum(t - 1, 1), t > 1, (left_basis, right_basis)
     turned = sq(rotated(g, *bases))

@@ -1,6 +1,6 @@
 r"""Rules that orthogonalise a momentum in other ways than Muon.
 
-They treat leaves as `jaxsgd.rules.matrix` does: kernels are (in, out), axes before the last two are a batch, and leaves
+They treat leaves as `jaxsgd.rules.matrix` does. Kernels are (in, out), and axes before the last two are a batch. Leaves
 that are no hidden matrix go to Adam.
 """
 
@@ -82,11 +82,11 @@ def normuon(
 ):
     r"""NorMuon (Li et al. 2025, arXiv:2510.05491): $O = \operatorname{orth}(M),\; v_j \leftarrow \beta_2 v_j + (1-\beta_2) \operatorname{mean}_i O_{ij}^2,\; \hat O_{ij} = O_{ij} / (\sqrt{v_j} + \epsilon),\; U = \sqrt{\max(1, \tfrac{out}{in})}\, \lVert O \rVert\, \hat O / \lVert \hat O \rVert$.
 
-    Muon with a second moment for each output (the neurons, the last axis of a kernel), so that none of them steps
-    further than the others. The arguments are those of `muon`, and ``eps_nu`` for $\epsilon$; ``eps`` is that of the
-    orthogonalisation. By default as in github.com/zichongli5/NorMuon: Nesterov's look-ahead, no bias correction,
-    Muon's size of steps. The paper's algorithm is ``nesterov=False, consistent_rms=0.2``: a root mean square of 0.2,
-    so that Adam's learning rates serve.
+    Muon with a second moment for each output (the neurons, the last axis of a kernel). So none of them steps further
+    than the others. The arguments are those of `muon`, and ``eps_nu`` for $\epsilon$; ``eps`` is that of the
+    orthogonalisation. By default as in github.com/zichongli5/NorMuon: Nesterov's look-ahead, no bias correction, Muon's
+    size of steps. The paper's algorithm is ``nesterov=False, consistent_rms=0.2``: a root mean square of 0.2, so that
+    Adam's learning rates serve.
     """
     if (axes := matrix_axes(g, axes)) is None:
         return adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)

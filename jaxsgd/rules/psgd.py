@@ -1,7 +1,7 @@
 r"""Rules that learn a preconditioner by whitening the gradients they meet.
 
-A matrix has a factor for each side, upper triangular or diagonal, and the preconditioner is $P = Q^T Q$ with
-$Q = Q_R \otimes Q_L$; a vector or a scalar has one factor.
+A matrix has a factor for each side, upper triangular or diagonal. The preconditioner is $P = Q^T Q$ with
+$Q = Q_R \otimes Q_L$. A vector or a scalar has one factor.
 """
 
 from __future__ import annotations
@@ -176,19 +176,19 @@ def kron(
 ):
     r"""PSGD Kron (Li 2015, arXiv:1512.04202): $U = Q_L^T Q_L\, \hat M_t\, Q_R^T Q_R,\; A = Q_L \hat M_t Q_R^T,\; B = Q_L^{-T} V Q_R^{-1},\; Q_L \leftarrow Q_L - \mu \operatorname{triu}(A A^T - B B^T)\, Q_L / \lVert A A^T + B B^T \rVert$.
 
-    A whitened momentum: upper triangular factors for both sides, fitted by relative steps against noise $V \sim
-    N(0, 1)$ ($Q_R$ likewise, with $A^T, B^T$), and the root mean square of a step clipped at 1.1. The arguments are those
-    of github.com/evanatyourservice/kron_torch; unlike there, the noise that damps the fit does not enter the step, and a
-    gradient of zeros fits nothing.
+    A whitened momentum, with upper triangular factors for both sides. Relative steps against noise $V \sim N(0, 1)$ fit
+    the factors; $Q_R$ likewise, with $A^T, B^T$. The root mean square of a step is clipped at 1.1. The arguments are
+    those of github.com/evanatyourservice/kron_torch. Unlike there, the noise that damps the fit does not enter the
+    step, and a gradient of zeros fits nothing.
 
     - ``preconditioner_update_probability``: how often the factors are fitted, as a rate: every $1/p$ steps. None is 1
       for 500 steps and falls to 0.03 until step 4,000. A number, or a schedule.
     - ``max_size_triangular``: longer sides have a diagonal factor; so have sides of length 1, and all sides of
       arrays with fewer than ``min_ndim_triangular`` dimensions. ``memory_save_mode``: further diagonal ones: the
       longer side's (``"one_diag"``; ``"smart_one_diag"`` if it is strictly longer) or both (``"all_diag"``).
-    - ``merge_dims``: axes before the last are one, as for a convolution's (h, w, in, out); False makes those before
-      the last two a batch with factors of their own, as for the layers of a scan.
-    - ``precond_lr``, ``precond_init_scale``: the step $\mu$ of the factors, and the scale that $P^{1/2}$ starts at;
+    - ``merge_dims``: axes before the last are one, as for a convolution's (h, w, in, out). False makes those before the
+      last two a batch with factors of their own, as for the layers of a scan.
+    - ``precond_lr``, ``precond_init_scale``: the step $\mu$ of the factors, and the scale that $P^{1/2}$ starts at.
       ``key``: the seed of the noise, which depends on the step and on the leaf's name too.
     """
     mu = ema(mu, g, b1)

@@ -47,10 +47,10 @@ def rprop(
 ):
     r"""Rprop (Riedmiller & Braun 1993, doi:10.1109/ICNN.1993.298623): $s \leftarrow \eta^{\pm} s,\; x \leftarrow x - s \operatorname{sign}(g)$.
 
-    Each coordinate's step $s$ begins at the learning rate, grows by $\eta^+$ while the sign of its gradient stays
-    and shrinks by $\eta^-$ when it turns, within its bounds; where it turns the coordinate rests for a step
-    (iRprop-, Igel & Huesken 2000). The state holds $s$ as a multiple of the learning rate, so that a schedule
-    or a new value scales all steps.
+    Each coordinate's step $s$ begins at the learning rate. It grows by $\eta^+$ while the sign of its gradient stays
+    and shrinks by $\eta^-$ when it turns, within its bounds. Where the sign turns, the coordinate rests for a step
+    (iRprop-, Igel & Huesken 2000). The state holds $s$ as a multiple of the learning rate, so that a schedule or a new
+    value scales all steps.
     """
     product = jnp.real(jnp.sign(g) * jnp.conj(sign))
     scale = scale * jnp.where(product > 0, eta_plus, jnp.where(product < 0, eta_minus, 1))

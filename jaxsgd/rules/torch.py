@@ -186,9 +186,9 @@ def torch_rprop(
 ):
     r"""Rprop as in torch.optim (Riedmiller & Braun 1993, doi:10.1109/ICNN.1993.298623): $s_0 = \eta,\; s \leftarrow \operatorname{clip}(\eta^{\pm} s),\; x \leftarrow x - s \operatorname{sign}(g)$.
 
-    Each coordinate's step $s$ begins at the first step's learning rate and is clipped from the first step on; later
-    learning rates change nothing (in `rprop` they scale all steps). Where the gradient's sign turns, $s$ shrinks and
-    the coordinate rests for a step. Signs are compared, where torch multiplies gradients: no product underflows.
+    Each coordinate's step $s$ begins at the first step's learning rate and is clipped from the first step on. Later
+    learning rates change nothing; in `rprop` they scale all steps. Where the gradient's sign turns, $s$ shrinks and the
+    coordinate rests for a step. Signs are compared, where torch multiplies gradients: no product underflows.
     """
     product = jnp.real(jnp.sign(g) * jnp.conj(sign))
     factor = jnp.where(product > 0, eta_plus, jnp.where(product < 0, eta_minus, 1))
@@ -223,10 +223,10 @@ def torch_adafactor(
 ):
     r"""Adafactor as in torch.optim (Shazeer & Stern 2018, arXiv:1804.04235): $V = R C / \operatorname{mean}(R),\; u = g / \max(\sqrt V, \epsilon_1),\; x \leftarrow x - \min(\eta, t^{-1/2}) \max(\epsilon_2, \operatorname{rms}(x))\, u / \max(1, \operatorname{rms}(u) / d)$.
 
-    $R$ and $C$ are averages of $g^2$ over the last axis and the last but one of any matrix, where a new $g^2$ weighs
-    $t^{-c}$ with ``decay_rate`` $c$; below two dimensions $V$ is that average itself. The learning rate bounds the
-    relative step, and scales the decoupled weight decay. ``eps1`` None is the rounding unit of the precision of the
-    computation. `adafactor` takes other axes, factors large arrays only, and adds $\epsilon_1$ to $V$.
+    $R$ and $C$ are averages of $g^2$ over the last axis and the last but one of any matrix. A new $g^2$ weighs $t^{-c}$
+    with ``decay_rate`` $c$. Below two dimensions $V$ is that average itself. The learning rate bounds the relative
+    step, and scales the decoupled weight decay. ``eps1`` None is the rounding unit of the precision of the computation.
+    `adafactor` takes other axes, factors large arrays only, and adds $\epsilon_1$ to $V$.
     """
     weight, least = t**-decay_rate, float(jnp.finfo(g.dtype).eps) if eps1 is None else eps1
     mixed = lambda mean, x: (1 - weight) * mean + weight * x  # noqa: E731

@@ -1,7 +1,7 @@
 """The laws that every transformation owes its users; a law that does not hold gives the evidence.
 
-A law takes a transformation, or, if its parameter is called ``make``, a function of the learning rate that returns one,
-such as a rule.
+A law takes a transformation. If its parameter is called ``make``, it takes a function of the learning rate that returns
+one, such as a rule.
 """
 
 from __future__ import annotations

@@ -97,10 +97,10 @@ def hyperparameters(
 ) -> SearchStrategy[dict[str, Any]]:
     """Keyword arguments for ``factory``, read off its signature: ``factory(**drawn)`` is a valid call.
 
-    Arguments whose default is a number or a flag, and the learning rate, are drawn: decays from [0.01, 0.999], epsilons
-    and rates over decades, other numbers between half and double their default. The rules of jaxsgd say which values
-    each may have, and their choices are drawn too. Of other functions ``b1``, ``momentum`` and ``rho`` are decays, and
-    what is below 1 stays below 1. Arguments of other kinds keep their defaults.
+    Arguments whose default is a number or a flag are drawn, and so is the learning rate. Decays are from [0.01, 0.999],
+    epsilons and rates from several decades, other numbers between half and double their default. The rules of jaxsgd
+    declare the values of each argument, and their choices are drawn too. Of other functions ``b1``, ``momentum`` and
+    ``rho`` are decays, and a default below 1 stays below 1. Arguments of other kinds keep their defaults.
 
     Args:
       factory: such as `optax.adam` or a rule of `jaxsgd.RULES`.

@@ -56,8 +56,8 @@ def mechanize(
     be its learning rate. Mechanic bets on the inner product of the gradient with $\Delta$, at several horizons at once.
 
     The state keeps $\Delta$ in at least float32, where optax computes it from $(x_1 - x_t) / s$. Both need a copy of
-    the parameters. But $s$ starts at 1e-6, and float32 cannot represent a change of a parameter by a 1e-7th of itself:
-    computed from the parameters, $\Delta$ is rounding error, or stays 0 where the updates are small. For narrow
+    the parameters. But $s$ starts at 1e-6, and float32 cannot represent a change of a parameter by a 1e-7th of itself.
+    Computed from the parameters, $\Delta$ is rounding error, or stays 0 where the updates are small. For narrow
     parameters, a second copy in their own dtype carries the rounding error to the next step.
 
     Args:

@@ -49,9 +49,9 @@ def reduce_on_plateau(
     """Scale the updates down when the loss stops improving: ``optax.chain(adam(1e-3), reduce_on_plateau(0.5))``.
 
     The update needs the loss: ``tx.update(grads, state, params, value=loss)``. With several devices pass the mean over
-    all of them; otherwise their learning rates diverge. After ``patience`` averages in a row that do not come below the
-    best one by more than the tolerances, the scale is multiplied by ``factor``. A value that is inf, minus infinity or
-    NaN is no improvement, and the state does not keep it.
+    all of them; otherwise their learning rates diverge. An average is an improvement if it is below the best one by
+    more than the tolerances. After ``patience`` averages in a row without an improvement, the scale is multiplied by
+    ``factor``. A value that is inf, minus infinity or NaN is no improvement, and the state does not keep it.
 
     Args:
       factor: the factor of a reduction, in (0, 1). Default: 0.1.

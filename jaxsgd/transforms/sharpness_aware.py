@@ -71,8 +71,8 @@ def sam(
     r"""SAM (Foret et al. 2020, arXiv:2010.01412): $x \leftarrow x - \eta\, \nabla f(x + \rho\, g / \lVert g \rVert)$.
 
     Sharpness-aware minimization by two optimizers: ``sam(sgd(0.01), optax.chain(normalize(), sgd(0.1)))`` is the
-    paper's, with $\rho = 0.1$. The adversary's steps go uphill. By default the caller sees them: of ``sync_period``
-    calls of ``update`` all but the last move the params to the point of the next gradient. The last one moves them
+    paper's, with $\rho = 0.1$. The adversary's steps go uphill. By default the caller sees them. Of ``sync_period``
+    calls of ``update``, all but the last move the params to the point of the next gradient. The last one moves them
     back and takes the outer optimizer's step. Only one of the two optimizers runs in each call.
 
     Args:

@@ -38,8 +38,9 @@ def _by_path(state: Any) -> list[tuple[tuple[str, ...], str, jax.Array]]:
 def skipped_now(old: Any, new: Any) -> jax.Array | None:
     """Whether the update from one optimizer state to the next was skipped, a bool scalar; None if neither can say.
 
-    A count of skipped steps has risen, in any part of the state: an int32 scalar in a field ``skipped`` of a named
-    tuple or dataclass, or ``total_notfinite`` of `optax.apply_if_finite`. Or `optax.MultiSteps` says so.
+    It was skipped if a count of skipped steps has risen in any part of the state. Such a count is an int32 scalar in a
+    field ``skipped`` of a named tuple or dataclass, or ``total_notfinite`` of `optax.apply_if_finite`.
+    `optax.MultiSteps` has its own sign.
     """
     said = []
     for (_, name, before), (_, _, after) in zip(_by_path(old), _by_path(new), strict=True):

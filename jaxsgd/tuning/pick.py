@@ -205,11 +205,11 @@ def pick(
 ) -> Pick:
     """Race rules on your own task: by default AdamW against gradient descent with momentum 0.9.
 
-    Each candidate gets the same steps. First a grid of learning rates around the rule's usual one, trained for a part
-    of ``steps`` with one seed, then refined around the best. Then full runs on fresh seeds, in the middle of the
-    rates that did well (the best alone is the luck of a short training, and often too high for a long one) and, if the
-    budget allows, a factor of 1.8 below and above it. Candidates share beginnings, batches and random numbers seed by
-    seed, and are compared so.
+    Each candidate gets the same steps. First it trains a grid of learning rates around the rule's usual one, for a part
+    of ``steps`` with one seed. Then it refines the grid around the best. Full runs on fresh seeds follow, in the middle
+    of the rates that did well. The best rate alone is the luck of a short run, and often too high for a long one. If
+    the budget allows, it also tries a factor of 1.8 below and above. Candidates share beginnings, batches and random
+    numbers, so that they are compared seed by seed.
 
     A candidate wins only where the interval of the difference is clear of 0, whoever it is compared with. With few
     seeds that takes a large difference: a tie says that these seeds cannot tell, not that the rules are the same.
@@ -222,8 +222,8 @@ def pick(
       data: a list of batches, which each seed goes through in an order of its own, another on each pass; an iterator,
         of which the first ``steps`` batches are kept as such a list; a function ``(step, seed) -> batch``, or of the
         step, which is then the same for all seeds; or the one batch of every step.
-      candidates: names of rules, rules, or ``{name: rule}``, a rule being a jaxsgd one or any function of the learning
-        rate that gives a gradient transformation, or ``(rule, rate)`` with the rate to search around.
+      candidates: names of rules, rules, or ``{name: rule}``. A rule is one of jaxsgd, or any function of the learning
+        rate that gives a gradient transformation. ``(rule, rate)`` also gives the rate to search around.
       steps: of a full training. A schedule in a candidate should be as long.
       budget: training steps over everything; by default 12.25 times ``steps`` a candidate. With less the short
         runs become fewer and shorter and full ones are run at one rate only.

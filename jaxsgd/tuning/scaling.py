@@ -81,8 +81,8 @@ class NoiseScale(Report):
     def critical_batch_size(self) -> float:
         """The batch size at which steps and examples are each twice their least: ``scale``, or ``low`` if not known.
 
-        An approximation: what counts is tr(H Sigma) / G^T H G with the Hessian H, which is the noise scale only where
-        H is a multiple of the identity. It grows as the loss falls, so measure it again later in training.
+        This is an approximation. The exact value is tr(H Sigma) / G^T H G with the Hessian H. It equals the noise scale
+        only where H is a multiple of the identity. It grows as the loss falls, so measure it again later in training.
         """
         return self.scale if self.known else self.low
 
