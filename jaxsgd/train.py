@@ -79,8 +79,8 @@ def make_step(
       donate_argnums=0))``.
 
     Parameters may be complex: the step descends in both their parts. Integer parameters get a gradient of zeros; the
-    optimizer has to freeze them. What the optimizer never moves, in a group with ``frozen`` or under
-    `optax.set_to_zero`, is not differentiated: its gradient is zeros, in the norm and in every clip.
+    optimizer has to freeze them. Parameters that the optimizer never moves, in a group with ``frozen`` or under
+    `optax.set_to_zero`, are not differentiated. Their gradient is zeros, in the norm and in every clip.
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> loss`` or ``(loss, aux)``, a mean over the batch. With an NNX model,
@@ -89,10 +89,10 @@ def make_step(
         are neither examples nor trained, such as a teacher's weights, come last where the call has them:
         ``step(state, batch, constants)`` and ``loss_fn(params, batch, key, constants)``.
       tx: any optax gradient transformation. It sees the whole batch's gradients, so that `jaxsgd.guard` and
-        `jaxsgd.clip_by_global_norm` in it decide alike on all devices. It receives the extra arguments ``value``, the
-        loss, ``grad``, the gradients, and ``value_fn(params) -> loss``, the loss of the whole batch with the same
-        random numbers and the model's state before the step. So `jaxsgd.lbfgs`, `jaxsgd.newton_cg` and
-        `optax.lbfgs` need nothing more. For `jaxsgd.gauss_newton` ``loss_fn`` has to be a `jaxsgd.split_loss`.
+        `jaxsgd.clip_by_global_norm` in it decide alike on all devices. It receives three extra arguments: ``value``,
+        the loss, ``grad``, the gradients, and ``value_fn(params) -> loss``. That function is the loss of the whole
+        batch, with the same random numbers and the model's state before the step. So `jaxsgd.lbfgs`, `jaxsgd.newton_cg`
+        and `optax.lbfgs` need nothing more. For `jaxsgd.gauss_newton` ``loss_fn`` has to be a `jaxsgd.split_loss`.
       gradient_at: ``(opt_state, params) -> params``, the point where the gradient is taken, such as
         `jaxsgd.look_ahead`. Default: at the parameters.
       donate: reuse the state's memory for the next state. The old state cannot be used again then. Default: True.
