@@ -1,8 +1,8 @@
 """A train step that updates each layer of a stack as soon as its gradient is there.
 
-An ordinary step holds the gradients of all layers before the optimizer starts. Here the backward pass goes through the
-stack from its end, and the optimizer steps a layer before the gradient of the next one is computed. So the gradients of
-one layer exist at a time. LOMO (Lv et al. 2023, arXiv:2306.09782) does so for SGD, by hooks in torch.
+An ordinary step holds the gradients of all layers before the optimizer starts. Here the backward pass starts at the end
+of the stack. The optimizer steps a layer before the gradient of the next one is computed. So the gradients of one layer
+exist at a time. LOMO (Lv et al. 2023, arXiv:2306.09782) does so for SGD, by hooks in torch.
 """
 
 from __future__ import annotations
