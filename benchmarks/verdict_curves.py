@@ -3,7 +3,7 @@
     python benchmarks/verdict_curves.py            # the table, from the recorded curves
     python benchmarks/verdict_curves.py --check    # the same; fails where docs/verdicts.md says something else
     python benchmarks/verdict_curves.py --write    # writes docs/verdicts.md
-    python benchmarks/verdict_curves.py --train    # trains anew and writes tests/data/verdict_curves.npz (minutes)
+    python benchmarks/verdict_curves.py --train    # trains again and writes tests/data/verdict_curves.npz (minutes)
     python benchmarks/verdict_curves.py --train-ordered  # only the curves whose batches come in a fixed order
     python benchmarks/verdict_curves.py --advice   # trains at 24 rates: does advice on the rate point to the best?
 
@@ -522,7 +522,7 @@ def matrix(rows: list[tuple[Curve, Diagnosis]]) -> str:
     """The confusion matrix as a Markdown table: a row for each label, a column for each verdict."""
     labels = [v for v in Verdict.of_curves() if any(c.label == v for c, _ in rows)]
     columns = [v for v in Verdict.of_curves() if v in labels or any(d.verdict == v for _, d in rows)]
-    lines = ["| label \\ verdict | " + " | ".join(columns) + " | right |", "|---" * (len(columns) + 2) + "|"]
+    lines = ["| label \\ verdict | " + " | ".join(columns) + " | right |", "| --- |" + " ---: |" * (len(columns) + 1)]
     for label in labels:
         said = [d.verdict for c, d in rows if c.label == label]
         cells = [str(said.count(v)) if v in said else "" for v in columns]
@@ -539,7 +539,7 @@ def page() -> str:
     curves = load()
     text = PAGE.read_text() if PAGE.exists() else f"{BEGIN}\n{END}\n"
     lines = [f"{len(curves)} curves of {len({c.task for c in curves})} tasks.", ""]
-    lines += ["| told | tuned half | held-out half | all |", "|---|---|---|---|"]
+    lines += ["| input | tuned half | held-out half | all |", "| --- | ---: | ---: | ---: |"]
     both = {
         "losses (and validation, layers where recorded)": judged(curves, False),
         "`best_known` too": judged(curves, True),
@@ -548,12 +548,12 @@ def page() -> str:
         halves = [[r for r in rows if half_of(r[0]) == half] for half in ("tuned", "held out")]
         lines.append(f"| {told} | " + " | ".join(accuracy(r) for r in (*halves, rows)) + " |")
     for told, rows in both.items():
-        lines += ["", f"Told: {told}.", "", matrix(rows)]
-        wrong = [(c, d) for c, d in rows if c.label != d.verdict]
-        lines += ["", "Wrong:", ""]
+        lines += ["", f"### Input: {told}", "", matrix(rows), "", "The curves with a wrong verdict:", ""]
+        lines += ["| task | setting | half | label | verdict | text of the report |", "|" + " --- |" * 6]
         lines += [
-            f"- {c.task}, {c.setting} ({half_of(c)}): {c.label}, called {d.verdict}: {d.findings[0].text}"
-            for c, d in wrong
+            f"| {c.task} | {c.setting} | {half_of(c)} | {c.label} | {d.verdict} | {d.findings[0].text} |"
+            for c, d in rows
+            if c.label != d.verdict
         ]
     made = "\n".join(lines)
     return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{made}\n" + text[text.index(END) :]
