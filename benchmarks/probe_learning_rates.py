@@ -328,10 +328,10 @@ def lead(found: Sequence[Outcome]) -> str:
         np.array([s.ratio for s in scores]), lambda x: float(np.median(x)), [f.data_set for f in found]
     )
     return (
-        f"These are data sets that the probe was not designed on. Of {count} suggestions {worse} ({worse / count:.0%}) end "
-        f"at more than twice the best loss. {missed} ({missed / count:.0%}) miss 95% of the best decrease. Of {len(sure)} "
-        f'suggestions with "high" confidence {wrong} miss it. {sum(s.ratio == np.inf for s in scores)} diverge. The median '
-        f"ratio of the final losses is {median:.2f} (95% interval {low:.2f} to {high:.2f})."
+        f"These are data sets that the probe was not designed on. Of {count} suggestions {worse} ({worse / count:.0%}) "
+        f"end at more than twice the best loss. {missed} ({missed / count:.0%}) miss 95% of the best decrease. Of "
+        f'{len(sure)} suggestions with "high" confidence {wrong} miss it. {sum(s.ratio == np.inf for s in scores)} '
+        f"diverge. The median ratio of the final losses is {median:.2f} (95% interval {low:.2f} to {high:.2f})."
     )
 
 
