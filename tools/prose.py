@@ -1,23 +1,39 @@
-"""Find words in our prose that read as translated, and say what to write instead.
+"""Find words in our prose that read as translated, and sentences that are too long.
 
-    python tools/prose.py              # the whole repository; exit status 1 if a word is found
+    python tools/prose.py              # the whole repository; exit status 1 if there is a finding
     python tools/prose.py README.md    # some files
 
 Prose is Markdown outside code, Markdown cells of notebooks, docstrings outside examples, and the strings of errors,
-warnings and command help. Code between backticks is not prose.
+warnings and command help. Code between backticks is not prose. The length of a sentence is held in Markdown and in
+public docstrings. There a code span, an equation and a list of code spans or links count as one word. Tables are left
+out.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import inspect
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-__all__ = ["BANNED", "Finding", "check", "files", "main", "markdown_prose", "notebook_prose", "python_prose"]
+__all__ = [
+    "BANNED",
+    "LONGEST",
+    "Finding",
+    "check",
+    "files",
+    "long_sentences",
+    "main",
+    "markdown_prose",
+    "notebook_prose",
+    "public_docstrings",
+    "python_prose",
+]
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,12 +79,35 @@ PATTERN = re.compile(
 FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"``.+?``|`[^`]*`|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
 DOCTEST = re.compile(r"^[ \t]*(?:>>>|\.\.\.).*(?:\n(?![ \t]*$)(?![ \t]*>>>).*)*", re.MULTILINE)
+LONGEST = 24
+"""Words of the longest sentence. The guide says about 20."""
+
+UNLIMITED = ("CHANGELOG.md", "jaxsgd/second_order/", "jaxsgd/tuning/probe.py")
+"""Files whose sentences may be longer: items of a list, and docstrings that are still to be split."""
+
+NO_PROSE = re.compile(r"^[ \t]*\|[^\n]*$|^[ \t]*=+ +=[^\n]*(?:\n[^\n]*\S[^\n]*)*$|<!--.*?-->|<[^>\n]+>", re.M | re.S)
+"""Tables of Markdown and of plain text, comments and tags."""
+
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n?)+")
+SPAN = re.compile(r"``.+?``|`[^`]*`|\$\$.+?\$\$|\$[^$]+\$|\([^()]*\b(?:1[89]|20)\d\d\b[^()]*\)", re.DOTALL)
+"""Code, an equation, or a source in brackets."""
+
+LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\([^)]*\)")
+LISTED = re.compile(r"\x00(?:(?:,?\s+(?:and|or)\s+|[,;]\s+)\x00)+")
+PARAGRAPH = re.compile(r"\n[ \t]*\n|\n(?=[ \t]*(?:[-*+]|\d+\.|#+)[ \t])")
+"""Where a paragraph, an item of a list or a heading ends."""
+
+ENTRIES = re.compile(r"^(?:Args|Attributes|Example|Examples|Raises|Returns|Yields):\n(?: .*\n?)*", re.MULTILINE)
+"""A section of a docstring: noun phrases, which colons, semicolons and line ends without indentation separate."""
+
+ENDS = re.compile(r"(?<!\bal)(?<!\bno)[.!?][\"')\]*]*(?=\s|$)")
+ENDS_ENTRY = re.compile(rf"{ENDS.pattern}|[:;](?=\s|$)|\n(?=  \S)")
 SPEAKS = {"warn", "error", "exit", "fail"}
 """Functions whose string arguments the user reads, besides exceptions."""
 
 
 class Finding(NamedTuple):
-    """A banned word.
+    """A banned word, or a sentence that is too long.
 
     Attributes:
       file: path, relative to the repository.
@@ -85,6 +124,15 @@ class Finding(NamedTuple):
 
 def _blank(found: re.Match[str]) -> str:
     return re.sub(r"[^\n]", "#", found[0])
+
+
+def _newlines(found: re.Match[str]) -> str:
+    return "\n" * found[0].count("\n")
+
+
+def _one_word(found: re.Match[str]) -> str:
+    """One word that no sentence ends in, and the line ends of the text that it replaces."""
+    return "\x00" + _newlines(found)
 
 
 def markdown_prose(text: str) -> str:
@@ -137,8 +185,61 @@ def notebook_prose(text: str) -> Iterator[tuple[int, str]]:
         yield at + 1, markdown_prose(source)
 
 
+def public_docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of the docstring of the module, and of each public class, method and function, without examples."""
+
+    def walk(node: ast.AST) -> Iterator[tuple[int, str]]:
+        body: list[ast.stmt] = getattr(node, "body", [])
+        first = body[0].value if body and isinstance(body[0], ast.Expr) else None
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            yield first.lineno, DOCTEST.sub(_newlines, inspect.cleandoc(first.value))
+        for child in () if isinstance(node, ast.FunctionDef) else body:
+            if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+                yield from walk(child)
+
+    return walk(ast.parse(source))
+
+
+def long_sentences(text: str) -> Iterator[tuple[int, str, int]]:
+    """Line from 0, text and number of words of each sentence with more than `LONGEST` words.
+
+    Code, an equation and a source in brackets are one word, and so is a list of these. Tables are left out.
+    """
+    for unread in (FENCE, INDENTED, NO_PROSE):
+        text = unread.sub(_newlines, text)
+    text = LISTED.sub(_one_word, SPAN.sub(_one_word, text))
+    text = LISTED.sub(_one_word, LINK.sub(lambda found: found[1] if " " in found[1].strip() else "\x00", text))
+    entries = [found.span() for found in ENTRIES.finditer(text)]
+    stops = {0, len(text), *(found.start() for found in PARAGRAPH.finditer(text))}
+    stops.update(at for span in entries for at in span)
+    for begin, end in itertools.pairwise(sorted(stops)):
+        ends = ENDS_ENTRY if any(first <= begin < last for first, last in entries) else ENDS
+        at = begin
+        for stop in [*(found.end() for found in ends.finditer(text, begin, end)), end]:
+            sentence = text[at:stop]
+            words = [word for word in sentence.split() if re.search(r"[^\W_]|\x00", word)]
+            if len(words) > LONGEST:
+                line = text.count("\n", 0, stop - len(sentence.lstrip()))
+                yield line, " ".join(sentence.split()).replace("\x00", "`...`"), len(words)
+            at = stop
+
+
+def _too_long(path: pathlib.Path, text: str) -> Iterator[tuple[int, str, int]]:
+    """Line from 1, text and number of words of the long sentences of a page or of public docstrings."""
+    parts: Iterable[tuple[int, str]] = ()
+    if path.is_relative_to(ROOT) and str(path.relative_to(ROOT)).startswith(UNLIMITED):
+        return
+    if path.suffix == ".py":
+        parts = public_docstrings(text)
+    elif path.suffix == ".md":
+        parts = [(1, text)]
+    for line, part in parts:
+        for at, sentence, words in long_sentences(part):
+            yield line + at, sentence, words
+
+
 def check(path: pathlib.Path) -> list[Finding]:
-    """The banned words in one file.
+    """The banned words and the long sentences of one file.
 
     Args:
       path: a Markdown, Python or notebook file.
@@ -159,6 +260,8 @@ def check(path: pathlib.Path) -> list[Finding]:
         for match in PATTERN.finditer(prose):
             instead = list(BANNED.values())[int((match.lastgroup or "w0")[1:])]
             findings.append(Finding(name, line + prose.count("\n", 0, match.start()), match[0], instead))
+    for line, sentence, words in _too_long(path, text):
+        findings.append(Finding(name, line, sentence, f"sentences of at most {LONGEST} words; it has {words}"))
     return sorted(findings)
 
 
@@ -172,7 +275,7 @@ def files(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print each finding as `file:line: word`. Returns the exit status: 1 if there is a finding."""
-    parser = argparse.ArgumentParser(description="Find banned words in prose.")
+    parser = argparse.ArgumentParser(description="Find banned words and long sentences in prose.")
     parser.add_argument("paths", nargs="*", type=pathlib.Path, help="files. Default: the whole repository")
     paths = [path.resolve() for path in parser.parse_args(argv).paths] or files()
     findings = [finding for path in paths for finding in check(path)]

@@ -1,4 +1,4 @@
-"""The prose linter: it finds a planted word wherever a user reads, and nothing in code."""
+"""The prose linter: it finds a planted word or long sentence wherever a user reads, and nothing in code."""
 
 import json
 import re
@@ -102,6 +102,79 @@ def test_other_uses_of_the_same_words_are_no_findings(tmp_path, sentence):
 @pytest.mark.parametrize("words", [words for words in prose.BANNED if re.fullmatch(r"[a-z, ]+", words)])
 def test_every_plain_word_is_found_across_a_line_end(tmp_path, words):
     assert found(tmp_path / "page.md", f"A sentence {words}.".replace(" ", "\n"))
+
+
+def words(count, last="words"):
+    return " ".join(["many"] * (count - 1) + [last])
+
+
+def lengths(path, text):
+    path.write_text(text)
+    return [(finding.line, finding.instead.split()[-1]) for finding in prose.check(path)]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        f"A title\n\n{words(13)}\n{words(12)}.\n",
+        f"# Title\n\n- {words(25)}.\n- {words(24)}.\n",
+        f"Short.\n\nIt ends: {words(12)}; {words(11)}.\n",
+        f"{words(24)}.\nShort (Weiss et al. says so) and {words(20)}.\n",
+    ],
+)
+def test_a_long_sentence_of_a_page_is_found_at_its_line(tmp_path, page):
+    ((line, count),) = lengths(tmp_path / "page.md", page)
+    assert line == next(i for i, text in enumerate(page.split("\n"), 1) if "many" in text and words(24) + "." != text)
+    assert count == "25" or "Weiss" in page and count == "27"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        f"{words(24)}. {words(24)}? {words(24)}!\n",
+        f"{words(20)}\n\n{words(20)}\n\n- {words(20)}\n- {words(20)}\n",
+        f"```python\n{words(40)}\n```\n\n| {words(40)} |\n| --- |\n| {words(40)} |\n",
+        f"{words(22)} `code {words(30)}` $x {words(30)}$.\n",
+        f"The rules are {', '.join(['[a](b.md)'] * 30)} and {', '.join(['`a`'] * 30)}.\n",
+        f"{words(23)} (Kingma & Ba 2015, arXiv:1412.6980, and others who wrote in that year).\n",
+    ],
+)
+def test_code_equations_tables_and_lists_of_names_are_not_long(tmp_path, page):
+    assert lengths(tmp_path / "page.md", page) == []
+
+
+DOCUMENTED = f'''"""{words(25)}."""
+
+
+def shown(x, y):
+    """A title.
+
+    {words(25)}.
+
+    Args:
+      x: {words(12)}; {words(13)}. Default: 1.
+      y: {words(25)}.
+
+    >>> shown({words(30)})
+    {words(30)}
+    """
+
+    def inner():
+        """{words(25)}."""
+
+
+def _hidden():
+    """{words(25)}."""
+
+
+class Thing:
+    def method(self):
+        """{words(26)}."""
+'''
+
+
+def test_long_sentences_of_public_docstrings_are_found(tmp_path):
+    assert lengths(tmp_path / "module.py", DOCUMENTED) == [(1, "25"), (7, "25"), (11, "25"), (27, "26")]
 
 
 def test_the_exit_status_tells_a_finding(tmp_path, capsys):
