@@ -121,6 +121,15 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_site_loads_no_script_from_elsewhere():
+    """The offline plugin takes a script from a server, unless one of the site has its name."""
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^  - offline$", config, re.MULTILINE)
+    (scripts,) = re.findall(r"^  polyfills: \[(.*)\]$", config, re.MULTILINE)
+    assert "iframe-worker" in scripts and "://" not in config
+    assert all((ROOT / "docs" / script.strip()).is_file() for script in scripts.split(","))
+
+
 def test_table_and_page_of_rules_are_current(tmp_path, capsys):
     agreement, page = ROOT / "jaxsgd" / "agreement.json", ROOT / "docs" / "rules.md"
     real = ["--readme", str(ROOT / "README.md"), "--page", str(page), "--agreement", str(agreement)]
