@@ -283,16 +283,15 @@ def _large(swings: Oscillation, seen: Shape) -> float:
 def _ordered(pattern: _Pattern, epoch: int | None, knobs: Knobs, spacing: int) -> Finding:
     period, share = pattern.period * spacing, pattern.share
     numbers = {"period": float(period), "share": share}
-    copy = "shuffle each epoch, and copy the indices of a batch: a slice of an array shuffled in place changes with it"
+    copy = "shuffle each epoch, and copy the indices of each batch: a shuffle in place changes the slices of its array"
     if epoch is not None:
         text = f"{share:.0%} of the noise repeats every {period} steps: the batches come in the same order each epoch"
         return Finding(Verdict.EPOCH_PATTERN, text, numbers, copy)
     text = (
         f"the loss repeats a pattern of {period} steps: is that your epoch, with batches in the same order each time?"
     )
-    advice = (
-        f"if so, say steps_per_epoch={period} and {copy}; if not, the steps overshoot: {_calmer(pattern.period, knobs)}"
-    )
+    calmer = _calmer(pattern.period, knobs)
+    advice = f"if so, pass steps_per_epoch={period}, {copy}; if not, the steps overshoot: {calmer}"
     return Finding(Verdict.EPOCH_PATTERN, text, numbers, advice)
 
 
@@ -339,7 +338,7 @@ def _diverged(raw: np.ndarray, seen: Shape, knobs: Knobs) -> Finding | None:
     above = max(seen.highest, float(early)) - seen.start
     if above > surely and abs(rise) < max(surely, 0.01 * above) and abs(rise) < 0.1 * above:
         text = (
-            f"the loss leaped by {number(above)} above its start; beside that it ends where it began, at "
+            f"the loss leaped by {number(above)} above its start; apart from that it ends where it began, at "
             f"{number(seen.end)} after {number(seen.start)}"
         )
         return Finding(Verdict.DIVERGED, text, numbers | {"above_start": float(above)}, advice)
@@ -362,7 +361,8 @@ def _jumping(
     }  # fmt: skip
     text = (
         f"{len(jumps)} of {len(y)} steps jump; the tallest, at step {numbers['step']:.0f}, by {number(tallest.height)} "
-        f"({number(numbers['height_over_fall'], 2)} of the whole fall) for {tallest.width} steps"
+        f"({number(numbers['height_over_fall'], 2)} of the whole fall) "
+        f"for {tallest.width} step{'s' * (tallest.width > 1)}"
     )
     advice = "clip the gradients (jaxsgd.clip_by_global_norm) and look at the batches of those steps"
     norms = told.others.get("gradient_norm")
@@ -393,9 +393,9 @@ def _swinging(seen: Shape, swings: Oscillation | None, knobs: Knobs, epoch: int 
         f"the loss swings by {number(swings.swing)} ({number(share, 2)} of its fall) every {number(period)} "
         f"steps (autocorrelation {swings.regularity:.2f} there, {swings.reversal:.2f} half-way)"
     )
-    advice = ("the steps overshoot: " if swings.period < 4 else "it rings: ") + _calmer(swings.period, knobs)
+    advice = ("the steps overshoot: " if swings.period < 4 else "the loss oscillates: ") + _calmer(swings.period, knobs)
     if epoch is None and swings.whole:
-        advice = f"period {round(period)}: is that your epoch? Then say steps_per_epoch=; if not, {advice}"
+        advice = f"period {round(period)}: is that your epoch? Then pass steps_per_epoch; if not, {advice}"
     return Finding(Verdict.OSCILLATING, text, numbers, advice)
 
 
@@ -473,11 +473,11 @@ def _levels(
         return Finding(Verdict.TOO_SLOW, text, numbers, advice)
     if level:
         text = f"fell by {number(seen.fall)} and is level from step {since} on at {number(seen.end)}: converged"
-        advice = "nothing to gain by more steps; a decaying rate lowers the noise at the end"
+        advice = "more steps gain nothing; a decaying rate lowers the noise at the end"
         if seen.noise > 0.1 * seen.fall:
             advice = "average or decay the rate at the end: the noise of a step is a tenth of the fall or more"
         if best_known is None:
-            advice += "; if a lower loss is known to be possible, say so with best_known"
+            advice += "; if a lower loss is possible, pass it as best_known"
         return Finding(Verdict.GOOD, text, numbers, advice)
     text = f"fell by {number(seen.fall)}, {late:.0%} in the second half: fast first, then slower"
     more = "keep it; more steps still help a little" if late > 0.05 else "keep it"
