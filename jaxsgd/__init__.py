@@ -1,4 +1,4 @@
-"""jaxsgd: the optimization toolkit for JAX. Every update rule, one equation each, proven.
+"""75 optimizers for JAX, with a train step and tools to tune, plan and checkpoint a run.
 
 A family of rules lists its public names in its own ``__all__``, so that adding a rule touches one file.
 `jaxsgd.plot`, `jaxsgd.checkpoint` and `jaxsgd.testing` are imported when they are first used.

@@ -25,17 +25,17 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and those that go to the script."""
-    parser = Parser(prog="jaxsgd", description="The optimization toolkit for JAX.", allow_abbrev=False)
+    parser = Parser(prog="jaxsgd", description="Plan a train step, or look up an update rule.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="plan | rules | rule")
     plan = commands.add_parser(
-        "plan", help="memory, time and transfers of a script's train step, on hardware you do not have",
+        "plan", help="show memory, time and transfers of a script's train step on hardware you do not have",
         description="Plan the train step of a script for hardware that you do not have.", allow_abbrev=False,
     )  # fmt: skip
     command.add_arguments(plan)
     rules = commands.add_parser("rules", help="list the update rules", allow_abbrev=False)
-    rules.add_argument("--like", metavar="NAME", help="only relatives: of the same family, or with this in the name")
+    rules.add_argument("--like", metavar="NAME", help="list only rules of the same family, or with this in the name")
     rule = commands.add_parser("rule", help="show one rule: equation, arguments, state, agreement", allow_abbrev=False)
-    rule.add_argument("name", help="such as adamw")
+    rule.add_argument("name", help="name of a rule, such as adamw")
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "plan":
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")

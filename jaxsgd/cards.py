@@ -124,7 +124,7 @@ def card(rule: Rule) -> str:
     shown = {name: "" if default is inspect.Parameter.empty else repr(default) for name, default in own.items()}
     rows = [(name, shown[name], type_text(parameters[name])) for name in own]
     lines += [aligned([("argument", "default", "type"), *rows]), ""]
-    lines += [f"and {', '.join(n for n in FRAME if n not in own)}, which every rule has: help(jaxsgd.{rule.name})"]
+    lines += [f"Every rule also takes {', '.join(n for n in FRAME if n not in own)}: help(jaxsgd.{rule.name})"]
     kept = state_bytes(rule)
     lines += ["", f"state: {sum(kept.values()):.3g} bytes a parameter"]
     for name, slot in rule.slots.items():

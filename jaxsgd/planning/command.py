@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("script", nargs="?", help="train.py, train.py:function, package.module or package.module:function")
     add("--model", metavar="MODULE:FUNCTION", help="the same as the first argument")
-    add("--topology", action="append", help="v5e:4x4, h100:8, cpu; several are compared. Default: cpu")
-    add("--optimizer", metavar="RULE", help="the rule, if the script has no optimizer. Default: adamw")
-    add("--mesh-axes", metavar="data=-1,model=4", help="the mesh; -1 is the rest. Default: data=-1")
-    add("--format", choices=("text", "markdown", "json"), default="text", help="Default: text")
+    add("--topology", action="append", help="hardware: v5e:4x4, h100:8, cpu. Give it twice to compare. Default: cpu")
+    add("--optimizer", metavar="RULE", help="rule to use if the script has no optimizer. Default: adamw")
+    add("--mesh-axes", metavar="data=-1,model=4", help="axes of the mesh; -1 takes all other devices. Default: data=-1")
+    add("--format", choices=("text", "markdown", "json"), default="text", help="form of the report. Default: text")
     add("--no-suggestions", action="store_true", help="skip the suggestions for a plan that does not fit")
     add("-v", "--verbose", action="store_true", help="show where memory and time go")
 
