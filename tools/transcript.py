@@ -23,8 +23,8 @@ from jaxsgd.report import Report
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "tools.md"
 HEAD = """# The tools, call by call
 
-A new user's session: a small model, real data, and every tool on it. `python tools/transcript.py` ran these calls and
-wrote down their output. Every result has the same form: a sentence, its reasons, the next step, a table.
+This page shows every tool on a small model and real data. `python tools/transcript.py` ran these calls and wrote their
+output. Every result has the same form: a sentence, its reasons, the next step, a table.
 
 | call | form |
 |---|---|
@@ -56,8 +56,8 @@ class Section(NamedTuple):
 SECTIONS = (
     Section(
         "The model",
-        "569 tumours with 30 measurements each, from scikit-learn, and a perceptron in plain JAX. Each epoch has an "
-        "index array of its own: one that is shuffled in place would change the batches that were cut from it.",
+        "The data are 569 tumours with 30 measurements each, from scikit-learn. The model is a perceptron in plain "
+        "JAX. Each epoch has its own index array, because a shuffle in place would change earlier batches.",
         """
 import textwrap
 
@@ -118,7 +118,7 @@ print(rising)
     ),
     Section(
         "A run and its loss curve",
-        "`diagnose` reads the losses. With `tx` it knows which settings there are to change.",
+        "`diagnose` reads the losses. With `tx` its advice names settings that the optimizer has.",
         """
 tx = jaxsgd.momentum(found.learning_rate or 0.03)
 state, step = jaxsgd.TrainState.create(params, tx), jaxsgd.make_step(loss_fn, tx)
@@ -132,9 +132,9 @@ print(seen)
         "seen",
     ),
     Section(
-        "The same mistake that many make",
-        "The batches of one epoch, again and again in the same order: the loss repeats a pattern. `diagnose` is not "
-        "told the length of an epoch here, and asks.",
+        "A common mistake",
+        "Every epoch here has the same batches in the same order, so the loss repeats a pattern. `diagnose` does not "
+        "know the length of an epoch, and asks.",
         """
 state = jaxsgd.TrainState.create(params, tx)
 losses = []
@@ -145,7 +145,7 @@ print(jaxsgd.diagnose(losses, tx=tx))
 """,
     ),
     Section(
-        "Was the rate any good?",
+        "Was the rate good?",
         "`sweep` trains many values through one compiled program.",
         """
 def build(learning_rate, seed):
@@ -161,7 +161,8 @@ print(swept)
     ),
     Section(
         "How sharp is the loss there?",
-        "`sharpness` finds the outermost eigenvalues of the Hessian, and the learning rates that they allow.",
+        "`sharpness` computes the largest and the smallest eigenvalue of the Hessian, and the largest stable learning "
+        "rate.",
         """
 sharp = jaxsgd.sharpness(loss_fn, state, batches[:17], tx=tx, eigenvalues=3)
 print(sharp)
@@ -170,8 +171,8 @@ print(sharp)
     ),
     Section(
         "Would a larger batch help?",
-        "`noise_scale` compares the gradients of small parts. `scale_learning_rate` carries a rate over to another "
-        "batch size, by the law that is published for the rule. Without a law it raises.",
+        "`noise_scale` compares the gradients of small parts of a batch. `scale_learning_rate` converts a rate to "
+        "another batch size, by the published law for the rule. Without a law it raises.",
         """
 noise = jaxsgd.noise_scale(loss_fn, params, batches[:17], population=len(x))
 print(noise)
@@ -194,7 +195,8 @@ print(race)
     ),
     Section(
         "What does a step cost?",
-        "`plan` compiles the step for hardware that need not be there, here for this machine, and reads the compiler.",
+        "`plan` compiles the step, here for this machine, and reads the compiler's report. The hardware need not be "
+        "present.",
         """
 cost = jaxsgd.plan(loss_fn, init, tx, batches[0])
 print(cost)
@@ -203,7 +205,7 @@ print(cost)
     ),
     Section(
         "Which setting costs less?",
-        "`compare` puts plans side by side; the full reports are its details.",
+        "`compare` shows plans side by side; `text(verbose=True)` adds the full reports.",
         """
 from jaxsgd.planning import compare
 
