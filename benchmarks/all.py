@@ -76,7 +76,7 @@ SECTIONS = {
     ),
     "minimize": Section(
         "Minimize",
-        "L-BFGS runs on full batches to the same loss, beside a loop of `optax.lbfgs` and SciPy's with JAX's gradients.",
+        "L-BFGS runs on full batches to the same loss, beside a loop of `optax.lbfgs` and SciPy with JAX's gradients.",
         "minimise_time.py",
         ("--rounds", "3"),
     ),
