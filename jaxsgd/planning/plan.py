@@ -243,7 +243,7 @@ def _suggestions(
     how = "computed from the shapes of the state"
     helpful = {what: size for what, size in saved.items() if size > answer.needs // 1000}
     whole = unsplit_bytes(state.opt_state, split.opt_state)
-    kept = f"; {human(whole)} of it cannot be split" if whole > answer.needs // 1000 else ""
+    kept = f"; {human(whole)} of the state cannot be split" if whole > answer.needs // 1000 else ""
     for what, size in helpful.items():
         note = kept if split is not state and what.startswith("ZeRO-1") else ""
         out.append(Suggestion(what, answer.needs - size, size >= -answer.headroom, how + note))
