@@ -3,10 +3,11 @@
     python tools/prose.py              # the whole repository; exit status 1 if there is a finding
     python tools/prose.py README.md    # some files
 
-Prose is Markdown outside code, Markdown cells of notebooks, docstrings outside examples, and the strings of errors,
-warnings and command help. Code between backticks is not prose. The length of a sentence is held in Markdown and in
-public docstrings. There a code span, an equation and a list of code spans or links count as one word. Tables are left
-out.
+Prose is Markdown outside code, Markdown cells of notebooks, docstrings outside examples, and strings: those of errors,
+warnings and command help, and all of three words or more. Code between backticks is not prose.
+
+The length of a sentence is held in Markdown and in public docstrings. There a code span, an equation, a source in
+brackets, and a list of code spans or links count as one word. Tables are left out.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ LONGEST = 24
 """Words of the longest sentence. The guide says about 20."""
 
 UNLIMITED = ("CHANGELOG.md", "jaxsgd/second_order/", "jaxsgd/tuning/probe.py")
-"""Files whose sentences may be longer: items of a list, and docstrings that are still to be split."""
+"""Files whose sentences may be longer: items of a list, and docstrings that are still to be split.
+
+In these only the strings of errors, warnings and command help are checked, besides docstrings.
+"""
 
 NO_PROSE = re.compile(r"^[ \t]*\|[^\n]*$|^[ \t]*=+ +=[^\n]*(?:\n[^\n]*\S[^\n]*)*$|<!--.*?-->|<[^>\n]+>", re.M | re.S)
 """Tables of Markdown and of plain text, comments and tags."""
@@ -157,8 +161,13 @@ def _spoken(node: ast.AST) -> Iterator[ast.AST]:
         yield from (word.value for word in node.keywords if word.arg in ("help", "description", "epilog"))
 
 
-def python_prose(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each docstring, also those below an assignment, and of each string that a user reads."""
+def python_prose(source: str, printed: bool = True) -> Iterator[tuple[int, str]]:
+    """Line and text of each docstring, also those below an assignment, and of each string that a user reads.
+
+    Args:
+      source: Python code.
+      printed: take every string of three words or more, such as those of reports. Default: True.
+    """
     seen: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         strings: list[ast.Constant] = []
@@ -166,6 +175,8 @@ def python_prose(source: str) -> Iterator[tuple[int, str]]:
             strings.append(node.value)
         for part in _spoken(node):
             strings.extend(_strings(part))
+        if printed and isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) > 2:
+            strings.append(node)
         for string in strings:
             if id(string) not in seen:
                 seen.add(id(string))
@@ -224,10 +235,14 @@ def long_sentences(text: str) -> Iterator[tuple[int, str, int]]:
             at = stop
 
 
+def _unlimited(path: pathlib.Path) -> bool:
+    return path.is_relative_to(ROOT) and str(path.relative_to(ROOT)).startswith(UNLIMITED)
+
+
 def _too_long(path: pathlib.Path, text: str) -> Iterator[tuple[int, str, int]]:
     """Line from 1, text and number of words of the long sentences of a page or of public docstrings."""
     parts: Iterable[tuple[int, str]] = ()
-    if path.is_relative_to(ROOT) and str(path.relative_to(ROOT)).startswith(UNLIMITED):
+    if _unlimited(path):
         return
     if path.suffix == ".py":
         parts = public_docstrings(text)
@@ -249,7 +264,7 @@ def check(path: pathlib.Path) -> list[Finding]:
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        parts = python_prose(text)
+        parts = python_prose(text, printed=not _unlimited(path))
     elif path.suffix == ".ipynb":
         parts = notebook_prose(text)
     else:

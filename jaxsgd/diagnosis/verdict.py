@@ -38,8 +38,8 @@ class Verdict(enum.StrEnum):
     GOOD = "good", "the loss falls fast and then slower, or has become level"
     TOO_SHORT = "too short", "there are too few points to say anything else"
 
-    TOO_LOW = "too low", "the rate lowers the loss by less than the best rate does, and lies below it"
-    TOO_HIGH = "too high", "the rate lowers the loss by less than the best rate does, and lies above it"
+    TOO_LOW = "too low", "the rate lowers the loss by less than the best rate does, and is below it"
+    TOO_HIGH = "too high", "the rate lowers the loss by less than the best rate does, and is above it"
 
     EPOCH_PATTERN = "epoch pattern", "the loss repeats a pattern each epoch, as the order of the batches does"
     NOT_FINITE = "not finite", "the loss was not finite in between and came back"

@@ -275,7 +275,7 @@ class Migration:
                 reason = f"new, the old state has {'none for it' if elsewhere else 'no such slot'}"
             olds = {} if source is None else there[source]
             for inside, item, old in _paired(parts, olds, now and now.stored, was and was.stored):
-                why = reason if old is not None or reason else "new, the old state has no such part of it"
+                why = reason if old is not None or reason else "new, the old state has no such part"
                 yield _Slot(Place(container, slot, parameter, inside), item, source, old, why, was, now)
 
     def _pairs(self, new: list[str], old: list[str]) -> dict[str, tuple[str | None, str]]:

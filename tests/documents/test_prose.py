@@ -41,6 +41,10 @@ def refuse(x):
     if x < 0:
         raise ValueError(f"x={x} is refused in words")
     parser.add_argument("--x", help="set by somebody")
+
+
+def summary(x):
+    return f"the rate {x} lies between the two"
 '''
 
 
@@ -59,6 +63,7 @@ def test_docstrings_errors_and_help_are_read_and_code_is_not(tmp_path):
         (18, "lies"),
         (23, "in words"),
         (24, "somebody"),
+        (28, "lies"),
     ]
 
 

@@ -270,7 +270,7 @@ def test_zero1_saves_what_can_be_split():
     (said,) = (s for s in found.suggestions if s.what == "ZeRO-1 (zero1='data')")
     assert found.needs - said.needs == 7 / 8 * 2 * 4 * (40 * 2**30 + 2**15)
     assert (
-        said.how == "computed from the shapes of the state; 8 GiB of it cannot be split" and said.how in found.next[0]
+        said.how == "computed from the shapes of the state; 8 GiB of the state cannot be split" and said.how in found.next[0]
     )
 
 
@@ -373,7 +373,7 @@ def test_a_step_that_cannot_be_compiled():
         ({"topology": "cpu:64"}, ValueError, "jax_num_cpu_devices"),
         ({"batch": None}, TypeError, "batch: the batch"),
         ({"tx": None}, TypeError, "tx: a gradient transformation"),
-        ({"step_or_loss": 3}, TypeError, "a loss function or a jaxsgd.Step"),
+        ({"step_or_loss": 3}, TypeError, "a loss function, a jaxsgd.Step or a jaxsgd.LayerStep"),
     ],
 )
 def test_clear_errors(change, error, says):
