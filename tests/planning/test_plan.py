@@ -270,7 +270,8 @@ def test_zero1_saves_what_can_be_split():
     (said,) = (s for s in found.suggestions if s.what == "ZeRO-1 (zero1='data')")
     assert found.needs - said.needs == 7 / 8 * 2 * 4 * (40 * 2**30 + 2**15)
     assert (
-        said.how == "computed from the shapes of the state; 8 GiB of the state cannot be split" and said.how in found.next[0]
+        said.how == "computed from the shapes of the state; 8 GiB of the state cannot be split"
+        and said.how in found.next[0]
     )
 
 
