@@ -51,6 +51,7 @@ class Move(NamedTuple):
     Attributes:
       x, f, g: the current point, its value and gradient.
       s, y: the last change of the point and of the gradient.
+      drop: the last decrease of the value.
       took: whether the trial was accepted as a step, so that s and y are a pair.
       reset: whether the model has to forget all, for its direction failed.
       first: whether this is the first evaluation.
@@ -63,6 +64,7 @@ class Move(NamedTuple):
     g: Vector
     s: Vector
     y: Vector
+    drop: Any
     took: Any
     reset: Any
     first: Any
@@ -199,7 +201,7 @@ def descend(
         y = select(took & ~first, axpy(-1, c.g, gt), nothing)
         x, f, g = select(took, (xt, ft, gt), (c.x, c.f, c.g))
         restart = failed & ~c.fresh
-        move = Move(x, f, g, s, y, took & ~first, restart, first, c.line.a, c.p)
+        move = Move(x, f, g, s, y, jnp.where(took & ~first, c.f - ft, 0), took & ~first, restart, first, c.line.a, c.p)
         memory, p, a, known, bent = model.advance(c.memory, move)
         slope = dot(g, p)
         # A direction that does not descend gives way to the gradient, at the length of the last step.

@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.second_order.descent import Move, first_scale
+from jaxsgd.second_order.line_search import ROUNDING
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.vectors import dot, norm, total
 
-__all__ = ["LBFGS", "Pairs", "empty", "remember"]
+__all__ = ["LBFGS", "Pairs", "biggs_factor", "empty", "remember"]
+
+FACTORS = 0.5, 2.0
+"""The smallest and the largest factor of a change of the gradient. Yuan's are 0.01 and 100; these need fewer
+evaluations on the problems of ``benchmarks/minimise.py``."""
 
 
 class Pairs(NamedTuple):
@@ -67,21 +72,35 @@ def _put(block: jax.Array, row: jax.Array, at: jax.Array, wanted: jax.Array) -> 
     return jax.lax.dynamic_update_index_in_dim(block, jnp.where(wanted, row, old), at, 0)
 
 
+def biggs_factor(move: Move, sy: jax.Array) -> jax.Array:
+    """The factor of y with which ``s y`` is the curvature at the end of the step, not its mean along the step.
+
+    The cubic that has the values and slopes of both ends says that curvature (Biggs 1973,
+    doi:10.1093/imamat/12.3.337; Yuan 1991, doi:10.1093/imanum/11.3.325). The factor is 1 for a quadratic function, and
+    where the rounding of the values would show.
+    """
+    exact = ROUNDING * jnp.finfo(sy.dtype).eps * (jnp.abs(move.f) + jnp.abs(move.drop)) <= 0.01 * sy
+    factor = 6 * (move.drop + dot(move.s, move.g)) / jnp.where(sy > 0, sy, 1) - 2
+    return jnp.where(exact & jnp.isfinite(factor), jnp.clip(factor, *FACTORS), 1)
+
+
 def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, Newest]:
     """The pairs with the newest in place of the oldest, and its products."""
     sy, yy, ss = dot(move.s, move.y), dot(move.y, move.y), dot(move.s, move.s)
     eps = jnp.finfo(sy.dtype).eps
     good = move.took & (sy > eps * jnp.sqrt(ss) * jnp.sqrt(yy)) & (yy > 0)
+    factor = biggs_factor(move, sy)
+    changes = [factor * y for y in move.y]
     slot = pairs.count % memory
     rows = [
         _put(_put(block, s, slot, good), y, memory + slot, good)
-        for block, s, y in zip(pairs.rows, move.s, move.y, strict=True)
+        for block, s, y in zip(pairs.rows, move.s, changes, strict=True)
     ]
-    with_s, with_y, with_g = _times(rows, [move.s, move.y, move.g])
+    with_s, with_y, with_g = _times(rows, [move.s, changes, move.g])
 
     # A first length for the first direction; later the size of the latest pair (Nocedal & Wright 2006, 7.20).
     start = first_scale(move)
-    gamma = jnp.where(good, sy / jnp.where(good, yy, 1), pairs.gamma)
+    gamma = jnp.where(good, sy / jnp.where(good, factor * yy, 1), pairs.gamma)
     # Along a straight slope there is no pair: the next step is at least as long as the last.
     straight = move.took & ~good & (pairs.count == 0)
     gamma = jax.lax.cond(straight, lambda: jnp.maximum(gamma, norm(move.s) / norm(move.g)), lambda: gamma)

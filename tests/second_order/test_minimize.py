@@ -11,6 +11,8 @@ import pytest
 import scipy.optimize
 
 from jaxsgd.second_order import Result, Status, minimize
+from jaxsgd.second_order.descent import Move
+from jaxsgd.second_order.limited_memory import biggs_factor
 from jaxsgd.second_order.minimizer import METHODS
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -74,6 +76,22 @@ def test_the_scale_of_the_value_does_not_matter(method):
         result = minimize(lambda x, k: k * rosenbrock(x), np.array([-1.2, 1.0]), method=method, args=(factor,))
         np.testing.assert_allclose(result.params, 1, atol=1e-3)
         assert result.success
+
+
+@pytest.mark.parametrize("cubic", [0.0, 0.05, -0.05])
+def test_the_factor_of_a_pair_gives_the_curvature_at_the_end_of_the_step(cubic):
+    def value(x):
+        return 3 + 2 * x + 1.5 * x**2 + cubic * x**3
+
+    slope, curvature = jax.grad(value), jax.grad(jax.grad(value))
+    old, new = 0.2, 1.1
+    s, y = jnp.array([new - old]), jnp.array([slope(new) - slope(old)])
+    true = np.bool_(True)
+    move = Move(s, value(new), [slope(new)[None]], [s], [y], value(old) - value(new), true, true, true, 1.0, [s])
+    sy = jnp.vdot(s, y)
+    assert float(biggs_factor(move, sy) * sy) == pytest.approx(float(curvature(new) * s[0] ** 2), rel=1e-10)
+    # Beside a large value the decrease is rounding, and says nothing.
+    assert float(biggs_factor(move._replace(f=1e15), sy)) == 1
 
 
 def test_evaluations_are_counted():
