@@ -31,7 +31,7 @@ __all__ = [
     "long_sentences",
     "main",
     "markdown_prose",
-    "notebook_prose",
+    "notebook_cells",
     "public_docstrings",
     "python_prose",
 ]
@@ -183,8 +183,8 @@ def python_prose(source: str, printed: bool = True) -> Iterator[tuple[int, str]]
                 yield string.lineno, markdown_prose(DOCTEST.sub(_blank, str(string.value)))
 
 
-def notebook_prose(text: str) -> Iterator[tuple[int, str]]:
-    """Line in the JSON text, and text, of each Markdown cell."""
+def notebook_cells(text: str) -> Iterator[tuple[int, str]]:
+    """Line in the JSON text, and source, of each Markdown cell."""
     lines = text.split("\n")
     at = 0
     for cell in json.loads(text)["cells"]:
@@ -193,7 +193,7 @@ def notebook_prose(text: str) -> Iterator[tuple[int, str]]:
         source = "".join(cell["source"])
         first = json.dumps(source.split("\n")[0], ensure_ascii=False)[:-1]
         at = next((i for i in range(at, len(lines)) if lines[i].lstrip().startswith(first)), at)
-        yield at + 1, markdown_prose(source)
+        yield at + 1, source
 
 
 def public_docstrings(source: str) -> Iterator[tuple[int, str]]:
@@ -240,13 +240,15 @@ def _unlimited(path: pathlib.Path) -> bool:
 
 
 def _too_long(path: pathlib.Path, text: str) -> Iterator[tuple[int, str, int]]:
-    """Line from 1, text and number of words of the long sentences of a page or of public docstrings."""
+    """Line from 1, text and number of words of the long sentences of a page, a notebook or public docstrings."""
     parts: Iterable[tuple[int, str]] = ()
     if _unlimited(path):
         return
     if path.suffix == ".py":
         parts = public_docstrings(text)
-    elif path.suffix == ".md":
+    elif path.suffix == ".ipynb":
+        parts = notebook_cells(text)
+    else:
         parts = [(1, text)]
     for line, part in parts:
         for at, sentence, words in long_sentences(part):
@@ -266,7 +268,7 @@ def check(path: pathlib.Path) -> list[Finding]:
     if path.suffix == ".py":
         parts = python_prose(text, printed=not _unlimited(path))
     elif path.suffix == ".ipynb":
-        parts = notebook_prose(text)
+        parts = ((line, markdown_prose(cell)) for line, cell in notebook_cells(text))
     else:
         parts = iter([(1, markdown_prose(text))])
     name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -148,6 +148,16 @@ def test_code_equations_tables_and_lists_of_names_are_not_long(tmp_path, page):
     assert lengths(tmp_path / "page.md", page) == []
 
 
+def test_a_long_sentence_of_a_notebook_is_found_at_its_cell(tmp_path):
+    cells = [
+        {"cell_type": "code", "source": [words(40)]},
+        {"cell_type": "markdown", "source": ["A title\n", f"`code` {words(24)}.\n"]},
+    ]
+    text = json.dumps({"cells": cells}, indent=1)
+    ((line, count),) = lengths(tmp_path / "notebook.ipynb", text)
+    assert count == "27" and "A title" in text.split("\n")[line - 1]
+
+
 DOCUMENTED = f'''"""{words(25)}."""
 
 
