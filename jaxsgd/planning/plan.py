@@ -54,10 +54,10 @@ def plan(
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """What a train step takes on ``topology``: memory, traffic, kernels and transfers of each device.
+    """The cost of a train step on ``topology``: memory, traffic, kernels and transfers of each device.
 
     Nothing of the model's size is allocated: a model of 70 billion parameters is planned in the memory that its
-    compiler takes. That it does not fit is an answer, not an error.
+    compiler takes. If it does not fit, the plan says so; that is no error.
 
     On the CPU `Plan.needs` was compared with the measured peak of eight programs, see docs/plan.md and
     ``benchmarks/plan_memory.py``: the ratios were 0.98 to 1.00. Small programs are not as close: packed copies
