@@ -103,12 +103,12 @@ class Octaves:
 
     @property
     def low(self) -> int:
-        """How many bits of a mantissa a code leaves out."""
+        """The number of mantissa bits that a code leaves out."""
         return MANTISSA - self.bits
 
     @property
     def top(self) -> np.float32:
-        """What the largest code stands for, before values are divided by it."""
+        """The value of the largest code, before values are divided by it."""
         octave, step = divmod(self.codes - 1, 1 << self.bits)
         return np.float32(2.0**octave * (1 + step / (1 << self.bits)) - self.least)
 
