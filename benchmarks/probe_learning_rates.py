@@ -1,7 +1,7 @@
 """Score the learning rate that a probe suggests by full trainings.
 
     python benchmarks/probe_learning_rates.py --tasks held-out --seeds 3
-    python benchmarks/probe_learning_rates.py --write docs/learning_rates.md
+    python benchmarks/probe_learning_rates.py --seeds 3 --write docs/learning_rates.md
 
 For each task of learning_rate_tasks.py and each seed: full trainings at 49 rates over six decades around the rule's
 usual rate, a factor of 1.33 apart (kept in .cache/learning_rates), then the probe, and beside it the suggestions of
@@ -11,7 +11,6 @@ fastai and Lightning from range tests of as many steps as the probe takes. Each 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -359,8 +358,7 @@ def page(found: Sequence[Outcome]) -> str:
 
 
 SCRIPT = "python benchmarks/probe_learning_rates.py"
-INTRO = f"""Made by `{SCRIPT} --tasks held-out --seeds 3`, then
-`{SCRIPT} --tasks design --write docs/learning_rates.md`; not written by hand.
+INTRO = f"""Made by `{SCRIPT} --seeds 3 --write docs/learning_rates.md`; not written by hand.
 
 A task is a data set, a model, a rule, a batch size and 100 to 3,000 steps (`benchmarks/learning_rate_tasks.py`). Full
 runs at 49 rates, a factor of 1.33 apart, are the truth. The final loss is the mean of the last 5% of the steps.
@@ -382,31 +380,19 @@ had one output less than classes."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score the probe's suggestions against full trainings.")
-    parser.add_argument("--write", type=pathlib.Path, help="write the page with all finished rows to this file")
+    parser.add_argument("--write", type=pathlib.Path, help="write the page to this file")
     parser.add_argument("--tasks", default="all", help="design, held-out, all, or names divided by commas")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of weights, batches and dropout")
     parser.add_argument("--share", type=float, default=1.0, help="of the probe")
     parser.add_argument("--no-baselines", action="store_true", help="the probe alone")
-    parser.add_argument("--results", type=pathlib.Path, default=CACHE / "results.jsonl", help="finished rows, reused")
     args = parser.parse_args()
     sets = {"design": DESIGN, "held-out": HELD_OUT, "all": (*HELD_OUT, *DESIGN)}
     names = sets.get(args.tasks) or args.tasks.split(",")
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
-    if args.results.exists():
-        for line in args.results.read_text().splitlines():
-            row = json.loads(line)
-            row["scores"] = {name: Score(*values) for name, values in row["scores"].items()}
-            done[row["task"], row["seed"]] = Outcome(**row)
     found = []
     for seed in range(args.seeds):
         for name in names:
             begin = time.perf_counter()
-            if (name, seed) not in done:
-                done[name, seed] = outcome(name, seed, args.share, not args.no_baselines)
-                with args.results.open("a") as file:
-                    file.write(json.dumps(done[name, seed]._asdict()) + "\n")
-            found.append(done[name, seed])
+            found.append(outcome(name, seed, args.share, not args.no_baselines))
             ours, seconds = found[-1].scores["probe"], time.perf_counter() - begin
             rate = "none" if ours.rate is None else f"{ours.rate:.3g}"
             print(
@@ -416,8 +402,7 @@ def main() -> None:
             )
     print(f"\n{summary(found).text(120)}\n{calibration(found)}")
     if args.write:
-        order = {name: place for place, name in enumerate((*HELD_OUT, *DESIGN))}
-        args.write.write_text(page(sorted(done.values(), key=lambda f: (f.seed, order[f.task]))))
+        args.write.write_text(page(found))
 
 
 if __name__ == "__main__":
