@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend.core import Literal
+from jax.sharding import Mesh
 
 from jaxsgd.applying import step_params
 from jaxsgd.batches import as_arrays
 from jaxsgd.elementwise import CALLS
+from jaxsgd.meshes import in_mesh, is_explicit
 from jaxsgd.numerics import conjugated, global_norm, is_float0, widest
 from jaxsgd.paths import check_optimizer, leaf_names
+from jaxsgd.placement import brought_home, compiled_for
 from jaxsgd.second_order.batch_loss import taken_by
+from jaxsgd.sharding import check_axes, shard_batch
 from jaxsgd.state import find_states, metrics
 from jaxsgd.train_state import TrainState, check_kind, refuse_deleted
 from jaxsgd.transforms.moving import moving
@@ -39,13 +44,14 @@ def make_layer_step(
     layers: str = "layers",
     layer_clip: float | None = None,
     donate: bool = True,
+    mesh: Mesh | None = None,
+    batch_axes: str | tuple[str, ...] = "data",
 ) -> LayerStep:
     """A train step in which the optimizer works during the backward pass: ``state, metrics = step(state, batch)``.
 
     The model is three functions, with a stack of equal layers in the middle. The backward pass computes each layer a
     second time, as under `jax.checkpoint`. The gradient of a layer lives until its update only. State and parameters
     are those of an ordinary step, so that checkpoints and `jaxsgd.make_step` take them.
-
     Args:
       before: ``before(params, batch, key) -> x``, from a batch to the input of the first layer. ``params`` are all
         parameters but the layers'.
@@ -58,6 +64,9 @@ def make_layer_step(
       layer_clip: the largest norm of the gradient of a layer, and of the other parameters together. A larger gradient
         is scaled to it. It takes the place of a clip by the global norm. Default: no clip.
       donate: reuse the state's memory. Default: True.
+      mesh: the devices. The state comes from ``TrainState.create(..., mesh=mesh)`` and keeps its sharding. Default:
+        the device where the state is.
+      batch_axes: the axes of ``mesh`` over which the first axis of the batch is split. Default: ``"data"``.
 
     Returns:
       A `LayerStep`. Its metrics are those of `jaxsgd.make_step`: ``loss``, ``gradient_norm`` (before the clip),
@@ -65,7 +74,7 @@ def make_layer_step(
 
     Raises:
       TypeError: ``tx`` is no gradient transformation.
-      ValueError: ``layer_clip`` not above 0.
+      ValueError: ``layer_clip`` not above 0; ``mesh`` has no such axis.
 
     Example:
       >>> params = {"layers": jnp.ones((3, 4, 4)) / 8, "head": jnp.ones(4)}
@@ -83,7 +92,11 @@ def make_layer_step(
     check_optimizer(tx)
     if layer_clip is not None and not layer_clip > 0:
         raise ValueError(f"layer_clip={layer_clip}: a norm above 0 is needed. Use None for no clip")
-    return LayerStep(before, layer, after, optax.with_extra_args_support(tx), layers, layer_clip, donate)
+    if mesh is not None:
+        check_axes("batch_axes", batch_axes, mesh)
+    return LayerStep(
+        before, layer, after, optax.with_extra_args_support(tx), layers, layer_clip, donate, mesh, batch_axes
+    )
 
 
 class LayerStep:
@@ -91,7 +104,7 @@ class LayerStep:
 
     Attributes:
       fn: ``(state, batch) -> (state, metrics)``, pure and not compiled.
-      jitted: ``fn`` compiled, donating the state.
+      jitted: ``fn`` compiled, donating the state (on a mesh: for the last state's sharding).
     """
 
     def __init__(
@@ -103,10 +116,14 @@ class LayerStep:
         layers: str,
         layer_clip: float | None,
         donate: bool,
+        mesh: Mesh | None,
+        batch_axes: str | tuple[str, ...],
     ) -> None:
         self.before, self.layer, self.after, self.tx = before, layer, after, tx
         self.layers, self.layer_clip = layers, layer_clip
-        self.jitted = jax.jit(self.fn, donate_argnums=(0,) if donate else ())
+        self.mesh, self.batch_axes = mesh, batch_axes
+        self._donated, self._home = (0,) if donate else (), None
+        self.jitted = jax.jit(self.fn, donate_argnums=self._donated)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One step.
@@ -123,12 +140,31 @@ class LayerStep:
         """
         check_kind(state)
         refuse_deleted("state", state.step)
-        return self.jitted(state, as_arrays(batch))
+        state, batch = self._settle(state, batch)
+        with self._entered():
+            return self.jitted(state, batch)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """The step lowered for these arguments: a `jax.stages.Lowered` to compile or to print."""
         check_kind(state)
-        return self.jitted.lower(state, as_arrays(batch))
+        state, batch = self._settle(state, batch)
+        with self._entered():
+            return self.jitted.lower(state, batch)
+
+    def _entered(self) -> AbstractContextManager[Any]:
+        return in_mesh(self.mesh if is_explicit(self.mesh) else None)
+
+    def _settle(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """The arguments on the mesh. The step is compiled for the state's sharding."""
+        if self.mesh is None:
+            return state, as_arrays(batch)
+        if [getattr(x, "sharding", None) for x in jax.tree.leaves(state)] != self._home:
+            state, home = brought_home(self.mesh, state, self._home)
+            if home != self._home:
+                self._home = home
+                where = jax.tree.unflatten(jax.tree.structure(state), home)
+                self.jitted = compiled_for(self.fn, self.mesh, where, self._donated, others=1)
+        return state, shard_batch(batch, self.mesh, self.batch_axes)
 
     def fn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""

@@ -11,18 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxsgd.applying import step_params
 from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
-from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes, same_mesh
+from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes
 from jaxsgd.models import carried_state, merge_model
-from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, root_of, strong
+from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, root_of
 from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
+from jaxsgd.placement import brought_home, compiled_for
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, on_every_device, shard_batch
 from jaxsgd.state import find_states, metrics
@@ -260,53 +260,14 @@ class Step:
             return state, batch, constants
         home = [getattr(x, "sharding", None) for x in jax.tree.leaves(state)]
         if home != self._home:
-            state, home = self._brought_home(self.mesh, state, home)
+            state, home = brought_home(self.mesh, state, self._home)
         if home != self._home:
             self._home = home
             self._moments = [*map(auto_sharding, moment_sharding(state.opt_state, state.params))]
             where = jax.tree.unflatten(jax.tree.structure(state), home)
-            specs = jax.tree.map(lambda sharding: sharding.spec, where)
-            self.jitted = jax.jit(
-                on_auto_axes(self._counted, self.mesh, (specs, PartitionSpec())),
-                donate_argnums=self._donated,
-                in_shardings=(where, None, None),
-                out_shardings=(where, None),
-            )
+            self.jitted = compiled_for(self._counted, self.mesh, where, self._donated, others=2)
         batch = shard_batch(batch, self.mesh, self.batch_axes, multiple=self.accumulate)
         return state, batch, on_every_device(constants, self.mesh)
-
-    def _brought_home(self, mesh: Mesh, state: TrainState, home: list[Any]) -> tuple[TrainState, list[Any]]:
-        """The state with arrays that were put into it placed like those before them.
-
-        Where the parameters have moved themselves, the state was made again: then only scalars are placed.
-
-        Raises:
-          ValueError: the state was not made on the mesh.
-        """
-        leaves, treedef = jax.tree.flatten(state)
-        on_mesh = [same_mesh(getattr(sharding, "mesh", None), mesh) for sharding in home]
-        known: list[Any] = [None] * len(home)
-        if self._home is not None and len(self._home) == len(home):
-            ours = jax.tree.leaves(state.replace(params=jax.tree.map(lambda _: True, state.params)))  # type: ignore[attr-defined]
-            params = [i for i, x in enumerate(ours) if x is True]
-            if all(home[i] == self._home[i] or not on_mesh[i] for i in params):
-                known = self._home
-        for i, sharding in enumerate(home):
-            where = known[i]
-            if where is None and on_mesh[i] and sharding.mesh != mesh:  # its axes are of the other type
-                where = NamedSharding(mesh, sharding.spec)
-            if where is None and not on_mesh[i]:
-                scalar = any(on_mesh) and (is_key(leaves[i]) or jnp.shape(leaves[i]) == ())
-                where = NamedSharding(mesh, PartitionSpec()) if scalar else None
-                if where is None:
-                    raise ValueError(
-                        f"state: {leaf_names(state)[i]!r} is on {sharding}, not on the step's mesh "
-                        f"{dict(mesh.shape)}. Use TrainState.create(..., mesh=mesh)"
-                    )
-            if where is not None and where != sharding:
-                leaf = strong(leaves[i]) if isinstance(leaves[i], jax.Array) else np.asarray(leaves[i])
-                leaves[i] = jax.device_put(leaf, where)
-        return treedef.unflatten(leaves), [x.sharding for x in leaves]
 
     def _counted(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, dict[str, Any]]:
         self.compiles += 1

@@ -16,7 +16,7 @@ FLOORS = {
     "leaf": 2, "lift": 2, "call": 2, "registry": 2,
     "rules": 3,
     "torch": 4, "transforms": 4, "description": 4, "forms": 4, "cards": 4, "second_order": 4,
-    "sharding": 5, "train_state": 5, "train": 5, "backward": 5, "record": 5, "statistics": 5,
+    "sharding": 5, "train_state": 5, "placement": 5, "train": 5, "backward": 5, "record": 5, "statistics": 5,
     "checkpoint": 6, "migration": 6, "planning": 6, "ensemble": 6,
     "curvature": 7, "tuning": 7, "diagnosis": 7,
     "plot": 8, "testing": 8,

@@ -176,3 +176,52 @@ def test_the_gradients_of_all_layers_are_never_there():
     used = [step.lower(state, BATCH).compile().memory_analysis().temp_size_in_bytes for step in steps]
     gradients = 4 * sum(x.size for x in jax.tree.leaves(shapes))
     assert used[0] - used[1] > 0.8 * gradients
+
+
+@pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2])
+@pytest.mark.parametrize("zero1", [None, "data"])
+def test_on_a_mesh_the_state_keeps_its_sharding_and_the_step_its_program(zero1, kind):
+    tx, mesh = jaxsgd.momentum(1e-3), jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    ordinary, other = make_step(loss_fn, tx, mesh=mesh), TrainState.create(PARAMS, tx, mesh=mesh, zero1=zero1)
+    traced = []
+
+    def counted(params, batch, key):
+        traced.append(1)
+        return before(params, batch, key)
+
+    step = make_layer_step(counted, layer, after, tx, mesh=mesh)
+    state = TrainState.create(PARAMS, tx, mesh=mesh, zero1=zero1)
+    home = [x.sharding for x in jax.tree.leaves(state)]
+    for _ in range(3):
+        (state, _), (other, _) = step(state, BATCH), ordinary(other, BATCH)
+    assert len(traced) == 1
+    for name, x, where in zip(jaxsgd.paths.leaf_names(state), jax.tree.leaves(state), home, strict=True):
+        assert x.sharding.is_equivalent_to(where, x.ndim), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other.params, state.params)
+    with pytest.raises(ValueError, match="is on .*, not on the step's mesh"):
+        make_layer_step(before, layer, after, tx, mesh=mesh)(TrainState.create(PARAMS, tx), BATCH)
+    with pytest.raises(ValueError, match="batch_axes.*'dat'"):
+        make_layer_step(before, layer, after, tx, mesh=mesh, batch_axes="dat")
+
+
+def test_plan_takes_it():
+    tx = jaxsgd.adamw(1e-2)
+    gradients = sum(x.nbytes for x in jax.tree.leaves(PARAMS["layers"]))
+    checkpointed = jax.checkpoint(layer)
+
+    def whole(params, batch, key):
+        x, _ = jax.lax.scan(lambda x, p: (checkpointed(p, x, key), None), before(params, batch, key), params["layers"])
+        return after(params, x, batch, key)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    ordinary = jaxsgd.plan(whole, shapes, tx, BATCH)
+    layered = jaxsgd.plan(make_layer_step(before, layer, after, tx), shapes, None, BATCH)
+    assert layered.argument == ordinary.argument == layered.alias + sum(x.nbytes for x in BATCH.values())
+    assert ordinary.temporary - layered.temporary > 0.5 * gradients
+    with pytest.raises(TypeError, match="tx: a jaxsgd.LayerStep has its own"):
+        jaxsgd.plan(make_layer_step(before, layer, after, tx), shapes, optax.sgd(0.1), BATCH)
+    with pytest.raises(ValueError, match="accumulate=2: a jaxsgd.LayerStep has no microbatches"):
+        jaxsgd.plan(make_layer_step(before, layer, after, tx), shapes, None, BATCH, accumulate=2)
+    bad = make_layer_step(before, lambda params, x, key: x if x.sum() > 0 else -x, after, tx)
+    with pytest.raises(TypeError, match="step_or_loss: before, <lambda>, after cannot be compiled"):
+        jaxsgd.plan(bad, shapes, None, BATCH)
