@@ -2,10 +2,10 @@
 
     python benchmarks/layer_step.py [--width 512] [--rounds 5]
 
-Both compute each layer a second time in the backward pass. Temporaries are those that the compiler of each device
-states; TPU and GPU need ``jaxsgd[compilers]``. On the CPU the growth of the resident memory during a step is measured
-too, in a process for each step (Linux), and the time of a step as the median of interleaved runs. All bytes are given
-as a part of the gradients' bytes.
+Both compute each layer a second time in the backward pass. Temporaries are those of `jaxsgd.plan`; for a TPU and a GPU
+it needs ``jaxsgd[compilers]``. On the CPU the growth of the resident memory during a step is measured too, in a process
+for each step (Linux), and the time of a step as the median of interleaved runs. All bytes are given as a part of the
+gradients' bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from plan_memory import growth
 
 import jaxsgd
-from jaxsgd.planning.targets import available, lookup
+from jaxsgd.planning.targets import available
 
 LAYERS, ROWS, LENGTH, HEADS, VOCABULARY = 24, 2, 32, 8, 512
 DEVICES = {"cpu": "cpu", "v5e:1x1": "tpu", "h100:1": "cuda"}
@@ -88,14 +87,10 @@ def start(width: int) -> tuple[jaxsgd.TrainState, jax.Array]:
     )
 
 
-def temporaries(step: Any, width: int, topology: str) -> int:
-    """Bytes, as the compiler of a device states them."""
-    target = lookup(topology)
-    there = NamedSharding(target.mesh(), PartitionSpec())
-    state = jaxsgd.TrainState.shapes(shapes(width), jaxsgd.adamw(1e-3))
+def temporaries(step: Any, width: int, topology: str) -> int | None:
+    """Bytes, as the plan for a device gives them."""
     batch = jax.ShapeDtypeStruct((ROWS, LENGTH + 1), jnp.int32)
-    state, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), (state, batch))
-    return target.compile(step.lower(state, batch)).memory_analysis().temp_size_in_bytes
+    return jaxsgd.plan(step, shapes(width), batch=batch, topology=topology).temporary
 
 
 def measured(name: str, width: int, rounds: int) -> int:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxsgd.backward import LayerStep, make_layer_step
 from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.planning.accounts import arguments, int8_bytes, parts, state_buffers, tree_bytes, unsplit_bytes
 from jaxsgd.planning.comparison import Comparison
@@ -64,10 +65,10 @@ def plan(
     inside matrix products, of some MiB, are not counted.
 
     Args:
-      step_or_loss: a loss as `jaxsgd.make_step` takes it, or a `jaxsgd.Step` (whose transformation, microbatches and so
-        on are then taken).
+      step_or_loss: a loss as `jaxsgd.make_step` takes it; or a `jaxsgd.Step` or `jaxsgd.LayerStep`, whose
+        transformation, microbatches and so on are then taken.
       params: what is trained: arrays, shapes, an NNX module, or a function of a key that makes either.
-      tx: the gradient transformation; left out with a `jaxsgd.Step`.
+      tx: the gradient transformation; left out with a step.
       batch: the batch of one step on all devices, as arrays or shapes.
       topology: ``"v5e:4x4"``, ``"v5p:8x8x16"``, ``"v4:2x2x1"``, ``"v6e:2x4"``, ``"tpu7x:2x2x1"``; ``"h100:8"`` (or
         a100, h200, b200), ``"h100:2x8"`` for two hosts; ``"cpu"``, ``"cpu:8"``: this machine's own compiler.
@@ -75,7 +76,7 @@ def plan(
       specs, param_spec: how parameters are split (two names of one argument), see `jaxsgd.state_sharding`.
       zero1: mesh axes to split the optimizer's state over.
       batch_axes: mesh axes to split the batch over, by default ``"data"``.
-      accumulate: microbatches per step.
+      accumulate: microbatches per step; a `jaxsgd.LayerStep` has none.
       model_state, key: as `jaxsgd.TrainState.create` takes them.
       label: what to call it in tables.
       suggest: where it does not fit, work out what would take less; this compiles up to two more programs.
@@ -109,7 +110,8 @@ def plan(
         params, step.tx, key=key, model_state=model_state, mesh=mesh, specs=specs, zero1=zero1
     )  # fmt: skip
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.canonicalize_dtype(_dtype(x))), batch)
-    placed = shard_batch(batch, mesh, step.batch_axes, multiple=step.accumulate)
+    count = step.accumulate if isinstance(step, Step) else 1
+    placed = shard_batch(batch, mesh, step.batch_axes, multiple=count)
     say(f"tracing for {target.name}")
     lowered = _lower(step, state, placed)
     say(f"compiling for {target.name}")
@@ -127,7 +129,7 @@ def plan(
         named = [Buffer(*entry) for entry in refusal.largest]
     seconds = time.perf_counter() - begin
     memory = found.memory
-    settings = {"zero1": zero1, "accumulate": step.accumulate}
+    settings = {"zero1": zero1, "accumulate": count}
     made = sorted([*state_buffers(state, placed)[:8], *(named or found.buffers)], key=lambda b: -b.bytes)
     answer = Plan(
         label=label or _label(target.name, settings),
@@ -170,25 +172,33 @@ def _label(topology: str, settings: Mapping[str, Any]) -> str:
     return topology + "".join(f" {name}={value}" for name, value in settings.items() if value not in (None, 1))
 
 
-def _step(given: Any, tx: Any, mesh: Any, batch_axes: Any, accumulate: int | None) -> Step:
+def _step(given: Any, tx: Any, mesh: Any, batch_axes: Any, accumulate: int | None) -> Step | LayerStep:
     """The step on the mesh."""
+    settings: dict[str, Any]
+    if isinstance(given, Step | LayerStep) and tx is not None and tx is not given.tx:
+        raise TypeError(f"tx: a jaxsgd.{type(given).__name__} has its own; leave it out")
+    if isinstance(given, LayerStep):
+        if accumulate not in (None, 1):
+            raise ValueError(f"accumulate={accumulate}: a jaxsgd.LayerStep has no microbatches. Use jaxsgd.make_step")
+        functions = given.before, given.layer, given.after
+        settings = {"layers": given.layers, "layer_clip": given.layer_clip}
+        axes = given.batch_axes if batch_axes is None else batch_axes
+        return make_layer_step(*functions, given.tx, mesh=mesh, batch_axes=axes, **settings)
     if isinstance(given, Step):
-        if tx is not None and tx is not given.tx:
-            raise TypeError("tx: a jaxsgd.Step has its own; leave it out")
         if given.axis_name is not None:
             raise TypeError(f"step_or_loss: a step with axis_name={given.axis_name!r} is for pmap; plan one without")
-        settings: dict[str, Any] = {"gradient_at": given.gradient_at, "weight": given.weight}
+        settings = {"gradient_at": given.gradient_at, "weight": given.weight}
         axes = given.batch_axes if batch_axes is None else batch_axes
         count = given.accumulate if accumulate is None else accumulate
         return make_step(given.loss_fn, given.tx, mesh=mesh, batch_axes=axes, accumulate=count, **settings)
     if not is_function(given):
-        raise TypeError(f"step_or_loss={given!r}: a loss function or a jaxsgd.Step is needed")
+        raise TypeError(f"step_or_loss={given!r}: a loss function, a jaxsgd.Step or a jaxsgd.LayerStep is needed")
     if tx is None:
         raise TypeError("tx: a gradient transformation is needed")
     return make_step(given, tx, mesh=mesh, batch_axes=batch_axes or "data", accumulate=accumulate or 1)
 
 
-def _lower(step: Step, state: Any, batch: Any) -> Any:
+def _lower(step: Step | LayerStep, state: Any, batch: Any) -> Any:
     """The lowered step, or a sentence that says why it cannot be lowered."""
     try:
         return step.lower(state, batch)
@@ -197,7 +207,8 @@ def _lower(step: Step, state: Any, batch: Any) -> Any:
             f"{name or 'array'} {leaf.dtype.name}{list(leaf.shape)}"
             for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
         )
-        loss = getattr(step.loss_fn, "__name__", str(step.loss_fn))
+        functions = [step.loss_fn] if isinstance(step, Step) else [step.before, step.layer, step.after]
+        loss = ", ".join(getattr(each, "__name__", str(each)) for each in functions)
         first = str(error).strip().splitlines()[0]
         raise TypeError(
             f"step_or_loss: {loss} cannot be compiled: {type(error).__name__}: {first} It was traced with "
@@ -221,7 +232,12 @@ def _notes(target: Target, needs: int, refused: bool) -> tuple[str, ...]:
 
 
 def _suggestions(
-    answer: Plan, step: Step, state: Any, again: dict[str, Any], variants: Mapping[str, Any], say: Progress
+    answer: Plan,
+    step: Step | LayerStep,
+    state: Any,
+    again: dict[str, Any],
+    variants: Mapping[str, Any],
+    say: Progress,
 ) -> tuple[Suggestion, ...]:
     """Changes that need less memory, each with its bytes: first by exact arithmetic on the state, then by compiling."""
     out: list[Suggestion] = []
@@ -254,7 +270,8 @@ def _suggestions(
     also = "" if split is state else ", with ZeRO-1"
     tries = {f"{name}{also}": {**fixed, **change} for name, change in variants.items()}
     rows = next((leaf.shape[0] for leaf in jax.tree.leaves(again["batch"]) if leaf.ndim), 0) // copies
-    if rows > step.accumulate and rows % step.accumulate == 0 and not any(s.fits for s in out):
+    microbatches = step.accumulate if isinstance(step, Step) else rows
+    if rows > microbatches and rows % microbatches == 0 and not any(s.fits for s in out):
         tries[f"accumulate={rows}, one example at a time on a device{also}"] = {**fixed, "accumulate": rows}
     for what, change in list(tries.items())[:2]:
         say(f"trying {what}")
