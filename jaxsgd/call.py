@@ -1,4 +1,4 @@
-"""How a rule is called: its arguments, and the `Lift` that they bind.
+"""The call of a rule: its arguments, and the `Lift` that they bind.
 
 A call takes the learning rate, the rule's hyperparameters and the arguments of `FRAME`, which all rules share. Where a
 rule's call differs, one function with real parameters translates it.

@@ -1,4 +1,4 @@
-"""What is known about each rule, in a form to print: equation, arguments, state, agreement, relatives."""
+"""The card of each rule, to print: equation, arguments, state, agreement, relatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a transformation stores its slots: which rule keeps which slot of which parameter, and in what form.
+"""The slots of a transformation: the rule, the parameter and the storage of each.
 
 Migration, planning and the probe ask here, for chains, partitions and wrappers alike.
 """

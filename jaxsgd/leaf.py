@@ -28,7 +28,7 @@ __all__ = ["Applied", "Equation", "Leaf", "Settings", "ShapeError", "step_leaf",
 
 @dataclass(frozen=True)
 class Leaf:
-    """What a rule sees of one array.
+    """One array as a rule sees it.
 
     Attributes:
       g: the gradient, in the dtype to compute in.
@@ -66,7 +66,7 @@ class Leaf:
 
     @property
     def arrays(self) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-        """What is computed with: the gradient, the parameter, the slots, and those of ``hyper`` that are arrays."""
+        """The arrays of the computation: the gradient, the parameter, the slots, and the arrays in ``hyper``."""
         return self.g, self.p, dict(self.slots), {name: x for name, x in self.hyper.items() if is_array(x)}
 
     def named(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def frobenius(x: jax.Array) -> jax.Array:
 
 
 def finite(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> tuple[jax.Array, jax.Array]:
-    """Which matrices are finite, with shape ``(..., 1)``, and ``x`` with ``instead`` in place of the others.
+    """Whether each matrix is finite, with shape ``(..., 1)``, and ``x`` with ``instead`` in place of the others.
 
     Args:
       x: matrices, ``(..., m, n)``.
@@ -139,7 +139,7 @@ def finite(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> 
 def eigenvectors(x: jax.Array, witness: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues of a Hermitian matrix, the smallest first, and eigenvectors in columns.
 
-    Of a matrix that is not finite the values are NaN, and the vectors those of zeros. ``witness`` as in `finite`.
+    A matrix that is not finite has the values NaN, and the vectors of a zero matrix. ``witness`` as in `finite`.
     """
     whole, known = finite(x, witness)
     values, vectors = jnp.linalg.eigh(known)
@@ -255,7 +255,7 @@ def newton_schulz(
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """How to orthogonalise: `newton_schulz` with its settings and its place.
+    """A method to orthogonalise: `newton_schulz` with its settings and its devices.
 
     Attributes:
       table, whole: see `table_of`; the number of steps counts unless the table is whole.

@@ -1,7 +1,7 @@
 """Meshes with Explicit axes: entered, and left as Auto ones inside a program.
 
 On Explicit axes the sharding of an array is part of its type, and every operation has to state that of its result.
-The programs here leave that to XLA: inside, the axes are Auto. What goes in and comes out has the user's types.
+The programs here leave that to XLA: inside, the axes are Auto. Arguments and results have the user's types.
 """
 
 from __future__ import annotations

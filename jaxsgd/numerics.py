@@ -116,7 +116,7 @@ def debias(mean: jax.Array, decay: Any, t: Any) -> jax.Array:
 
 
 def filled(decay: Any, t: Any) -> jax.Array:
-    """How much of an `ema` is filled after ``t`` steps: ``1 - decay**t``.
+    """The weight of all terms of an `ema` after ``t`` steps: ``1 - decay**t``.
 
     Computed as ``-expm1(t * log(decay))``: in float32, ``1 - 0.999**1`` as written keeps only four of its
     seven digits.

@@ -237,7 +237,7 @@ class Text(str):
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'adam'?"`` where a similar name exists, else the list of names.
 
-    Of equally similar names those that begin alike are named, up to three: ``v5e`` or ``v5p`` for ``v5x``, not ``v7x``.
+    If names are equally similar, up to three that begin alike are listed: ``v5e`` or ``v5p`` for ``v5x``, not ``v7x``.
     """
     known = sorted(names)
 

@@ -29,7 +29,7 @@ SMALL = 2**14
 
 @dataclass(frozen=True)
 class Pieces:
-    """How an array is cut: it is seen as ``(rows, row)``, and a piece has ``length`` rows.
+    """A cut of an array: it is seen as ``(rows, row)``, and a piece has ``length`` rows.
 
     The last piece may be shorter.
     """
@@ -43,13 +43,13 @@ class Pieces:
         return x.reshape(self.rows, x.size // self.rows)
 
     def shape(self, x: Any) -> jax.ShapeDtypeStruct:
-        """Of a piece of ``x``; a scalar stays."""
+        """The shape and dtype of a piece of ``x``; a scalar stays."""
         shape = () if jnp.ndim(x) == 0 else (self.length, x.size // self.rows)
         return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
 
 
 def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> Pieces | None:
-    """How to cut an array of the shape ``like``; None where it is small, split over devices, or packed as one.
+    """The cut of an array of the shape ``like``; None where it is small, split over devices, or packed as one.
 
     Args:
       storages: those of its slots.
@@ -73,7 +73,7 @@ def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> 
 
 
 def platform_of(arrays: Any) -> str:
-    """What arrays are on, or will be once the program runs: ``"cpu"``, ``"tpu"`` or ``"cuda"``.
+    """The platform of arrays, or of the program that will run: ``"cpu"``, ``"tpu"`` or ``"cuda"``.
 
     Arrays with a mesh name the platform of its devices, which this process may not have; others the process's own.
     """

@@ -1,4 +1,4 @@
-"""What keeps steps below half a digit of 16-bit parameters from being lost."""
+"""Roundings that keep steps below half a digit of 16-bit parameters."""
 
 from __future__ import annotations
 

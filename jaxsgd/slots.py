@@ -63,7 +63,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Start:
-    """How a slot, or a scalar that ``shared`` keeps, starts."""
+    """The start of a slot, or of a scalar that ``shared`` keeps."""
 
     fn: Callable
 
@@ -99,7 +99,7 @@ ROLES = ("average", "extrapolated")
 
 
 def start(fn: Callable) -> Start:
-    """How a slot starts: a function of ``p``, the wide array, and of hyperparameters, by name; None is no slot."""
+    """The start of a slot: a function of ``p``, the wide array, and of hyperparameters, by name; None is no slot."""
     return Start(fn)
 
 

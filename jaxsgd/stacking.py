@@ -20,7 +20,7 @@ LEAST = 2**26
 
 
 def kinds_of(arrays: Any) -> tuple[Any, ...]:
-    """What arrays must agree in to be stacked: their structure, shapes, dtypes and shardings."""
+    """The properties that arrays must share to be stacked: their structure, shapes, dtypes and shardings."""
     return jax.tree.structure(arrays), *(jax.typeof(x) for x in jax.tree.leaves(arrays))
 
 

@@ -24,7 +24,7 @@ FOLLOW = -1.0  # no hyperparameter is negative, and unlike NaN it leaves jax_deb
 
 
 class State(NamedTuple):
-    """What a rule remembers.
+    """The state of a rule.
 
     Attributes:
       count: int32 scalar, completed steps.
@@ -78,7 +78,7 @@ def find_states(tree: Any) -> list[tuple[str, State]]:
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
-    """What to log, as device scalars: ``step``, the hyperparameters applied, and the norms.
+    """Values to log, as device scalars: ``step``, the hyperparameters applied, and the norms.
 
     ``step`` counts completed steps. ``gradient_norm`` and ``update_norm`` are there when the rule was
     called with ``norms=True`` (`jaxsgd.make_step` reports them in any case). Where ``state`` holds

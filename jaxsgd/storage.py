@@ -1,4 +1,4 @@
-"""How a slot rests between two steps. Rules never see it: they get and return wide arrays.
+"""Storages: the form of a slot between two steps. Rules never see it: they get and return wide arrays.
 
 A storage is any object with ``pack`` and ``unpack``; the lift packs after a step and unpacks before the next.
 """
@@ -32,7 +32,7 @@ __all__ = [
 
 @runtime_checkable
 class Storage(Protocol):
-    """How one slot is stored: a hashable object, such as a frozen dataclass.
+    """The storage of one slot: a hashable object, such as a frozen dataclass.
 
     ``pack`` may give any pytree of arrays; ``unpack`` gives the wide array again, of the same shape. A storage may have
     further attributes:

@@ -178,7 +178,7 @@ def replaced(text: str) -> str:
 
 
 def faults(agreement: Agreement) -> list[str]:
-    """What is not measured, measured without being there, or measured beyond its bar."""
+    """Rules without a measurement, measurements without a rule, and measurements beyond a bar."""
     out = [f"{name}: not measured; run make tables" for name in sorted(RULES) if name not in agreement]
     for name, row in agreement.items():
         if name not in RULES and not re.fullmatch(r"torch\.\w+|\w+\(.+\)", name):

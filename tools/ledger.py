@@ -1,4 +1,4 @@
-"""What each rule's update costs on hardware, measured by the compilers: docs/ledger.json and docs/ledger.md.
+"""The cost of each rule's update on hardware, measured by the compilers: docs/ledger.json and docs/ledger.md.
 
 ``python tools/ledger.py`` compiles the update of every rule with every storage for a TPU v5e and an H100, and writes
 both documents. Programs that have not changed are not compiled again. ``--check`` fails if the page differs from the

@@ -155,7 +155,7 @@ def drawn(rule: Rule, name: str, index: int) -> Picture:
 
 
 def explained(rule: Rule) -> str:
-    """What the pictures of a rule show, and how the rates were chosen."""
+    """The explanation of a rule's pictures and of the choice of their rates."""
     lines = [
         "The disc is the start, the star the minimum.",
         f"The learning rate is the one of {len(RATES)} between {number(RATES[0])} and {number(RATES[-1])} that has the "

@@ -7,7 +7,8 @@ Prose is Markdown outside code, Markdown cells of notebooks, docstrings outside 
 warnings and command help, and all of three words or more. Code between backticks is not prose.
 
 The length of a sentence is held in Markdown and in public docstrings. There a code span, an equation, a source in
-brackets, and a list of code spans or links count as one word. Tables are left out.
+brackets, and a list of code spans or links count as one word. Tables are left out. A public docstring begins with a
+noun or a verb, not with "What" or "How".
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ UNLIMITED = ("CHANGELOG.md", "jaxsgd/second_order/", "jaxsgd/tuning/probe.py")
 In these only the strings of errors, warnings and command help are checked, besides docstrings.
 """
 
+CLAUSE = "a noun to begin a docstring"
 NO_PROSE = re.compile(r"^[ \t]*\|[^\n]*$|^[ \t]*=+ +=[^\n]*(?:\n[^\n]*\S[^\n]*)*$|<!--.*?-->|<[^>\n]+>", re.M | re.S)
 """Tables of Markdown and of plain text, comments and tags."""
 
@@ -277,6 +279,9 @@ def check(path: pathlib.Path) -> list[Finding]:
         for match in PATTERN.finditer(prose):
             instead = list(BANNED.values())[int((match.lastgroup or "w0")[1:])]
             findings.append(Finding(name, line + prose.count("\n", 0, match.start()), match[0], instead))
+    if path.suffix == ".py" and not _unlimited(path):
+        for line, part in public_docstrings(text):
+            findings += [Finding(name, line, part.split()[0], CLAUSE)] if part.startswith(("What ", "How ")) else []
     for line, sentence, words in _too_long(path, text):
         findings.append(Finding(name, line, sentence, f"sentences of at most {LONGEST} words; it has {words}"))
     return sorted(findings)

@@ -246,7 +246,7 @@ def blocks(text: str) -> list[tuple[str, str, str]]:
 
 
 def faults(text: str, ran: list[tuple[Section, str, Any]] | None = None) -> list[str]:
-    """What is out of date in the page: calls, lines that are too long, and after a run the heads of tables."""
+    """The parts of the page that are out of date: calls, long lines, and after a run the heads of tables."""
     shown, out = blocks(text), []
     if [title for title, _, _ in shown] != [section.title for section in SECTIONS]:
         return ["its sections are others"]

@@ -232,7 +232,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def cost(name: str) -> list[str]:
-    """What the compilers for a v5e and an H100 say of the update."""
+    """The cost of the update by the compilers for a v5e and an H100."""
     held: Mapping[str, Any] = json.loads((ROOT / "docs" / "ledger.json").read_text())["rows"].get(name, {})
     rows = [
         (device, storage, f"{row['bytes']:.3g}", f"{row['ratio']:.2f}", f"{row['fusions']:.3g}")

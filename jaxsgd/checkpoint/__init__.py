@@ -45,7 +45,7 @@ TOGETHER = 30.0
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` found.
+    """The result of `Checkpoints.restore`.
 
     Attributes:
       state: like the state it was asked for, array by array where that one's shardings say.
@@ -196,8 +196,8 @@ class Checkpoints:
 
     @property
     def saved(self) -> list[int]:
-        """The steps whose checkpoints are complete on the disk, oldest first. What a step in here names survives a
-        kill; whether its files still are what they were, `restore` checks."""
+        """The steps whose checkpoints are complete on the disk, oldest first. The checkpoint
+        of such a step survives a kill. `restore` checks that its files have not changed."""
         return list(dict.fromkeys(each.step for each in find(self.directory) if each.files is not None))[::-1]
 
     @property
@@ -212,7 +212,7 @@ class Checkpoints:
         return ranked[0].step if ranked else None
 
     def describe(self, step: int | None = None) -> Description:
-        """What a checkpoint holds: leaves with shapes, dtypes and bytes, slots of the optimizer, metric, position.
+        """The contents of a checkpoint: leaves with shapes, dtypes and bytes, slots of the optimizer, metric, position.
 
         No array is read, no lock is needed. ``print(checkpoints.describe())`` shows it as a table.
 
@@ -279,7 +279,7 @@ class Checkpoints:
           RuntimeError: outside ``with``, or the state was donated to a step.
           TypeError, ValueError: a leaf that is no array, two leaves of one name, no ``step``, ``data`` is not JSON,
             ``metric`` is no number.
-          OSError: this save, or the one before, failed, on any process. What was saved before remains.
+          OSError: this save, or the one before, failed, on any process. Earlier checkpoints remain.
           DirectoryInUse: the lock of the directory was deleted or taken over.
         """
         if self._writer is None:

@@ -1,4 +1,4 @@
-"""Where a state keeps averaged weights, written beside a checkpoint so that they can be read without the optimizer."""
+"""The places of averaged weights in a state. A checkpoint lists them, so that a reader needs no optimizer."""
 
 from __future__ import annotations
 

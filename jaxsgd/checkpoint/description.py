@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told from its table alone: no array is read."""
+"""The contents of a checkpoint, from its table alone: no array is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LeafInfo:
 
 @dataclass(frozen=True, repr=False)
 class Description:
-    """What a checkpoint holds; ``print(description)`` shows it.
+    """The contents of a checkpoint; ``print(description)`` shows it.
 
     Attributes:
       step: completed steps.

@@ -17,7 +17,7 @@ SHOWN = 8
 
 
 def pack(leaves: dict[str, Any]) -> tuple[dict[str, dict], dict[str, Any]]:
-    """What to write: a table of all leaves for JSON, and the arrays that are not empty, which nothing else writes to.
+    """A table of all leaves for JSON, and the arrays to write: those that are not empty, which nothing else writes to.
 
     Raises:
       RuntimeError: a leaf was donated to a step.
@@ -45,7 +45,7 @@ def pack(leaves: dict[str, Any]) -> tuple[dict[str, dict], dict[str, Any]]:
 
 
 def targets(table: dict[str, dict], likes: dict[str, Any]) -> dict[str, Any]:
-    """What to read: each array of ``table`` goes where its namesake in ``likes`` is, else into host memory."""
+    """The arrays to read. Each goes to the place of the array with its name in ``likes``, else into host memory."""
     out = {}
     for name, row in table.items():
         shape, dtype = row["stored"]["shape"], jnp.dtype(row["stored"]["dtype"])

@@ -50,7 +50,7 @@ def find(directory: pathlib.Path) -> list[Found]:
 
 
 def inspect(path: pathlib.Path) -> Found:
-    """What the manifest of one directory says. The files themselves are looked at by `damage`."""
+    """The contents of a directory's manifest. The files themselves are looked at by `damage`."""
     step = int(path.name)
     try:
         text = (path / MANIFEST).read_bytes()

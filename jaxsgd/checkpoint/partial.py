@@ -18,7 +18,7 @@ __all__ = ["Filling", "fill", "nested", "open_tree", "recast"]
 
 
 class Filling:
-    """Which leaf of a tree is read from which of a checkpoint, before anything is read.
+    """The leaf of a checkpoint for each leaf of a tree, before anything is read.
 
     Attributes:
       sources: name in the tree -> name in the checkpoint, of the leaves to read.
@@ -119,8 +119,8 @@ def nested(leaves: Mapping[str, Any], part: str) -> Any:
 
 
 def open_tree(like: Any, part: str) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The leaves of ``like`` by their names in a checkpoint, and the way back. Of an `nnx.Module` those of its
-    parameters and of its other variables."""
+    """The leaves of ``like`` by their names in a checkpoint, and the way back. An `nnx.Module` has
+    leaves for its parameters and for its other variables."""
     if is_module(like):
         graphdef, *trees = split_model(like)
         parts = dict(zip(("params", "model_state"), trees, strict=True))

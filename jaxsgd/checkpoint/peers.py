@@ -20,7 +20,7 @@ class PeerError(RuntimeError):
 
 
 class Peers:
-    """What the processes of a run tell one another about a save. Of a single process every answer is its own.
+    """Messages between the processes of a run about a save. A single process gets its own answers.
 
     All processes make one at the same point of the program and call `begin` for the same saves.
     """

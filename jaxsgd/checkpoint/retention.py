@@ -1,4 +1,4 @@
-"""Which checkpoints stay when a newer one is complete."""
+"""The checkpoints that stay when a newer one is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule does to a small gradient once its scales stand still, read off the rule itself.
+"""The response of a rule to a small gradient once its scales are constant, measured on the rule itself.
 
 Around a minimum a rule is a linear recursion. Its averages of gradients, and the parameters, are linear combinations of
 their old values and of the gradient. Averages of squares do not change under a small gradient, and stay fixed. The rule
@@ -81,7 +81,7 @@ class Recursion:
 
 @dataclass(frozen=True)
 class Response:
-    """What `read_rule` finds.
+    """The result of `read_rule`.
 
     Attributes:
       name: the rule's.

@@ -1,4 +1,4 @@
-"""What a history of a training shows.
+"""Diagnoses of the history of a run.
 
 - diagnose.py: `jaxsgd.diagnose`, in the words of verdict.py; knobs.py: the settings that its advice may name;
 - history.py: the histories that people keep, read into arrays;

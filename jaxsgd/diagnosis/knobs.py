@@ -1,4 +1,4 @@
-"""What can be changed about an optimizer: advice names only that."""
+"""The settings of an optimizer that advice may name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Knobs:
         return "" if not self.learning_rate else f" (to {number(self.learning_rate * factor, 2)})"
 
     def damped(self) -> str:
-        """How to average gradients over fewer steps, to go before "or": empty if the rule cannot."""
+        """Advice to average gradients over fewer steps, to go before "or": empty if the rule cannot."""
         if self.averaging is not None:
             name, value = self.averaging
             less = " (to 0.9)" if value > 0.92 else f" (to {number(1 - 2 * (1 - value), 2)})" if value > 0.5 else ""
@@ -50,7 +50,7 @@ class Knobs:
         return "" if self.name else "lower the momentum if the rule has one, or "
 
     def momentum(self) -> str:
-        """How to add momentum, to go last: empty if the rule cannot."""
+        """Advice to add momentum, to go last: empty if the rule cannot."""
         if self.unset is not None:
             return f"; or set {self.unset}=0.9"
         return "" if self.name else "; or add momentum if the rule takes it"

@@ -28,7 +28,7 @@ TINY = 1e-12
 
 
 class Shape(NamedTuple):
-    """How a curve falls. Errors are standard errors, from the noise of single points.
+    """Measurements of a falling curve. Errors are standard errors, from the noise of single points.
 
     Attributes:
       points: how many.
@@ -174,7 +174,7 @@ def trend(y: np.ndarray) -> tuple[float, float]:
 
 
 def start_level(y: np.ndarray) -> tuple[float, float]:
-    """Where the curve begins, and the error: the longest line from the first point on that the shorter ones agree with.
+    """The start of the curve, and its error: the longest line from the first point on that the shorter ones agree with.
 
     A curve that falls at once begins at its first point; one that barely moves at the mean of many.
     """

@@ -8,7 +8,7 @@ __all__ = ["Verdict"]
 
 
 class Verdict(enum.StrEnum):
-    """What a tool says of a run, a learning rate or a layer. A member equals its text: ``Verdict.GOOD == "good"``.
+    """The verdict of a tool on a run, a learning rate or a layer. A member equals its text: ``Verdict.GOOD == "good"``.
 
     `jaxsgd.diagnose` says of a curve one of the first nine, in this order of weight. `jaxsgd.probe` says of a rate
     ``"diverged"``, ``"oscillating"``, ``"too low"``, ``"too high"`` or ``"good"``.

@@ -24,7 +24,7 @@ __all__ = ["Trained", "described", "gone", "stacked_rows", "train_in_waves", "wa
 
 
 class Trained(NamedTuple):
-    """What `train_in_waves` returns.
+    """The result of `train_in_waves`.
 
     Attributes:
       metrics: name -> ``(members, steps)``; NaN from where a run diverged.
@@ -42,7 +42,7 @@ class Trained(NamedTuple):
 
 
 def wave_size(members: int, devices: Sequence[Any], each: float, memory: float | None, shared: float = 0.0) -> int:
-    """How many of the runs are trained at once: as many as fit, in waves of about one size.
+    """The number of runs that train at once: as many as fit, in waves of about one size.
 
     Args:
       members: the number of runs.

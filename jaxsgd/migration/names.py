@@ -1,4 +1,4 @@
-"""What the names of an optimizer state's leaves say: which slot of which parameter, or which scalar of what."""
+"""The meaning of the names of an optimizer state's leaves: a slot of a parameter, or a scalar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALARS = {"hyper": HYPER, "hyperparams": HYPER, "shared": SHARED, "pins": PINS}
 
 
 class Place(NamedTuple):
-    """What a leaf's name says: ``container/slot/parameter/inside``, or ``container/slot`` of a scalar."""
+    """The parts of a leaf's name: ``container/slot/parameter/inside``, or ``container/slot`` of a scalar."""
 
     container: str
     slot: str

@@ -15,7 +15,7 @@ LINES = 20
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one leaf, or of one value in packed blocks.
+    """The outcome for one leaf, or for one value in packed blocks.
 
     Attributes:
       name: its name: in the new state, of what was dropped in the old one.
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What `migrate` did; ``print(report)`` shows it.
+    """The report of `migrate`; ``print(report)`` shows it.
 
     Attributes:
       kept: carried over, as they were or in another form.

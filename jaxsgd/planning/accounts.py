@@ -1,4 +1,4 @@
-"""What a train state takes on a device, from shapes and shardings alone.
+"""The bytes of a train state on a device, from shapes and shardings alone.
 
 Exact: bytes of arrays as they are split; what a compiler adds by padding is not in it.
 """

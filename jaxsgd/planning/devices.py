@@ -95,7 +95,7 @@ def _cpu(count: int) -> Device:
 
 
 def lookup(topology: str) -> Topology:
-    """What a name stands for: a kind of device, a colon, and how many.
+    """The hardware of a name, which is a kind of device, a colon and a number.
 
     Args:
       topology: ``"v5e:4x4"``, ``"v5p:8x8x16"``, ``"h100:8"``, ``"h100:2x8"`` (hosts x GPUs), ``"cpu"``, ``"cpu:8"``;

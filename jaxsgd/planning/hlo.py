@@ -89,7 +89,7 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Totals:
-    """What a computation does when it runs once.
+    """The work of a computation that runs once.
 
     Attributes:
       flops: of matrix products and convolutions, by the type of what is multiplied.
@@ -162,7 +162,7 @@ class Program:
                         self.roots[current] = instruction.name
 
     def totals(self, computation: str | None = None) -> Totals:
-        """What a computation does, the entry by default, with all that it calls."""
+        """The work of a computation, with all computations that it calls. Default: the entry."""
         name = self.entry if computation is None else computation
         if name not in self._totals:
             out = Totals()
@@ -282,7 +282,7 @@ class Program:
         return {}
 
     def trips(self, computation: str, i: Instruction) -> int:
-        """How often a while loop runs: as the compiler says, else as its condition does; 1 where neither does."""
+        """The number of runs of a while loop, by the compiler or else by its condition; 1 if both are unknown."""
         said = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
         if said:
             return int(said[1])

@@ -1,4 +1,4 @@
-"""What a compiled program takes: memory, arithmetic, traffic, kernels and transfers, on each device."""
+"""The cost of a compiled program: memory, arithmetic, traffic, kernels and transfers, on each device."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ class Memory:
     peak: int
 
     def needs(self, platform: str) -> int:
-        """What a device must have: on TPU the peak, which its compiler holds against what there is; else all that is
-        set aside."""
+        """The bytes that a device needs. On TPU that is the peak, which its compiler compares with the memory; else all
+        that is allocated."""
         whole = self.arguments + self.outputs - self.aliased + self.temporaries + self.code
         return self.peak if platform == "tpu" else max(self.peak, whole)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one run takes on a device.
+    """The cost of one run on a device.
 
     Attributes:
       memory: see `Memory`; None where the compiler gave up before it was laid out.
@@ -90,7 +90,7 @@ class Reading:
 
 
 def read(compiled: Any) -> Reading:
-    """What a `jax.stages.Compiled` takes."""
+    """The cost of a `jax.stages.Compiled`."""
     used = compiled.memory_analysis()
     memory = Memory(
         used.argument_size_in_bytes,
@@ -116,7 +116,7 @@ def read_text(text: str, memory: Memory | None = None) -> Reading:
 
 
 def kernels(program: Program) -> dict[str, int]:
-    """How many kernels the entry computation starts, by kind; transfers between devices are not among them."""
+    """The number of kernels that the entry computation starts, by kind, without transfers between devices."""
     entry = program.computations.get(program.entry, {})
     out: Counter[str] = Counter()
     for i in entry.values():

@@ -40,7 +40,7 @@ class Suggestion(NamedTuple):
 class Bound:
     """A rough lower bound on the seconds of a step: a device cannot work, load or send faster than its datasheet says.
 
-    What a step does besides, and what waits for what, is not in it: no prediction.
+    It leaves out all other work and all waiting, so it is no prediction.
 
     Attributes:
       compute: ``flops`` at the rates of the device.
@@ -60,7 +60,7 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """Which of the three it is."""
+        """The name of the largest of the three."""
         return max(("compute", self.compute), ("memory", self.memory), ("link", self.link), key=lambda x: x[1])[0]
 
     @classmethod
@@ -80,7 +80,7 @@ def _rate(dtype: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Report):
-    """What a train step takes on hardware, by its own compiler. All bytes are of one device.
+    """The cost of a train step on hardware, by its own compiler. All bytes are of one device.
 
     Attributes:
       label: what it is called in tables.

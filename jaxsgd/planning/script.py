@@ -1,4 +1,4 @@
-"""What a user's script trains, read from the script: loss, parameters, optimizer and batch."""
+"""The loss, parameters, optimizer and batch of a user's script."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def _gpus(topology: Topology) -> Any:
 def target_config(device: Device) -> str:
     """A GPU for the CUDA compiler: its ``GpuTargetConfigProto`` as text.
 
-    What all of these GPUs have alike is from the CUDA C++ Programming Guide's table of compute capabilities.
+    The properties that these GPUs share are from the CUDA C++ Programming Guide's table of compute capabilities.
     """
     own = dict(device.target)
     name, major, minor, links = (own.pop(k) for k in ("name", "major", "minor", "active_links"))

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, colours, axes, files.
+"""The style of all pictures: matplotlib, colours, axes, files.
 
 The only file that imports matplotlib.
 """

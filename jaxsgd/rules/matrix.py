@@ -60,7 +60,7 @@ LAST_TWO: Axes = ((-2,), (-1,))
 
 
 class MuonDimensionNumbers(NamedTuple):
-    """Which axes are a matrix, as optax says it; axes that neither names are a batch.
+    """The axes of a matrix, as in optax; axes that it does not name are a batch.
 
     Attributes:
       reduction_axis: the axis, or axes, of the inputs.

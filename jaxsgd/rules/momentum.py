@@ -67,7 +67,7 @@ def nesterov(g, v: Mean, *, learning_rate, momentum: Decay = 0.9):
 
 
 def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
-    r"""Where Nesterov's look-ahead form takes the gradient: $x + \mu v$, a tree like ``params``.
+    r"""The point where Nesterov's look-ahead form takes the gradient: $x + \mu v$, a tree like ``params``.
 
     Use with `velocity`::
 

@@ -90,7 +90,7 @@ def walk(tx: optax.GradientTransformation) -> Callable[[Any, Any], Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where two trajectories differ most.
+    """The place where two trajectories differ most.
 
     Attributes:
       gradients: the kind of gradients, a key of `GRADIENTS`.

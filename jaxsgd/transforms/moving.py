@@ -1,4 +1,4 @@
-"""Which parameters an optimizer moves, read from its own update."""
+"""The parameters that an optimizer moves, read from its own update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rule to take: a small race on the user's own task, under a budget, with error bars.
+"""A choice of a rule: a small race on the user's own task, under a budget, with error bars.
 
 "Adam when unsure; gradient descent with momentum when tuned for the last point" is what people say. This
 runs it: every candidate has the same number of steps to find its learning rate, then trains in full on fresh seeds.
@@ -39,7 +39,7 @@ REACHED = 0.95
 
 @dataclass(frozen=True)
 class Entry:
-    """How one candidate fared.
+    """The result of one candidate.
 
     Attributes:
       name: the candidate's.

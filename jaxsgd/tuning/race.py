@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
 
 def plan(steps: int, seeds: int) -> Plan:
-    """What is done where no budget is given."""
+    """The plan without a budget."""
     return Plan(-(-steps // 4), 9, 4, 3, steps, seeds)
 
 

@@ -1,4 +1,4 @@
-"""What follows from a gradient's noise: batch sizes, and learning rates for them."""
+"""Batch sizes from a gradient's noise, and learning rates for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAYS = {"linear": "linear", "sqrt": "square_root"}
 
 
 class Doubling(NamedTuple):
-    """What twice the batch buys, to get equally far.
+    """The gain of twice the batch, for the same progress.
 
     Attributes:
       batch_size: before.
@@ -96,7 +96,7 @@ class NoiseScale(Report):
         return 1 + size / self.critical_batch_size if self.critical_batch_size > 0 else math.inf
 
     def doubling(self, batch_size: int | None = None) -> Doubling:
-        """What twice the batch buys; by default from the batch size that was given."""
+        """The gain of twice the batch. Default: twice the batch size of the measurement."""
         size = self.batch_size if batch_size is None else batch_size
         saved = 1 - self.steps(2 * size) / self.steps(size)
         return Doubling(size, saved, 1 - 2 * saved, self.known)
@@ -115,7 +115,7 @@ class NoiseScale(Report):
 
     @property
     def examples_measured(self) -> int:
-        """How many examples the gradient was measured on."""
+        """The number of examples in the measurement."""
         return self.small * self.parts
 
     @property

@@ -97,7 +97,7 @@ def _sets_rate(node: Any) -> bool:
 
 
 class Manner(NamedTuple):
-    """How a rule steps, as a constant gradient shows it.
+    """The steps of a rule under a constant gradient.
 
     Attributes:
       schedule: ``(steps,)``, the learning rate of each step as a part of its peak; ones where it cannot be seen.

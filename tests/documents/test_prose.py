@@ -192,6 +192,11 @@ def test_long_sentences_of_public_docstrings_are_found(tmp_path):
     assert lengths(tmp_path / "module.py", DOCUMENTED) == [(1, "25"), (7, "25"), (11, "25"), (27, "26")]
 
 
+@pytest.mark.parametrize(("text", "count"), [("What it does.", 1), ("How it is.", 1), ("The work. What it does.", 0)])
+def test_a_docstring_begins_with_no_clause(tmp_path, text, count):
+    assert len(found(tmp_path / "module.py", f'def shown():\n    """{text}"""\n')) == count
+
+
 def test_the_exit_status_tells_a_finding(tmp_path, capsys):
     clean, planted = tmp_path / "clean.md", tmp_path / "planted.md"
     clean.write_text("A clear sentence, `anew`.\n")
