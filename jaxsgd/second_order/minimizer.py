@@ -97,8 +97,8 @@ def minimize(
       max_evaluations: the largest number of evaluations of the value and gradient. Default:
         ``3 * max_iterations + 100``.
       bounds: ``(lower, upper)``, each a number, None or a tree like ``params``. Methods with bounds: ``"lbfgsb"``.
-      memory: the number of steps that ``lbfgs`` and ``lbfgsb`` remember. Default: 30; above 1,000
-        parameters 20, above 10,000 parameters 10.
+      memory: the number of steps that ``lbfgs`` and ``lbfgsb`` remember. Default: 30; above 10,000
+        parameters 10.
       callback: called on the host as ``callback(iteration, params, value, grad_norm)`` after each step. It may be
         called late, and each call copies the parameters to the host. Default: None.
 
@@ -146,7 +146,7 @@ def minimize(
     number = jnp.asarray if isinstance(tol, jax.Array) else np.asarray
     setting = Setting(number(tol, dtype), np.asarray(max_iterations, np.int32), np.asarray(limit, np.int32))
     if memory is None:
-        memory = 30 if size <= 1000 else 20 if size <= 10_000 else 10
+        memory = 30 if size <= 10_000 else 10
     split = method in ("lbfgs", "cg") and is_split(params)
     return _run(fun, _Plan(method, has_aux, split, memory, callback), params, limits, args, setting)
 
