@@ -275,16 +275,22 @@ def summary(found: Sequence[Outcome]) -> Table:
     return Table(columns, tuple(rows))
 
 
+def named(tasks: Sequence[str]) -> str:
+    """Each task once, as code."""
+    return ", ".join(f"`{task}`" for task in dict.fromkeys(tasks)) or "none"
+
+
 def calibration(found: Sequence[Outcome]) -> str:
     lines = []
     blown = [f.task for f in found if f.scores["probe"].ratio > 2]
-    lines.append(f"ratio above 2: {', '.join(dict.fromkeys(blown)) or 'none'}")
+    lines.append(f"ratio above 2: {named(blown)}")
     missed = [f.task for f in found if f.scores["probe"].part < ENOUGH]
-    lines.append(f"below 95%: {', '.join(dict.fromkeys(missed)) or 'none'}")
+    lines.append(f"below 95%: {named(missed)}")
     for level in ("high", "medium", "low"):
         parts = np.array([f.scores["probe"].part for f in found if f.confidence == level])
         if len(parts):
-            lines.append(f'"{level}": {len(parts)} suggestions, {np.mean(parts >= ENOUGH):.1%} of them right')
+            count = f"{len(parts)} suggestion{'s' * (len(parts) > 1)}"
+            lines.append(f'"{level}": {count}, {np.mean(parts >= ENOUGH):.1%} right')
     logs = [np.log(f.scores["probe"].rate / f.best) for f in found if f.scores["probe"].rate]
     factor = float(np.exp(np.median(logs)))
     lines.append(f"suggested / best rate: median {factor:.2f}")
