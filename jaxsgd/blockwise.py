@@ -33,6 +33,7 @@ DITHER_BITS = 14
 STEPS = 2**DITHER_BITS
 """Stochastic rounding tells apart so many shares of the way between two neighbours."""
 GOLDEN = 0x9E3779B1
+"""2**32 over the golden ratio: the step of Weyl's sequence."""
 
 
 class Blocks(NamedTuple):
@@ -121,16 +122,18 @@ class Octaves:
             the mean over keys is the value. None: to the nearest.
         """
         whole = size * self.top + 1 if self.least else jnp.maximum(size * self.top, 1)
-        above = jax.lax.bitcast_convert_type(whole, jnp.int32) - ONE
-        up = np.int32(1 << (self.low - 1)) if dithered is None else dithered << (self.low - DITHER_BITS)
-        half = np.int32(0 if dithered is None else 1 << (self.low - DITHER_BITS - 1))
-        return jnp.minimum((above + (up + half)) >> self.low, np.int32(self.codes - 1))
+        above = jax.lax.bitcast_convert_type(whole, jnp.int32)
+        up = np.int32(1 << (self.low - 1 if dithered is None else self.low - DITHER_BITS - 1)) - ONE
+        if dithered is not None:
+            above = above + (dithered << (self.low - DITHER_BITS))
+        return jnp.minimum((above + up) >> self.low, np.int32(self.codes - 1))
 
     def value(self, code: jax.Array) -> jax.Array:
         """The magnitudes that int32 codes stand for; 1 exactly for the largest, so that no scale ever drifts."""
         share = np.float32(1) / self.top
         share = share if self.top * share >= 1 else np.nextafter(share, np.float32(1))
         value = jax.lax.bitcast_convert_type((code << np.int32(self.low)) + ONE, jnp.float32) - self.least
+        # The minimum also keeps XLA from multiplying the share and a scale first, which rounds otherwise.
         return jnp.minimum(value * share, 1)
 
 
@@ -146,7 +149,7 @@ def octave_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> j
     if not signed:
         return SQUARES["octaves"].code(unit, dithered).astype(jnp.uint8)
     code = MEANS["octaves"].code(jnp.abs(unit), dithered)
-    return jnp.where(unit < 0, -code, code).astype(jnp.int8)
+    return jax.lax.select(unit < 0, -code, code).astype(jnp.int8)
 
 
 def octave_values(codes: jax.Array, signed: bool) -> jax.Array:
@@ -155,7 +158,7 @@ def octave_values(codes: jax.Array, signed: bool) -> jax.Array:
     if not signed:
         return SQUARES["octaves"].value(code)
     size = MEANS["octaves"].value(jnp.abs(code))
-    return jnp.where(code < 0, -size, size)
+    return jax.lax.select(code < 0, -size, size)
 
 
 # -- the map "nibbles" -----------------------------------------------------------------------------
@@ -290,8 +293,10 @@ def dither(key: jax.Array, shape: tuple[int, ...], rows: Any = None) -> jax.Arra
       rows: where the array is a part of another, the numbers of its rows, along its first axis, there; they broadcast
         to ``shape``.
     """
-    words = jax.random.key_data(key)
-    shift = hashed(hashed(words[0]) + words[-1])  # scalars: the words of a seed may be 0 and 1
+    words = jax.random.key_data(key)  # of a seed they may be 0 and 1
+    words = hashed(words + np.arange(words.size, dtype=np.uint32) * np.uint32(GOLDEN))
+    # XLA for CPU computes scalars again in each of the fusions that need them, but sums only once.
+    shift = jnp.sum(words, dtype=jnp.uint32)
     position, stride = jnp.broadcast_to(shift, shape), GOLDEN
     for axis in reversed(range(0 if rows is None else 1, len(shape))):
         position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
@@ -365,7 +370,8 @@ class Blockwise:
             dithered = dither(key, unit.shape, rows if rows is None else rows.reshape(-1, *(1,) * (unit.ndim - 1)))
         coded = {"octaves": octave_codes, "dynamic": dynamic_codes, "nibbles": nibble_codes}[self.map]
         codes = coded(unit.astype(jnp.float32), dithered, self.signed)
-        if rows is None:  # a barrier: XLA for TPU would move the reshape up and write the scales out in full
+        if rows is None and (blocks is not x or self.map == "nibbles"):
+            # A barrier: XLA for TPU would move the reshape up and write the scales out in full.
             codes = jax.lax.optimization_barrier(codes)
         codes = self._joined(codes, x.shape)
         if self.map == "nibbles":
