@@ -6,6 +6,7 @@ The only file that knows of trees, dtypes, schedules, groups, storage and runtim
 from __future__ import annotations
 
 import contextvars
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -264,10 +265,10 @@ class Lift:
         shared = {name: jnp.asarray(by_name(begin, initial), dtype) for name, begin in self.rule.kept.items()}
         if self.norms:
             shared |= {"gradient_norm": jnp.zeros((), dtype), "update_norm": jnp.zeros((), dtype)}
-        keys = self._keys(count)
+        keys = functools.cache(lambda: self._keys(count))  # eagerly, a key takes longer than the zeros of a tree
         slots = {
             slot: treedef.unflatten(
-                None if o.settings is None else self._first(slot, wide(p), o, initial, keys.get(slot))
+                None if o.settings is None else self._first(slot, wide(p), o, initial, keys)
                 for p, o in zip(leaves, own, strict=True)
             )
             for slot in self.slots
@@ -292,7 +293,14 @@ class Lift:
                     f'(or frozen: groups=[("{name}", {{"frozen": True}})])'
                 )
 
-    def _first(self, slot: str, p: jax.Array, own: _Group, initial: Mapping[str, Any], key: Any) -> Any:
+    def _first(
+        self,
+        slot: str,
+        p: jax.Array,
+        own: _Group,
+        initial: Mapping[str, Any],
+        keys: Callable[[], Mapping[Any, jax.Array]],
+    ) -> Any:
         assert own.settings is not None
         dtype = real_dtype(p.dtype)
         given = {name: jnp.asarray(scheduled(value, np.int32(0)), dtype) for name, value in own.given.items()}
@@ -307,7 +315,7 @@ class Lift:
             if packed is not None:
                 return packed
         value = begin.first(p, hyper)
-        return value if value is None or storage is plain else first_packed(storage, value, key)
+        return value if value is None or storage is plain else first_packed(storage, value, keys().get(slot))
 
     def _keys(self, count: jax.Array) -> dict[Any, jax.Array]:
         """A key of this step for each slot whose storage draws, and for rounding; the same on every replica.
