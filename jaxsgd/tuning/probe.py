@@ -1,10 +1,10 @@
 """The learning rate by short runs: the recipe that people follow by hand.
 
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
-the edge, the grid grows. The gaps beside the best are filled; the best and its neighbours are trained further; the best
-two go on as long as the steps last. Where the next lower rate does as well as the best, up to noise, the suggestion is
-between the two: a long run wants a lower rate than a short one.
-A schedule is applied as a whole in each run, however short.
+the edge, the grid grows. Then the gaps beside the best are filled. The best and its neighbours are trained further, and
+the best two continue until the steps are used up. If the next lower rate does as well as the best, up to noise, the
+suggestion is between the two. A long run needs a lower rate than a short one. A schedule is applied as a whole in each
+run, however short.
 """
 
 from __future__ import annotations
@@ -183,9 +183,9 @@ def probe(
     All runs begin at ``params``, see the same batches and are one compiled program. The steps of all of them together
     are at most ``share`` times ``steps``. A run that diverges stops there.
 
-    The suggestion is the rate with the lowest loss of the longest runs. Two neighbours are alike where their losses on
-    the same batches differ by less than two standard errors plus the decrease of the last tenth of the steps. The
-    suggestion then moves from the better one towards the middle of both. It moves further where they differ less.
+    The suggestion is the rate with the lowest loss of the longest runs. If the next lower rate is like it, the
+    suggestion moves down towards that one, further if they differ less. The two are alike if their losses on the same
+    batches differ by little. The limit is two standard errors plus the decrease of the last tenth of the steps.
 
     Args:
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``; for a TrainState with a
@@ -528,7 +528,7 @@ class _Search:
         if below is None or chosen == float(f"{best:.3g}"):
             return f"{lowest}; it is the suggestion as it is: no factor is taken off"
         rate, _, steps = below
-        place = "is that one" if chosen == float(f"{rate:.3g}") else "lies between the two"
+        place = "is that one" if chosen == float(f"{rate:.3g}") else "is between the two"
         return (
             f"{lowest}; the lower {number(rate)} did as well in {steps} steps, up to noise and a tenth of the steps, "
             f"so the suggestion {place}"

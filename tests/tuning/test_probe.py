@@ -129,7 +129,7 @@ def test_the_suggestion_is_continuous_where_two_rates_do_alike():
     assert of_two_runs(0.21, 0.2, 0.0).learning_rate == 0.316, "without noise a lower loss decides"
     assert of_two_runs(0.2, 0.2, 0.0).learning_rate == 0.1, "of two that are equal the lower one"
     alike = of_two_runs(0.205, 0.2, 0.05)
-    assert "lies between the two" in alike.why[0] and 0.1 < alike.learning_rate < alike.best == 10**-0.5
+    assert "is between the two" in alike.why[0] and 0.1 < alike.learning_rate < alike.best == 10**-0.5
     assert alike.range[0] <= alike.learning_rate <= alike.range[1]
     # However noisy, a rate that is not good pulls at nothing: 0.32 is 85% of the decrease.
     assert of_two_runs(0.32, 0.2, 5.0).learning_rate == 0.316
