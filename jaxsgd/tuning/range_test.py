@@ -44,12 +44,12 @@ class RangeTest(Report):
 
     Attributes:
       rates: the learning rate of each step taken.
-      losses: the loss of each step, up to the one that blew up.
+      losses: the loss of each step, up to the one that diverged.
       smoothed: their exponential average, without its bias towards zero.
       steepest: the rate where the average fell fastest, by the logarithm of the rate; None where it never fell.
       valley: the rate in the middle of the longest descent; None where there is none.
-      diverged: the rate at which the loss blew up, or None.
-      steps: steps taken, some of them after it blew up.
+      diverged: the rate at which the loss diverged, or None.
+      steps: steps taken, some of them after it diverged.
     """
 
     rates: np.ndarray = field(repr=False)
@@ -64,7 +64,7 @@ class RangeTest(Report):
     @property
     def summary(self) -> str:
         """The two suggestions in one sentence."""
-        end = "it did not blow up" if self.diverged is None else f"it blew up at {number(self.diverged)}"
+        end = "it did not diverge" if self.diverged is None else f"it diverged at {number(self.diverged)}"
         if self.steepest is None or self.valley is None:
             return f"range test, {self.steps} steps: the loss never fell; {end}"
         found = f"steepest {number(self.steepest)}, valley {number(self.valley)}"
