@@ -24,7 +24,7 @@ from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, sum_leaf
 from jaxsgd.numerics import global_norm, is_float0, real_dtype, step_key, wide, widest
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
-from jaxsgd.slots import by_name, parameter_names
+from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.stacking import kinds_of, mesh_of, stacks, together
 from jaxsgd.state import State, unpinned
 from jaxsgd.storage import Storage, first_packed, first_zeros, needs_key, plain
@@ -310,8 +310,7 @@ class Lift:
         hyper = {**runtime, **own.settings.known, **given}
         storage, begin = own.settings.storages.get(slot, plain), self.rule.slots[slot]
         if storage is not plain and begin.zero and not begin.off(hyper):
-            like = jax.eval_shape(lambda p: begin.first(p, hyper), p)
-            packed = first_zeros(storage, like, p)
+            packed = first_zeros(storage, _like(begin, p.shape, p.dtype), p)
             if packed is not None:
                 return packed
         value = begin.first(p, hyper)
@@ -563,6 +562,12 @@ def watched(tx: optax.GradientTransformation, params: Any) -> tuple[_Seen, Any]:
 def lifts_in(tx: optax.GradientTransformation, params: Any) -> list[Lift]:
     """The rules of jaxsgd inside any transformation, with their hyperparameters bound, in the order of their state."""
     return list(dict.fromkeys(lift for lift, _ in watched(tx, params)[0]))
+
+
+@functools.cache
+def _like(slot: Slot, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a slot that starts at zero, of a parameter of these."""
+    return jax.eval_shape(slot.begin, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _real(value: Any) -> bool:
