@@ -71,7 +71,7 @@ def gauss_newton_product(outputs_fn: Callable[[Vector], Any], loss: Callable[[An
 
 
 class Solution(NamedTuple):
-    """What `conjugate_gradients` found.
+    """The result of `conjugate_gradients`.
 
     Attributes:
       direction: d, with a quadratic model below 0, or zeros.
@@ -101,9 +101,9 @@ def conjugate_gradients(
 ) -> Solution:
     """Minimize the quadratic model ``g'd + d'(B + damping) d / 2`` by conjugate gradients.
 
-    It stops when the last tenth of the iterations lowered the model by less than ``tol`` an iteration (Martens 2010),
-    at ``iterations``, at rounding, or at negative curvature. There it goes one last step down along the direction of
-    negative curvature, by as much as if the curvature were positive.
+    It stops at ``iterations``, at rounding, or at negative curvature. It also stops when the last tenth of the
+    iterations lowered the model by less than ``tol`` an iteration (Martens 2010). At negative curvature it goes one
+    last step down along that direction, by as much as if the curvature were positive.
 
     Args:
       product: ``v -> B v``.
@@ -173,9 +173,9 @@ def conjugate_gradients(
 def dense_direction(hessian: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The descent direction ``-(H + damping)^-1 g``, and whether all numbers were finite.
 
-    Where ``H + damping`` is not positive definite beyond rounding, the magnitudes of H's eigenvalues stand for them, at
-    least the square root of the rounding unit times the largest (saddle-free Newton, Dauphin et al. 2014,
-    arXiv:1406.2572).
+    Where ``H + damping`` is not positive definite beyond rounding, the magnitudes of H's eigenvalues replace them
+    (saddle-free Newton, Dauphin et al. 2014, arXiv:1406.2572). Each is at least the square root of the rounding unit
+    times the largest.
     """
     n, dtype = g.shape[0], g.dtype
     eps = jnp.finfo(dtype).eps

@@ -46,7 +46,7 @@ class End(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What a model learns from one trial.
+    """The outcome of one trial, from which a model learns.
 
     Attributes:
       x, f, g: the current point, its value and gradient.

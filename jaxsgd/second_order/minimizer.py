@@ -81,7 +81,7 @@ def minimize(
     ============  ================================================  ============================
 
     The gradient decides convergence. At a saddle point where it is exactly zero, ``newton`` and ``trust_region`` see
-    the negative curvature; the other methods stop there as if it were a minimum.
+    the negative curvature. The other methods stop there as if it were a minimum.
 
     Args:
       fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.

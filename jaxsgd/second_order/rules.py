@@ -235,7 +235,7 @@ def newton_cg(
     r"""Hessian-free Newton (Martens 2010, ICML): $p \leftarrow p - \eta (H + \lambda I)^{-1} g$ by conjugate gradients.
 
     A product with the Hessian costs about two gradients; the Hessian is never formed. ``lambda`` follows the ratio of
-    the loss's decrease to that of the quadratic model (Levenberg-Marquardt): above 3/4 it shrinks by a third, below 1/4
+    the loss's decrease to that of the quadratic model (Levenberg-Marquardt). Above 3/4 it shrinks by a third, below 1/4
     it grows by a half. CG starts at the last step's direction. At negative curvature it goes down along that direction
     and stops. The step is halved until the loss of the batch falls; if it does not, the updates are zeros and
     ``lambda`` grows by 4.

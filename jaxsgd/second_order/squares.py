@@ -61,7 +61,7 @@ def least_squares(
     Where the gradient is zero, the solver checks the curvature along the singular vectors of the Jacobian and along
     single parameters. If it is negative, the status is ``SADDLE_POINT``, which is no success. The check needs at least
     as many residuals as parameters. If a parameter has no effect at the end, but has one elsewhere, the status is
-    ``FLAT``, which is no success either: the search may have left the data behind.
+    ``FLAT``. That is no success either: the search may have left the data behind.
 
     Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
     from the implicit function theorem; they hold at a minimum.

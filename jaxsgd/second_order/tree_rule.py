@@ -130,7 +130,7 @@ class TreeTransformation(optax.GradientTransformationExtraArgs):
 
 @dataclass(frozen=True)
 class Problem:
-    """What one update knows: lists of arrays in at least float32, in flattening order.
+    """The inputs of one update: lists of arrays in at least float32, in flattening order.
 
     Attributes:
       params, grads: the parameters and their gradient.
