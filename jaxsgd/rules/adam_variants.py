@@ -29,6 +29,9 @@ adamaxw = adamax.preset(
     r"""AdaMaxW (Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101): $v \leftarrow \max(\beta_2 v, \lvert g \rvert + \epsilon),\; x \leftarrow x - \eta\,(\hat m_t / v + \lambda x)$.
 
     `adamax` with decoupled weight decay, of every parameter unless ``mask`` or ``groups`` say otherwise.
+
+    Use it when you want `adamax` with weight decay. Avoid it when single outliers occur: the maximum forgets them
+    slowly.
     """,
     positional="learning_rate b1 b2 eps weight_decay mask",
     weight_decay=1e-4,
@@ -39,6 +42,9 @@ nadamw = adam.preset(
     r"""NAdamW (Dozat 2016, OpenReview:OM0jvwB8jIp57ZJjtNEZ; Loshchilov & Hutter 2019, arXiv:1711.05101): $x \leftarrow x - \eta\,((\beta_1 \hat m_{t+1} + (1-\beta_1) \hat g_t) / (\sqrt{\hat v_t} + \epsilon) + \lambda x)$.
 
     `adam` with Nesterov's look-ahead and decoupled weight decay.
+
+    Use it when AdamW works and you want Nesterov's look-ahead. Avoid it when noise is large: looking ahead then gains
+    nothing.
     """,
     positional="learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask",
     nesterov=True,
@@ -56,6 +62,9 @@ def adabelief(
     r"""AdaBelief (Zhuang et al. 2020, arXiv:2010.07468): $v \leftarrow \beta_2 v + (1-\beta_2)(g - m)^2 + \bar\epsilon,\; u = \hat m_t / (\sqrt{\hat v_t} + \epsilon)$.
 
     A gradient close to its mean $m$ is believed: the step is then long.
+
+    Use it when gradients keep their direction: steps are then longer than Adam's. Avoid it when the loss has hardly any
+    noise: the denominator is then near zero.
     """
     mu = ema(mu, g, b1)
     nu = ema(nu, sq(g - mu), b2) + eps_root
@@ -71,6 +80,9 @@ def acprop(
     The scale is one step older than the gradient, so that the two are independent; the first step is $g$.
     The residual is of the new mean, as in the paper and its authors' code. ``stale_mean=True`` takes that of
     the mean before, as optax does: $v$ is $1/\beta_1^2$ as large, the steps $\beta_1$ times as long.
+
+    Use it when Adam's steps are unstable, since the scale here is independent of the gradient. Avoid it when some
+    gradients hardly vary: their scale is near zero, and the steps are long.
     """
     mean, mu = mu, ema(mu, g, b1)
     scale = jnp.where(t == 1, 1, jnp.sqrt(debias(nu, b2, jnp.maximum(t - 1, 1))))
@@ -96,6 +108,9 @@ def yogi(
 
     $v$ shrinks by no more than a share of $g^2$, so that a rare large gradient is remembered. The mean starts
     at 0, as in the paper: no gradient, no step. ``initial_mean=1e-6`` is optax's.
+
+    Use it when Adam's second moment grows too fast after rare large gradients. Avoid it when the first gradients are
+    huge: the moment falls slowly.
     """
     mu = ema(mu, g, b1)
     nu = nu - (1 - b2) * jnp.sign(nu - sq(g)) * sq(g)
@@ -120,6 +135,8 @@ def radam(
 
     $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$ is the number of gradients that $v$ averages, and
     $\rho_\infty = 2 / (1-\beta_2) - 1$. Below ``threshold`` (at least 4) the scale is not trusted.
+
+    Use it when you want no warm-up to tune. Avoid it when you have a warm-up that works: take `adam`.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     mean = mean_hat(mu, g, b1, t, nesterov)
@@ -156,6 +173,9 @@ def adan(
     $m$ averages $g$, $d$ averages $\delta$ (decay $\beta_2$) and $v$ averages $(g + \beta_2 \delta)^2$ (decay $\beta_3$).
     The decays are those of averages, as in the authors' code; the paper's betas are one minus them. ``weight``
     multiplies the differences. None is ``b2``; optax has ``1 - b2``.
+
+    Use it when batches are large and gradients change smoothly. Avoid it when memory is short: it keeps four numbers a
+    parameter.
     """
     delta, weight = jnp.where(t == 1, 0, g - previous), b2 if weight is None else weight
     mu, change = ema(mu, g, b1), ema(change, delta, b2)
@@ -183,6 +203,9 @@ def ademamix(
 
     A slow mean $s$ beside the fast one. It is not corrected, so its weight grows slowly. ``b3`` and ``alpha`` may be
     schedules, as in the paper. ``mu_dtype`` is the dtype in which both means are stored.
+
+    Use it when runs are long: the slow average uses gradients from thousands of steps. Avoid it when runs are short, or
+    the data change on the way.
     """
     mu, mu_slow, nu = ema(mu, g, b1), ema(mu_slow, g, b3), ema(nu, sq(g), b2)
     mixed = debias(mu, b1, t) + alpha * mu_slow
@@ -196,6 +219,8 @@ def simplified_ademamix(
     r"""Simplified AdEMAMix (Morwani et al. 2025, arXiv:2502.02431): $b \leftarrow \beta_1 b + g,\; u = (b + \alpha g) / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
 
     One trace instead of two means. It is a sum, not an average: use $1 - \beta_1$ times the learning rate of Adam.
+
+    Use it when `ademamix` takes too much memory. Avoid it when you reuse Adam's rate as it is: the trace is a sum.
     """
     trace, nu = b1 * trace + g, ema(nu, sq(g), b2)
     return (trace + alpha * g) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps), trace, nu
@@ -221,6 +246,9 @@ def optimistic_adam(
 
     $u$ is the direction of `adam`. The optimism $o$ is the learning rate by default. It is not multiplied by the
     learning rate, as it is in `optimistic_adam_v2`.
+
+    Use it when two players train against each other, as in a GAN. Avoid it when you minimise one loss: it gains
+    nothing.
     """
     o = learning_rate if optimism is None else optimism
     u, mu, nu = adam.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
@@ -247,6 +275,9 @@ def optimistic_adam_v2(
 
     $u$ is the direction of `adam`. The step takes the last direction back and repeats it with the current gradient.
     This damps the circling of two players around an equilibrium.
+
+    Use it when two players train against each other, as in a GAN. Avoid it when you minimise one loss: it gains
+    nothing.
     """
     u, mu, nu = adam.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
     return alpha * u + beta * jnp.where(t == 1, 0, u - previous), mu, nu, u
@@ -271,6 +302,9 @@ def mars(
     Adam on $\tilde c$, a gradient of reduced variance. This is the approximate form, where $g_{t-1}$ is of the
     batch before (and 0 at first, as in the authors' code). The norm is of one array and at most ``max_norm``.
     The authors use it for matrices and AdamW for the rest: see `optax.partition`.
+
+    Use it when the noise of gradients limits a language model. Avoid it when memory is short: it keeps three numbers a
+    parameter.
     """
     c = g + gamma * b1 / (1 - b1) * (g - previous)
     norm = jnp.sqrt(jnp.sum(sq(c)))
@@ -301,6 +335,9 @@ def adopt(
     The gradient is scaled by the average before it, then averaged, so that any $\beta_2$ converges. The first
     step only sets $v = g^2$. ``clip_value_fn`` is a number or a function of the 0-based step. Default: the step's
     fourth root.
+
+    Use it when Adam needs a special ``b2`` to converge. Avoid it when you compare with Adam's published settings:
+    ``b2`` and ``eps`` differ.
     """
     scaled = g / jnp.maximum(jnp.sqrt(nu), eps)
     if use_clipping:
@@ -317,6 +354,9 @@ def madgrad(g, x0: Iterate, s: Mean, accumulator: Square, *, p, t, learning_rate
 
     Dual averaging: each point is an average towards one step from $x_0$. ``eps`` is added to the
     learning rate too. Weight decay is added to the gradient.
+
+    Use it when gradients are sparse, or Adam generalises badly on images. Avoid it when you cannot tune: rates and
+    decays of Adam and SGD do not carry over.
     """
     weight = (learning_rate + eps) * jnp.sqrt(t)
     s, accumulator = s + weight * g, accumulator + weight * sq(g)
@@ -329,6 +369,8 @@ def grams(g, mu: FirstMoment, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.9
     r"""Grams (Cao et al. 2024, arXiv:2412.17107): $u = \operatorname{sign}(g) \, \lvert \hat m_t / (\sqrt{\hat v_t} + \epsilon) \rvert$.
 
     A step has the length of Adam's and the sign of the current gradient.
+
+    Use it when momentum makes Adam overshoot. Avoid it when batches are small: the sign of one gradient is noise.
     """
     u, mu, nu = adam.fn(g, mu, nu, t=t, b1=b1, b2=b2, eps=eps)
     return jnp.sign(g) * jnp.abs(u), mu, nu

@@ -29,7 +29,11 @@ def mean_hat(mu: jax.Array, g: jax.Array, b1: Any, t: Any, nesterov: bool) -> ja
 
 @rule(usual_rate=0.03)
 def adagrad(g, accumulator: Accumulator, *, initial_accumulator_value=0.1, eps=1e-7):
-    r"""Adagrad (Duchi et al. 2011, JMLR 12:2121): $s \leftarrow s + g^2,\; u = g / \sqrt{s + \epsilon}$."""
+    r"""Adagrad (Duchi et al. 2011, JMLR 12:2121): $s \leftarrow s + g^2,\; u = g / \sqrt{s + \epsilon}$.
+
+    Use it when features are sparse, or the problem is convex. Avoid it when a deep network trains for long: the steps
+    only shrink.
+    """
     accumulator = accumulator + sq(g)
     scale = jnp.where(accumulator > 0, 1 / jnp.sqrt(accumulator + eps), 0)
     return scale * g, accumulator
@@ -57,6 +61,9 @@ def rmsprop(
 
     ``centered`` subtracts the squared mean gradient from $v$ (Graves 2013, arXiv:1308.0850);
     ``eps_in_sqrt=False`` is $\sqrt v + \epsilon$; ``momentum`` runs over the steps, learning rate included.
+
+    Use it when a recurrent network or an agent trains on data that change. Avoid it when the first steps matter: by
+    default nothing corrects its bias.
     """
     nu = ema(nu, sq(g), decay)
     mean = ema(mu, g, decay) if centered else None
@@ -87,6 +94,9 @@ def adam(
     r"""Adam (Kingma & Ba 2015, arXiv:1412.6980): $u = \hat m_t / (\sqrt{\hat v_t + \bar\epsilon} + \epsilon)$.
 
     ``bias_correction=False`` takes $m$ and $v$ as they are; with ``b1=0`` no $m$ is kept.
+
+    Use it when layers have gradients of different sizes, as a first choice without weight decay. Avoid it when you want
+    weight decay: take `adamw`.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     if not bias_correction:
@@ -99,6 +109,9 @@ adamw = adam.preset(
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): $x \leftarrow x - \eta\,(\hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda x)$.
 
     `adam` with decoupled weight decay, of every parameter unless ``mask`` or ``groups`` say otherwise.
+
+    Use it when you train a transformer, and as a first choice with weight decay. Avoid it when memory is short: it
+    keeps two numbers a parameter.
     """,
     positional="learning_rate b1 b2 eps eps_root mu_dtype weight_decay mask",
     weight_decay=1e-4,
@@ -110,6 +123,8 @@ nadam = adam.preset(
 
     `adam` with Nesterov's look-ahead, where $\hat m_{t+1} = m_t / (1 - \beta_1^{t+1})$ and
     $\hat g_t = g_t / (1 - \beta_1^t)$.
+
+    Use it when Adam works and you want Nesterov's look-ahead. Avoid it when you want weight decay: take `nadamw`.
     """,
     nesterov=True,
 )
@@ -138,6 +153,9 @@ def amsgrad(
 
     The maximum is of the corrected average, as in optax; torch takes it before the correction
     (`jaxsgd.torch.Adam`).
+
+    Use it when Adam's steps grow again late in a run. Avoid it when the first gradients are huge: their scale is never
+    forgotten.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     mean = debias(mu, b1, t) if bias_correction_mu else mu
@@ -147,7 +165,11 @@ def amsgrad(
 
 @rule(usual_rate=1e-3, batch_scaling="sqrt")
 def adamax(g, mu: Mean, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.999, eps=1e-8):
-    r"""AdaMax (Kingma & Ba 2015, arXiv:1412.6980): $v \leftarrow \max(\beta_2 v, |g| + \epsilon),\; u = \hat m_t / v$."""
+    r"""AdaMax (Kingma & Ba 2015, arXiv:1412.6980): $v \leftarrow \max(\beta_2 v, |g| + \epsilon),\; u = \hat m_t / v$.
+
+    Use it when gradients are sparse, with few large entries. Avoid it when single outliers occur: the maximum forgets
+    them slowly.
+    """
     mu = ema(mu, g, b1)
     nu = jnp.maximum(b2 * nu, jnp.abs(g) + eps)
     return debias(mu, b1, t) / nu, mu, nu
@@ -163,6 +185,8 @@ def adadelta(g, e_g: Square, e_x: Square, *, rho: Decay = 0.9, eps=1e-6):
     r"""Adadelta (Zeiler 2012, arXiv:1212.5701): $E_g \leftarrow \rho E_g + (1-\rho) g^2,\; u = g \sqrt{E_x + \epsilon} / \sqrt{E_g + \epsilon},\; E_x \leftarrow \rho E_x + (1-\rho) u^2$.
 
     Weight decay is added to the gradient.
+
+    Use it when you want steps in the units of the parameters. Avoid it when runs are short: the first steps are tiny.
     """
     e_g = ema(e_g, sq(g), rho)
     u = g * (jnp.sqrt(e_x + eps) / jnp.sqrt(e_g + eps))

@@ -66,6 +66,9 @@ def polyak_sgd(
     The update needs the loss: ``value=``. ``f_min`` is a guess of the lowest loss $f^*$. The learning rate (or
     ``max_learning_rate``) is the cap $\eta$. ``scaling`` is $s$; in optax 0.2.8 it acts as $1/s$ below the cap.
     ``variant="sps+"`` takes no step back below ``f_min`` (Garrigos et al. 2023, arXiv:2307.14528).
+
+    Use it when the lowest possible loss is known, often 0. Avoid it when minibatches are noisy and ``f_min`` is a
+    guess.
     """
     gap = jnp.maximum(value - f_min, 0) if variant == "sps+" else value - f_min
     return (-scaling * jnp.minimum(_over(gap, gg + eps, TINY), learning_rate) * g,)
@@ -153,6 +156,9 @@ def momo(
     $m$, $\bar f$ and $\gamma$ average $g$, the loss (the update needs it: ``value=``) and $\langle g, x \rangle$.
     ``lower_bound`` is a guess of the lowest loss $f^*$, and ``adapt_lower_bound=True`` adapts it. Weight decay divides
     the result of the step by $1 + \eta \lambda$, as in the paper; optax 0.2.8 divides $x$ alone.
+
+    Use it when the lowest possible loss is known, often 0, and the rate is not. Avoid it when the loss can fall below
+    ``lower_bound``.
     """
     mu = _mean(mu, g, beta, t)
     return _proximal(p, jnp.minimum(learning_rate, polyak) * mu, learning_rate, weight_decay), mu
@@ -211,6 +217,9 @@ def momo_adam(
     r"""MoMo-Adam (Schaipp et al. 2024, arXiv:2305.07583): $\tau = \min\left\{\frac{\eta}{1-\beta_1^t},\, \frac{(\bar f - (1-\beta_1^t) f^* - \gamma + \langle m, x \rangle)_+}{\langle m, m / r \rangle}\right\},\; x \leftarrow x - \tau m / r,\; r = \sqrt{\hat v_t} + \epsilon$.
 
     `momo` in Adam's metric; the same arguments, and the update needs the loss: ``value=``.
+
+    Use it when the lowest possible loss is known and Adam's rate is not. Avoid it when the loss can fall below
+    ``lower_bound``.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     root = jnp.sqrt(debias(nu, b2, t)) + eps
@@ -260,6 +269,9 @@ def dog(
     ``init_step=(kind, value)``, or ``init_kind`` and ``init_value``, sets the first step: by the ``"distance"``
     $r_0$, by its ``"learning_rate"``, or by the ``"heuristic"`` $r_0 = \alpha (1 + \lVert x_0 \rVert)$.
     Weight decay is added to the gradient. The authors evaluate an average of the parameters.
+
+    Use it when you fine-tune without tuning a rate, and evaluate an average (`params_ema`). Avoid it when layers need
+    different rates: all share one step size.
     """
     return rate * g, x0
 
@@ -285,6 +297,9 @@ def dowg(g, x0: Iterate, *, rate, init_estim_sq_dist=None, eps=1e-4):
     r"""DoWG, distance over weighted gradients (Khaled et al. 2023, arXiv:2305.16284): $u = \bar r_t^2\, g / (\sqrt{\textstyle\sum_{k \le t} \bar r_k^2 \lVert g_k \rVert^2} + \epsilon)$.
 
     $\bar r_t^2$ as in `dog`, but from ``init_estim_sq_dist``, by default ``eps``. Decay is added to the gradient.
+
+    Use it when `dog` is too slow: late gradients weigh more here. Avoid it when layers need different rates: all share
+    one step size.
     """
     return rate * g, x0
 
@@ -354,6 +369,9 @@ def prodigy(
 
     $d$ estimates the distance to the solution; the weights $w_k \propto d_k^2 \eta_k$ fade by ``beta3``, by default
     $\sqrt{\beta_2}$. ``safeguard_warmup`` leaves $\eta_k$ out of the denominator. Weight decay goes by $\eta d$.
+
+    Use it when you cannot tune AdamW's learning rate and memory is ample. Avoid it when you warm up without
+    ``safeguard_warmup``.
     """
     rate = _adam_rate(d_before, learning_rate, t, b1, b2, bias_correction)
     mu, nu = ema(mu, d_before * g, b1), ema(nu, sq(d_before * g), b2)
@@ -400,6 +418,9 @@ def dadapt_adamw(
     r"""D-Adaptation, Adam form (Defazio & Mishchenko 2023, arXiv:2301.07733): $d \leftarrow \max\{d,\, \textstyle\sum_k \eta_k d_k \langle g_k, s_k \rangle_{1/\sqrt{v_k}} / \lVert s \rVert_1\},\; x \leftarrow x - \hat m_t(\eta d g) / (\sqrt{\hat v_t} + \epsilon)$.
 
     $d$ estimates the distance to the solution; both sums fade by $\sqrt{\beta_2}$. Weight decay goes by $\eta d$.
+
+    Use it when you cannot tune AdamW's learning rate. Avoid it when early steps may mislead it: its estimate never
+    falls.
     """
     rate = _adam_rate(d_before, learning_rate, t, b1, b2)
     mu, nu, s = ema(mu, rate * g, b1), ema(nu, sq(g), b2), ema(s, rate * g, b2**0.5)
@@ -424,6 +445,9 @@ def cocob(
 
     Each coordinate bets a part of its wealth on its next gradient, bounded by $L$. There is no step size. The
     learning rate multiplies the gradient, so only its changes matter. Weight decay is added to the gradient.
+
+    Use it when you cannot tune a learning rate at all. Avoid it when you can: it keeps five numbers a parameter, and
+    tuned rules end lower.
     """
     c = learning_rate * g
     total, absolute, largest = total + c, absolute + jnp.abs(c), jnp.maximum(largest, jnp.abs(c))

@@ -162,6 +162,9 @@ schedule_free_adamw = _around(adam).preset(
     r"""Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682): $z \leftarrow z - \eta\,(g / (\sqrt{\hat v_t} + \epsilon) + \lambda y),\; x \leftarrow (1-c_t) x + c_t z,\; y = \beta_1 x + (1-\beta_1) z$.
 
     The parameters are $y$, where gradients are taken; evaluate at `eval_params`. See `schedule_free`.
+
+    Use it when you do not know how long the run will be. Avoid it when you can evaluate only the parameters that you
+    train.
     """,
     positional="learning_rate warmup_steps b1 b2 eps weight_decay weight_lr_power state_dtype",
     learning_rate=0.0025,
@@ -172,6 +175,9 @@ schedule_free_sgd = _around(sgd).preset(
     r"""Schedule-free SGD (Defazio et al. 2024, arXiv:2405.15682): $z \leftarrow z - \eta\,(g + \lambda y),\; x \leftarrow (1-c_t) x + c_t z,\; y = \beta_1 x + (1-\beta_1) z$.
 
     The parameters are $y$, where gradients are taken; evaluate at `eval_params`. See `schedule_free`.
+
+    Use it when SGD works and you do not know how long the run will be. Avoid it when you can evaluate only the
+    parameters that you train.
     """,
     positional="learning_rate warmup_steps b1 weight_decay weight_lr_power state_dtype",
     learning_rate=1.0,
@@ -211,6 +217,9 @@ schedule_free_radam = _around(make_rule(_radam, name="radam"), _rectified_weight
     no warmup is needed. While $\rho_t \le 4$ (the first five steps by default) nothing moves; with
     ``silent_sgd_phase=False`` those are steps of SGD. The parameters are $y$, where gradients are taken;
     evaluate at `eval_params`. See `schedule_free`.
+
+    Use it when you want neither a schedule nor a warm-up. Avoid it when you can evaluate only the parameters that you
+    train.
     """,
     positional="learning_rate b1 b2 eps weight_decay r weight_lr_power silent_sgd_phase",
     learning_rate=0.0025,

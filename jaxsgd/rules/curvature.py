@@ -215,6 +215,9 @@ def sophia(
     such as `gauss_newton_bartlett(batch_size)` (Sophia-G) or optax's ``hutchinson_estimator_diag_hessian``. Each
     estimate calls it with a new key, of the seed ``key`` and the step. ``clip_threshold`` is $\rho$, or None.
     ``verbose`` with ``print_win_rate_every_n_steps=n`` prints the share of entries that are not clipped.
+
+    Use it when you train a language model and can pay for estimates of the Hessian. Avoid it when the loss cannot be
+    passed as ``obj_fn``.
     """
     mu = ema(mu, g, b1)
     mean, root = debias(mu, b1, t), jnp.maximum(gamma * nu, eps)

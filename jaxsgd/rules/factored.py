@@ -118,6 +118,9 @@ def adafactor(
     ``decay_rate`` $c$ and ``decay_offset`` $t_0$, the step where the average starts again. Without ``learning_rate``,
     $\eta = 1$. ``weight_decay_rate`` is optax's weight decay: the learning rate does not scale it, like
     ``weight_decay`` with ``independent_decay=True``. ``clipping_threshold`` None or 0: no clipping.
+
+    Use it when memory is short: a large matrix keeps one number a row and a column. Avoid it when AdamW's state fits:
+    an update here reads the gradient three times.
     """
     weight = jnp.where(t > decay_offset, t - decay_offset, 1) ** -decay_rate
     u, row, col = _scaled(g, row, col, weight, eps)
@@ -145,6 +148,9 @@ def adalomo(
 
     The size of the parameters scales weight decay too, and every matrix is factored. The paper also saves the memory of
     gradients by stepping during the backward pass. That is left to the training loop.
+
+    Use it when you fine-tune a large model in little memory. Avoid it when the model is small: AdamW's state then costs
+    nothing.
     """
     u, row, col = _scaled(g, row, col, t**-decay_rate, eps)
     u = u / jnp.maximum(1, _rms(u) / clipping_threshold)
@@ -195,6 +201,9 @@ def sm3(
 
     The sets $S$ are the slices along each axis; ``accumulator`` holds their $\mu_S$ axis after axis. The step is
     the moving average of $u$, or $u$ itself with ``momentum`` 0 or None.
+
+    Use it when memory is short and embeddings are large. Avoid it when a deep network trains for long: the steps only
+    shrink.
     """
     nu = sq(g) + functools.reduce(jnp.minimum, _covers(accumulator, g.shape))
     u = g * jnp.where(nu > 0, 1 / jnp.sqrt(nu + eps), 0)
@@ -301,6 +310,9 @@ def adam_mini(
       head_dim) do not need it; without either, a block of query and key is the weights into one output.
     - ``blocks``: ``[(pattern, axes), ...]`` for other names, with patterns as in ``groups``. ``axes`` are those that a
       block spans, ``()`` for Adam, or ``"all"`` for one block. The authors' code takes ``"all"`` for unknown names.
+
+    Use it when memory is short and the model is a transformer, whose blocks have known names. Avoid it when names do
+    not tell the blocks: say them by ``blocks``, or take `adamw`.
     """
     mu, nu = ema(mu, g, b1), ema(nu, _block_mean(sq(g), span, columns), b2)
     u = _in_heads(debias(mu, b1, t), columns) / (jnp.sqrt(debias(nu, b2, t)) + eps)

@@ -47,6 +47,8 @@ def lamb(
     r"""LAMB (You et al. 2020, arXiv:1904.00962): $r = \hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda x,\; u = r\, \lVert x \rVert / \lVert r \rVert$.
 
     Weight decay is part of the step that the layer's norm scales.
+
+    Use it when batches have thousands of examples. Avoid it when batches are small: AdamW does as well.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     r = debias(mu, b1, t) / (jnp.sqrt(debias(nu, b2, t) + eps_root) + eps) + weight_decay * p
@@ -90,6 +92,9 @@ def lars(
     Weight decay $\lambda$ is added to the gradient, and the norm is of their sum, as in optax. The paper adds up their
     norms, $\lVert g \rVert + \lambda \lVert x \rVert$. ``trust_ratio_mask=False`` takes $u$ as it is for all
     parameters. A tree of booleans, or a function of the params, chooses some. A norm of 0 does the same.
+
+    Use it when a convolutional network trains on very large batches. Avoid it when you train a transformer: take
+    `lamb`.
     """
     scale = trust_ratio(p, g, coefficient=trust_coefficient, eps=eps) if trust_ratio_mask else 1
     step = -learning_rate * (scale * g)
@@ -104,6 +109,9 @@ def fromage(g, *, p, learning_rate, min_norm=1e-6):
     r"""Fromage (Bernstein et al. 2020, arXiv:2002.03432): $x \leftarrow (x - \eta\, g\, \lVert x \rVert / \lVert g \rVert) / \sqrt{1 + \eta^2}$.
 
     Both norms count as at least ``min_norm``.
+
+    Use it when one rate should suit layers of all sizes. Avoid it when vectors start at zero: ``min_norm`` then decides
+    their steps.
     """
     root = jnp.sqrt(1 + learning_rate**2)
     # 1 / root - 1 without the cancellation that a small learning rate brings.
@@ -128,6 +136,9 @@ def novograd(
     r"""NovoGrad (Ginsburg et al. 2019, arXiv:1905.11286): $v \leftarrow \beta_2 v + (1-\beta_2) \lVert g \rVert^2,\; m \leftarrow \beta_1 m + g / (\sqrt v + \epsilon) + \lambda x,\; u = m$.
 
     One $v$ for each array, which starts at its first $\lVert g \rVert^2$. Weight decay goes through the momentum.
+
+    Use it when memory is short: it keeps one moment and a number for each array. Avoid it when the rows of an array
+    differ much, as in embeddings.
     """
     squared = jnp.sum(sq(g))
     nu = jnp.where(t == 1, squared, ema(nu, squared, b2))

@@ -266,6 +266,9 @@ galore = _low_rank(
 
     The singular vectors are computed in the precision of the moments. Where a gradient is of lower rank than ``rank``,
     the missing vectors are fixed, and rounding is no signal. So neither depends on the machine.
+
+    Use it when memory is short and the gradients of matrices have low rank. Avoid it when ``rank`` must be large: the
+    bases then cost more than Adam's state.
     """,
     call=_galore_call,
     positional="learning_rate rank update_proj_gap scale base_optimizer weight_decay mask weight_dimension_numbers",
@@ -376,6 +379,9 @@ def apollo(
     - ``adam``, ``weight_dimension_numbers``: as in `muon` and `galore`; the latter goes before the former.
 
     Where ``rank`` reaches the shorter axis, $P$ is the identity, which loses nothing.
+
+    Use it when memory is short and matrices are large. Avoid it when matrices are hardly larger than ``rank``: the
+    state is then Adam's.
     """
     found = facing(g, axes, "short")
     x, back = (g, None) if found is None else found[:2]
@@ -394,6 +400,8 @@ apollo_mini = apollo.preset(
     r"""APOLLO-Mini (Zhu et al. 2024, arXiv:2412.05270): $R = P G,\; U = \sqrt\alpha\, G\, \lVert \hat M_R / (\sqrt{\hat V_R} + \epsilon) \rVert / \lVert R \rVert$.
 
     `apollo` with one random row $P$, one factor for each matrix, and $\alpha = 128$: a state of nearly the size of SGD's.
+
+    Use it when even the state of `apollo` is too large. Avoid it when channels of a matrix need different scales.
     """,
     rank=1,
     scale=128.0,

@@ -246,6 +246,9 @@ def muon(
     - ``consistent_rms``: 0.2 is the scaling of Moonshot (Liu et al. 2025, arXiv:2502.16982).
     - ``bias_correction=False`` is Jordan's plain momentum; ``adam_eps`` is ``eps`` where None.
     - ``weight_decay`` and its mask are for the matrices, ``adam_weight_decay`` for all others; groups override both.
+
+    Use it when most parameters are hidden matrices, as in a transformer. Avoid it when the model has few matrices: the
+    rest is plain Adam.
     """
     if (axes := matrix_axes(g, axes)) is None:
         same = {"eps": eps if adam_eps is None else adam_eps, "nesterov": nesterov and adam_nesterov}
@@ -264,6 +267,8 @@ optax_muon = muon.preset(
 
     `muon` on every two-dimensional leaf and on no other: embeddings and heads are orthogonalised too, the stacked
     kernels of a scan go to Adam.
+
+    Use it when you repeat a run of optax. Avoid it when the model has embeddings or a scan over layers: take `muon`.
     """,
     adam=None,
 )
@@ -275,6 +280,9 @@ muon_jordan = muon.preset(
     `muon` with the settings of github.com/KellerJordan/Muon: no bias correction, and for Adam's leaves a learning
     rate of 3e-4 of their own. Newton-Schulz computes in bfloat16, as the original does; ``ns_dtype="float32"`` keeps the
     parameters' precision.
+
+    Use it when you repeat a run of its authors. Avoid it in a new run: `muon` has bias correction and one learning
+    rate.
     """,
     learning_rate=0.02,
     eps=1e-7,
@@ -392,6 +400,9 @@ def soap(
     ``max_precond_dim`` is not rotated. Weight decay comes after the step: $x \leftarrow (1 - \eta\lambda)(x - \eta U)$.
     Leaves below two dimensions get Adam. Axes before the last two are a batch. ``stagger=True`` refreshes the bases of
     the leaves in turn, a few in each step. Then no step but the first takes several times as long as the others.
+
+    Use it when fewer steps are worth more time and memory for each. Avoid it when layers are wide: the eigenbases take
+    more memory than the moments.
     """
     steps, moves, bases = jnp.maximum(t - 1, 1), t > 1, (left_basis, right_basis)
     turned = sq(rotated(g, *bases))
@@ -453,6 +464,9 @@ def shampoo(
     An axis longer than ``max_precond_dim`` has no factor, and the other one's root is then $-1/2$. Leaves below two
     dimensions get diagonal Adagrad, $G / \sqrt{\epsilon + \sum G^2}$; axes before the last two are a batch.
     ``stagger=True`` computes the roots of the leaves in turn, a few in each step; the first step computes all.
+
+    Use it when fewer steps are worth more time for each. Avoid it when axes are long: the roots of the factors take
+    time and memory.
     """
     diagonal = g / jnp.sqrt(eps + (accumulator := accumulator + sq(g)))
     if left is None and right is None:

@@ -32,6 +32,9 @@ def sgd(g, trace: Trace, *, momentum: Decay = None, nesterov=False):
 
     With ``momentum`` the direction is the trace $b \leftarrow \mu b + g$, with ``nesterov`` it is
     $g + \mu b$ (Sutskever et al. 2013). Without, no state is kept.
+
+    Use it when memory is short, or the loss is well scaled. Avoid it when layers have gradients of very different
+    sizes, as in a transformer.
     """
     if trace is None:
         return g, None
@@ -41,7 +44,11 @@ def sgd(g, trace: Trace, *, momentum: Decay = None, nesterov=False):
 
 @rule(usual_rate=0.03, batch_scaling="linear")
 def momentum(g, trace: Mean, *, momentum: Decay = 0.9):
-    r"""Momentum, trace form (Polyak 1964, doi:10.1016/0041-5553(64)90137-5): $b \leftarrow \mu b + g,\; x \leftarrow x - \eta b$."""
+    r"""Momentum, trace form (Polyak 1964, doi:10.1016/0041-5553(64)90137-5): $b \leftarrow \mu b + g,\; x \leftarrow x - \eta b$.
+
+    Use it when a convolutional network has a tuned schedule. Avoid it when layers have gradients of very different
+    sizes.
+    """
     trace = momentum * trace + g
     return trace, trace
 
@@ -51,6 +58,9 @@ def velocity(g, v: Mean, *, learning_rate, momentum: Annotated[Decay, in_state] 
     r"""Momentum, velocity form (Sutskever et al. 2013, PMLR 28:1139): $v \leftarrow \mu v - \eta g,\; x \leftarrow x + v$.
 
     With the gradient taken at `look_ahead`, $x + \mu v$, this is Nesterov's look-ahead form.
+
+    Use it when you want Nesterov's look-ahead as first written, with `look_ahead`. Avoid it when a schedule changes the
+    rate fast: old rates stay in the velocity.
     """
     v = momentum * v - learning_rate * g
     return v, v
@@ -61,6 +71,9 @@ def nesterov(g, v: Mean, *, learning_rate, momentum: Decay = 0.9):
     r"""Nesterov momentum (Bengio et al. 2013, arXiv:1212.0901): $v' = \mu v - \eta g,\; x \leftarrow x - \mu v + (1 + \mu) v'$.
 
     The look-ahead form after the change of variables: the parameters are the look-ahead points.
+
+    Use it when `momentum` works: the look-ahead costs nothing more. Avoid it when noise is large: looking ahead then
+    gains nothing.
     """
     v_prev, v = v, momentum * v - learning_rate * g
     return -momentum * v_prev + (1 + momentum) * v, v
@@ -115,6 +128,9 @@ def optimistic_gradient_descent(g, g_prev: Mean, *, t, alpha=1.0, beta=1.0):
     r"""Optimistic gradient descent (Mokhtari et al. 2020, arXiv:1901.08511): $u_t = (\alpha + \beta) g_t - \beta g_{t-1}$.
 
     The first step has no gradient before it. It is $\alpha g_1$.
+
+    Use it when two players train against each other and plain steps would circle. Avoid it when you minimise one loss:
+    it gains nothing.
     """
     return (alpha + beta) * g - beta * jnp.where(t == 1, g, g_prev), g
 
@@ -124,5 +140,8 @@ def noisy_sgd(g, *, t, leaf_key, eta=0.01, gamma=0.55, key: Seed = 0):
     r"""Noisy SGD (Neelakantan et al. 2015, arXiv:1511.06807): $u_t = g_t + \sigma_t \xi_t,\; \xi_t \sim N(0, 1),\; \sigma_t^2 = \eta / t^\gamma$.
 
     ``key`` is the seed. The noise of an array depends on the seed, the step and the array's name.
+
+    Use it when a very deep network does not start to learn. Avoid it when the last digits of the loss count: the noise
+    stays.
     """
     return (g + jnp.sqrt(eta / t**gamma) * jax.random.normal(leaf_key, g.shape, g.dtype),)

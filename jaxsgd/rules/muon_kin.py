@@ -87,6 +87,9 @@ def normuon(
     orthogonalisation. By default as in github.com/zichongli5/NorMuon: Nesterov's look-ahead, no bias correction, Muon's
     size of steps. The paper's algorithm is ``nesterov=False, consistent_rms=0.2``: a root mean square of 0.2, so that
     Adam's learning rates serve.
+
+    Use it when Muon trains well and some neurons step too far. Avoid it when the model has few matrices: the rest is
+    plain Adam.
     """
     if (axes := matrix_axes(g, axes)) is None:
         return adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)
@@ -129,6 +132,9 @@ def adamuon(
     $\epsilon$; ``eps`` is that of the orthogonalisation, ``consistent_rms`` the root mean square of a step.
     ``sign=False`` orthogonalises the momentum itself, as github.com/Chongjie-Si/AdaMuon does (with ``nesterov=True``
     and ``beta2=0.999``).
+
+    Use it when Muon trains well and single entries of a matrix need steps of their own. Avoid it when memory is short:
+    Muon keeps half as much.
     """
     if (axes := matrix_axes(g, axes)) is None:
         return adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps)
@@ -218,6 +224,9 @@ def dion(
     $Q$. The basis of the longer side is the orthonormal one, as in the authors' code. Columns of $R$ that are only
     rounding, where $B$ has a lower rank, make no step, and their $Q_j$ waits. Leaves that are no hidden matrix go to Adam,
     as in `muon`.
+
+    Use it when large matrices are split over devices: it sends low ranks only. Avoid it when all is on one device:
+    `muon` is simpler.
     """
     if (axes := matrix_axes(g, axes)) is None:
         return *adam.fn(g, mu, nu, t=t, b1=adam_b1, b2=adam_b2, eps=adam_eps), q

@@ -190,6 +190,9 @@ def kron(
       last two a batch with factors of their own, as for the layers of a scan.
     - ``precond_lr``, ``precond_init_scale``: the step $\mu$ of the factors, and the scale that $P^{1/2}$ starts at.
       ``key``: the seed of the noise, which depends on the step and on the leaf's name too.
+
+    Use it when fewer steps are worth more time for each. Avoid it when layers are wide: the factors take time and
+    memory.
     """
     mu = ema(mu, g, b1)
     mean = debias(mu, b1, t)

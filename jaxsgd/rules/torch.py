@@ -47,6 +47,8 @@ def torch_sgd(
     r"""SGD as in torch.optim (Sutskever et al. 2013, PMLR 28:1139): $b_1 = g_1,\; b_t = \mu b_{t-1} + (1-\tau) g_t,\; x \leftarrow x - \eta b_t$.
 
     With ``dampening`` $\tau$ the first step is not damped. ``nesterov`` takes $g + \mu b$.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `sgd` has optax's form.
     """
     if trace is None:
         return g, None
@@ -60,6 +62,8 @@ def torch_amsgrad(g, mu: Mean, nu: Square, nu_max: Square, *, t, b1: Decay = 0.9
     r"""AMSGrad as in torch.optim (Reddi et al. 2018, arXiv:1904.09237): $\bar v \leftarrow \max(\bar v, v_t),\; u = \hat m_t / (\sqrt{\bar v / (1 - \beta_2^t)} + \epsilon)$.
 
     The maximum is of the raw average, which is corrected afterwards.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `amsgrad` has optax's form.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     nu_max = jnp.maximum(nu_max, nu)
@@ -90,6 +94,8 @@ def torch_nadam(
     r"""NAdam as in torch.optim (Dozat 2016, OpenReview:OM0jvwB8jIp57ZJjtNEZ): $u = \left(\frac{(1-\mu_t) g}{1 - \prod_{i \le t} \mu_i} + \frac{\mu_{t+1} m_t}{1 - \prod_{i \le t+1} \mu_i}\right) / (\sqrt{\hat v_t} + \epsilon)$.
 
     The momentum rises as $\mu_t = \beta_1 (1 - 0.5 \cdot 0.96^{t \psi})$ with ``momentum_decay`` $\psi$.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `nadam` has optax's form.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     ahead = (1 - mu_now) / (1 - mu_product) * g + mu_next / (1 - mu_product * mu_next) * mu
@@ -112,6 +118,8 @@ def torch_rmsprop(
 
     The mean gradient $\bar g$ is subtracted only when ``centered``. Unlike in `rmsprop`, $\epsilon$ is outside the
     root, and the momentum averages directions, before the learning rate.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `rmsprop` has optax's form.
     """
     nu = ema(nu, sq(g), alpha)
     mean = ema(mean, g, alpha) if centered else None
@@ -126,6 +134,8 @@ def torch_adagrad(g, accumulator: Accumulator, *, t, initial_accumulator_value=0
     r"""Adagrad as in torch.optim (Duchi et al. 2011, JMLR 12:2121): $s \leftarrow s + g^2,\; u_t = g / ((\sqrt s + \epsilon)(1 + (t-1) \kappa))$.
 
     ``lr_decay`` is $\kappa$.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `adagrad` has optax's form.
     """
     accumulator = accumulator + sq(g)
     return g / (jnp.sqrt(accumulator) + eps) / (1 + (t - 1) * lr_decay), accumulator
@@ -137,6 +147,8 @@ def torch_radam(g, mu: Mean, nu: Square, *, t, b1: Decay = 0.9, b2: Decay = 0.99
 
     $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$ with $\rho_\infty = 2 / (1 - \beta_2) - 1$, and
     $r_t^2 = (\rho_t - 4)(\rho_t - 2) \rho_\infty / ((\rho_\infty - 4)(\rho_\infty - 2) \rho_t)$.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `radam` has optax's form.
     """
     mu, nu = ema(mu, g, b1), ema(nu, sq(g), b2)
     full = 2 / (1 - b2) - 1
@@ -163,6 +175,8 @@ def torch_asgd(
     r"""ASGD as in torch.optim (Polyak & Juditsky 1992, doi:10.1137/0330046): $x \leftarrow (1 - \lambda \eta_t) x - \eta_t g,\; \bar x \leftarrow \bar x + \mu_t (x - \bar x),\; \eta_{t+1} = \eta / (1 + \lambda \eta t)^\alpha$.
 
     $\mu_t = 1 / \max(1, t - 1 - t_0)$: the average $\bar x$ begins after ``t0`` steps; `jaxsgd.eval_params` gives it.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: take `sgd` with `params_ema`.
     """
     # The step before computed this step's rate: a new learning rate counts one step later.
     eta = jnp.where(t == 1, learning_rate, eta)
@@ -189,6 +203,8 @@ def torch_rprop(
     Each coordinate's step $s$ begins at the first step's learning rate and is clipped from the first step on. Later
     learning rates change nothing; in `rprop` they scale all steps. Where the gradient's sign turns, $s$ shrinks and the
     coordinate rests for a step. Signs are compared, where torch multiplies gradients: no product underflows.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `rprop` has optax's form.
     """
     product = jnp.real(jnp.sign(g) * jnp.conj(sign))
     factor = jnp.where(product > 0, eta_plus, jnp.where(product < 0, eta_minus, 1))
@@ -227,6 +243,8 @@ def torch_adafactor(
     with ``decay_rate`` $c$. Below two dimensions $V$ is that average itself. The learning rate bounds the relative
     step, and scales the decoupled weight decay. ``eps1`` None is the rounding unit of the precision of the computation.
     `adafactor` takes other axes, factors large arrays only, and adds $\epsilon_1$ to $V$.
+
+    Use it when you repeat a run of torch.optim. Avoid it in a new run: `adafactor` has optax's form.
     """
     weight, least = t**-decay_rate, float(jnp.finfo(g.dtype).eps) if eps1 is None else eps1
     mixed = lambda mean, x: (1 - weight) * mean + weight * x  # noqa: E731
@@ -246,6 +264,9 @@ def torch_sparse_adam(g, mu: Mean, nu: Square, *, t, p, weight_decay, b1: Decay 
 
     A row is one index of the first axis, such as the embedding of a token. A row whose gradient is exactly zero does
     not change: neither its parameters nor its moments, and it takes no weight decay. $t$ counts all steps.
+
+    Use it when you repeat a run of torch.optim on embeddings of which few rows have gradients. Avoid it when all rows
+    have gradients: take `adam`.
     """
     touched = jnp.any(g != 0, tuple(range(1, g.ndim)), keepdims=True)
     mu = jnp.where(touched, ema(mu, g, b1), mu)

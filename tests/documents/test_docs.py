@@ -157,6 +157,14 @@ def test_table_and_page_of_rules_are_current(tmp_path, capsys):
     assert catalog.main([]) == 0 and "[`adam`](#adam) | Adam |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rule", jaxsgd.RULES.values(), ids=lambda rule: rule.name)
+def test_a_rule_says_when_to_use_it_and_when_not(rule):
+    last = " ".join(rule.doc.split("\n\n")[-1].split())
+    use, avoid = re.fullmatch(r"Use it when (.+)\. Avoid it (?:when|in) (.+)\.", last).groups()
+    assert len(use) > 15 and len(avoid) > 15
+    assert set(re.findall(r"`(\w+)`", last)) <= {*jaxsgd.__all__, *re.findall(r"``(\w+)``", last)}
+
+
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_every_test_that_a_page_names_is_there(page):
     paths = {path.name: path for path in (ROOT / "tests").rglob("*.py")}
