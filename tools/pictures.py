@@ -181,7 +181,7 @@ def as_svg(figure: Any, salt: str) -> str:
     figure.patch.set_visible(False)
     for ax in figure.axes:
         ax.patch.set_visible(False)
-        ax.set_rasterization_zorder(0.5)
+        ax.set_rasterization_zorder(0.25)
         for contours in ax.collections:
             contours.set_zorder(0)
     file = io.StringIO()

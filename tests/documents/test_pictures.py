@@ -94,6 +94,7 @@ def test_a_picture_is_drawn_from_the_path_and_says_so():
         slope, offset = np.polyfit(path[:, axis], line[:, axis], 1)
         np.testing.assert_allclose(slope * path[:, axis] + offset, line[:, axis], atol=0.01)
     assert "#1b1e28" not in made.svg and "currentColor" in made.svg, "its ink follows light and dark"
+    assert "xtick_1" in made.svg and "ytick_1" in made.svg, "its ticks are no pixels of one ink"
 
 
 def test_a_picture_is_drawn_once(monkeypatch, tmp_path):
