@@ -592,9 +592,13 @@ def _written(path: pathlib.Path, owner: dict) -> pathlib.Path:
 def start(function: str, *arguments: object) -> subprocess.Popen:
     call = f"import test_checkpoint; test_checkpoint.{function}(*{[str(each) for each in arguments]!r})"
     return subprocess.Popen(
-        [sys.executable, "-c", call], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", call],
+        cwd=HERE,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    )
 
 
 def elsewhere(directory: str) -> None:
