@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsgd.second_order.line_search import Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import axpy, dot, finite, largest, norm, select
+from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select
 
 __all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_scale"]
 
@@ -126,10 +126,8 @@ def first_length(x: Vector, f: jax.Array, g: Vector) -> jax.Array:
     return jnp.where(out > 0, out, 1)
 
 
-def projected(x: Vector, g: Vector, limits: Limits | None) -> jax.Array:
-    """The largest entry of the gradient; with bounds, of the step that a gradient step makes inside them."""
-    if limits is None:
-        return largest(g)
+def projected(x: Vector, g: Vector, limits: Limits) -> jax.Array:
+    """The largest entry of the step that a gradient step makes inside the bounds."""
     rows = zip(x, g, limits.lower, limits.upper, strict=True)
     return largest([x - jnp.clip(x - g, low, high) for x, g, low, high in rows])
 
@@ -193,7 +191,9 @@ def descend(
         first = c.evaluations == 0
         xt = _clipped(axpy(c.line.a, c.p, c.x), limits)
         ft, gt = value_and_grad(xt)
-        fine = jnp.isfinite(ft) & finite(gt)
+        top = largest(gt)
+        fine = jnp.isfinite(ft) & jnp.isfinite(top)
+        size = top if limits is None else projected(xt, gt, limits)
         line, accepted, failed = judge_trial(c.line, ft, dot(gt, c.p), fine, model.curvature)
         took = jnp.where(first, fine, accepted)
         failed = failed & ~first
@@ -204,8 +204,8 @@ def descend(
         move = Move(x, f, g, s, y, jnp.where(took & ~first, c.f - ft, 0), took & ~first, restart, first, c.line.a, c.p)
         memory, p, a, known, bent = model.advance(c.memory, move)
         slope = dot(g, p)
-        # A direction that does not descend gives way to the gradient, at the length of the last step.
-        usable = (slope < 0) & finite(p)
+        # A direction that does not descend or is not finite gives way to the gradient, at the length of the last step.
+        usable = (slope < 0) & jnp.isfinite(slope)
 
         def downhill() -> tuple[Vector, jax.Array]:
             plain = (norm(s) + eps * norm(x)) / jnp.where(norm(g) > 0, norm(g), 1)
@@ -218,8 +218,8 @@ def descend(
             f=f,
             g=g,
             f_first=jnp.where(first, f, c.f_first),
-            g_first=jnp.where(first, projected(x, g, limits), c.g_first),
-            grad_norm=jnp.where(took, projected(x, g, limits), c.grad_norm),
+            g_first=jnp.where(first, size, c.g_first),
+            grad_norm=jnp.where(took, size, c.grad_norm),
             iterations=c.iterations + (took & ~first),
             evaluations=c.evaluations + 1,
         )

@@ -66,7 +66,7 @@ def check_start(params: Any) -> Any:
         raise ValueError("params has no array: there is nothing to minimize over. Use a pytree of float arrays")
     out = []
     for i, leaf in enumerate(leaves):
-        array = jnp.asarray(leaf, float) if isinstance(leaf, float) else jnp.asarray(leaf)
+        array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, float if isinstance(leaf, float) else None)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             kind = "Use two real arrays, the real and the imaginary part"
             if not jnp.issubdtype(array.dtype, jnp.complexfloating):
