@@ -28,6 +28,7 @@ def updates(millions: int, runs: int = 9) -> None:
     ways = {"optax float32": optax.adamw(1e-3), "float32": jaxsgd.adamw(1e-3, weight_decay=1e-4)}
     ways["int8"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int8())
     ways["int4"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.int4())
+    ways["fp8"] = jaxsgd.adamw(1e-3, weight_decay=1e-4, storage=jaxsgd.fp8())
     compiled, compiling, carries = {}, {}, {}
     for name, tx in ways.items():
 

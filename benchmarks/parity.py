@@ -33,6 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "int8": {"storage": jaxsgd.int8(min_size=256)},
     "int8 dynamic": {"storage": jaxsgd.int8(min_size=256, map="dynamic")},
     "int4": {"storage": jaxsgd.int4(min_size=256)},
+    "fp8": {"storage": jaxsgd.fp8(min_size=256)},
+    "fp8, squares e4m3": {"storage": jaxsgd.fp8(min_size=256, square="e4m3")},
     "factored": {"storage": {"nu": jaxsgd.factored(min_dim_size=16)}},
     "bf16 weights": {"rounding": "stochastic"},
     "bf16 weights, int8": {"rounding": "stochastic", "storage": jaxsgd.int8(min_size=256)},

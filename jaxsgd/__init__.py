@@ -12,7 +12,7 @@ from jaxsgd import torch
 from jaxsgd import transforms as _transforms
 from jaxsgd.applying import update_params
 from jaxsgd.backward import LayerStep, make_layer_step
-from jaxsgd.blockwise import int4, int8
+from jaxsgd.blockwise import fp8, int4, int8
 from jaxsgd.curvature.sharpness import Sharpness, sharpness
 from jaxsgd.description import describe
 from jaxsgd.diagnosis.diagnose import Diagnosis, diagnose
@@ -97,6 +97,7 @@ __all__ = [
     "describe",
     "diagnose",
     "factored",
+    "fp8",
     "gauss_newton",
     "init_sharded",
     "int4",

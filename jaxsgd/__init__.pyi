@@ -60,6 +60,7 @@ from jaxsgd.diagnosis.diagnose import diagnose as diagnose
 from jaxsgd.transforms.averages import ema as ema
 from jaxsgd.rules.averaging import eval_params as eval_params
 from jaxsgd.rank_one import factored as factored
+from jaxsgd.blockwise import fp8 as fp8
 from jaxsgd.second_order.rules import gauss_newton as gauss_newton
 from jaxsgd.rules.curvature import gauss_newton_bartlett as gauss_newton_bartlett
 from jaxsgd.rules.wrappers import grokfast as grokfast

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from jaxsgd.blockwise import CODES
 from jaxsgd.numerics import sum_of_squares
 
 __all__ = ["apart", "applies", "step_params", "tell", "update_params"]
@@ -153,7 +153,7 @@ def _stepped(
 def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extra_args: Any) -> frozenset[int]:
     """The parameters whose updates come out of ``update`` unchanged and unread, by the ``id`` of their marks."""
     arrays = jax.tree.leaves(state)
-    packed = any(getattr(x, "dtype", None) in (jnp.int8, jnp.uint8) and x.size > 1 for x in arrays)
+    packed = any(getattr(x, "dtype", None) in CODES and x.size > 1 for x in arrays)
     if not packed or not any(isinstance(x, Tracer) for x in arrays):
         return frozenset()
     way, marks = _Pass(), list[int | None]()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxsgd.elementwise import ALONE, CALLS
-from jaxsgd.pieces import Pieces
+from jaxsgd.pieces import Pieces, as_bytes, from_bytes, is_narrow, on_bytes
 
 __all__ = ["Body", "body_of", "in_kernel"]
 
@@ -76,6 +76,8 @@ class Body:
             values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
             if inside and eqn.primitive.name in INSTEAD:
                 out = INSTEAD[eqn.primitive.name](*values)
+            elif inside and _reads_bytes(eqn):
+                out = values[0]
             else:
                 out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
             env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
@@ -114,7 +116,14 @@ def _translates(eqn: Any) -> bool:
     name = eqn.primitive.name
     if name in CALLS:
         return all(_translates(inner) for inner in eqn.params[CALLS[name]].jaxpr.eqns)
-    return name in KNOWN
+    narrow = any(is_narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars))
+    return _reads_bytes(eqn) if narrow else name in KNOWN
+
+
+def _reads_bytes(eqn: Any) -> bool:
+    """Whether it turns uint8 into eight-bit floats or back. A kernel holds such floats as their bytes."""
+    types = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
+    return eqn.primitive.name == "bitcast_convert_type" and jnp.uint8 in types and any(map(is_narrow, types))
 
 
 def in_kernel(
@@ -128,8 +137,10 @@ def in_kernel(
       shape: the array's.
       on: ``"tpu"`` or ``"cuda"``; with ``"interpret"`` the TPU's kernel runs anywhere, for tests.
     """
+    step = on_bytes(step, kept)
     values, form = jax.tree.flatten(read)
-    held, treedef = jax.tree.flatten(kept)
+    stored, treedef = jax.tree.flatten(kept)
+    held = [as_bytes(x) for x in stored]
     is_array = [bool(jnp.ndim(x)) for x in values]
     arrays = [x for x, array in zip(values, is_array, strict=True) if array]
     scalars = [x for x, array in zip(values, is_array, strict=True) if not array]
@@ -152,8 +163,8 @@ def in_kernel(
     if body is None:
         return None
     new, *after = grid.call(body, body.before(scalars), given, results, interpret=on == "interpret")
-    after = treedef.unflatten(x.reshape(like.shape) for x, like in zip(after, held, strict=True))
-    return new.reshape(made.shape), after
+    after = [from_bytes(x.reshape(like.shape), like.dtype) for x, like in zip(after, stored, strict=True)]
+    return new.reshape(made.shape), treedef.unflatten(after)
 
 
 def _aliases(scalars: int, given: list[Any], results: list[Any]) -> dict[int, int]:

@@ -17,7 +17,17 @@ from jax.sharding import AxisType
 
 from jaxsgd.storage import Storage
 
-__all__ = ["LARGE", "Pieces", "in_pieces", "pieces_of", "platform_of"]
+__all__ = [
+    "LARGE",
+    "Pieces",
+    "as_bytes",
+    "from_bytes",
+    "in_pieces",
+    "is_narrow",
+    "on_bytes",
+    "pieces_of",
+    "platform_of",
+]
 
 PIECE = 2**18
 """The elements of a piece: a megabyte in float32."""
@@ -103,8 +113,9 @@ def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, al
     Returns:
       ``kept`` after the step, in its shapes.
     """
+    step = on_bytes(step, kept)
     seen = jax.tree.map(lambda x: pieces.seen(x) if jnp.ndim(x) else x, read)
-    held = jax.tree.map(pieces.seen, kept)
+    held = jax.tree.map(lambda x: pieces.seen(as_bytes(x)), kept)
 
     def stepped(held: Any, first: Any, length: int) -> Any:
         def cut(x: Any) -> Any:
@@ -126,4 +137,32 @@ def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, al
     held = jax.lax.fori_loop(0, whole, lambda i, held: stepped(held, i * pieces.length, pieces.length), held)
     if rest:
         held = stepped(held, whole * pieces.length, rest)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), held, kept)
+    return jax.tree.map(lambda x, like: from_bytes(x.reshape(like.shape), like.dtype), held, kept)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether it is a dtype of eight-bit floats."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
+
+
+def as_bytes(x: jax.Array) -> jax.Array:
+    """Eight-bit floats as the uint8 of their bits; other arrays as they are.
+
+    XLA for CPU widens eight-bit floats to copy a slice of them, and not all kernels have them.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint8) if is_narrow(x.dtype) else x
+
+
+def from_bytes(x: jax.Array, dtype: Any) -> jax.Array:
+    """The way back from `as_bytes`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def on_bytes(step: Callable[..., Any], kept: Any) -> Callable[..., Any]:
+    """``step(read, kept, rows)``, whose second argument and last result are as of `as_bytes`."""
+
+    def stepped(read: Any, held: Any, rows: Any) -> Any:
+        held = jax.tree.map(lambda x, like: from_bytes(x, like.dtype), held, kept)
+        return jax.tree.map(as_bytes, step(read, held, rows))
+
+    return stepped

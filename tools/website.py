@@ -38,7 +38,7 @@ TOPICS = {
     "Train": ["TrainState", "make_step", "Step", "Recorder", "checked", "check_donation", "batch_statistics", "metrics",
               "with_hyper", "eval_params", "look_ahead", "describe", "State"],
     "Shard": ["shard_batch", "init_sharded", "assert_sharded", "state_sharding"],
-    "Store": ["Storage", "plain", "cast", "int8", "migrate"],
+    "Store": ["Storage", "plain", "cast", "int8", "fp8", "migrate"],
     "Tune": ["probe", "Probe", "range_test", "RangeTest", "sweep", "Sweep", "pick", "Pick", "sharpness", "Sharpness",
              "noise_scale", "NoiseScale", "scale_learning_rate", "diagnose", "Diagnosis"],
     "Plan": ["plan"],

@@ -79,6 +79,7 @@ def test_every_kind_of_leaf_comes_back(tmp_path):
         "there": jax.device_put(jnp.ones(3), jax.devices()[3]),
         "key there": jax.device_put(jax.random.key(9), jax.devices()[3]),
         "packed": jaxsgd.int8(min_size=1).pack(jnp.linspace(-1, 1, 512)),
+        "floats": jaxsgd.fp8(min_size=1).pack(jnp.linspace(-1, 1, 512)),
         "nothing": None,
     }
     with Checkpoints(tmp_path) as checkpoints:

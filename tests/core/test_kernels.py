@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxsgd
-from jaxsgd import int8, leaf
+from jaxsgd import fp8, int8, leaf
 from jaxsgd.planning.targets import available, lookup
 
 RULES = ("adamw", "lion", "momentum", "nesterov", "adagrad", "rmsprop", "yogi", "adan", "schedule_free_adamw")
@@ -80,6 +80,29 @@ def test_shapes_and_dtypes_in_a_kernel(shape, dtype, options, applies, interpret
     request.getfixturevalue("monkeypatch").undo()
     jax.clear_caches()
     _same(got, _steps(make(), params, applies=applies))
+
+
+def test_eight_bit_floats_in_a_kernel(interpreted, request):
+    params = {"w": jax.random.normal(jax.random.key(1), (70, 512))}
+    got = _steps(jaxsgd.adamw(1e-2, storage=fp8()), params)
+    assert interpreted and all(out is not None for out in interpreted)
+    assert got[1].slots["mu"]["w"].floats.dtype == jnp.float8_e4m3fn
+    request.getfixturevalue("monkeypatch").undo()
+    jax.clear_caches()
+    _same(got, _steps(jaxsgd.adamw(1e-2, storage=fp8()), params))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_kernels_with_eight_bit_floats_are_lowered(platform, monkeypatch):
+    """To the code that the compilers of Mosaic and Triton read, which not on each device have eight-bit floats."""
+    monkeypatch.setattr(leaf, "platform_of", lambda arrays: platform)
+    jax.clear_caches()
+    tx, params = jaxsgd.adamw(1e-3, storage=fp8()), jax.ShapeDtypeStruct((64, 512), jnp.float32)
+    traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    jax.clear_caches()
+    calls = [line for line in program.splitlines() if "custom_call" in line and "@Sharding" not in line]
+    assert len(calls) == 1, program
 
 
 @pytest.mark.parametrize(

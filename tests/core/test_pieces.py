@@ -76,8 +76,9 @@ def test_a_rule_in_pieces_is_the_rule(rule, small, whole):
     _same(_steps(make(), params), whole(make, params))
 
 
-def test_four_bits_are_cut(small, whole):
-    make, params = functools.partial(jaxsgd.adamw, 1e-2, storage=jaxsgd.int4()), _params(SHAPES["odd"])
+@pytest.mark.parametrize("storage", [jaxsgd.int4(), jaxsgd.fp8()], ids=["int4", "fp8"])
+def test_other_codes_are_cut(storage, small, whole):
+    make, params = functools.partial(jaxsgd.adamw, 1e-2, storage=storage), _params(SHAPES["odd"])
     assert _loops(make(), params)
     _same(_steps(make(), params), whole(make, params))
 

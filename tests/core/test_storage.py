@@ -1,5 +1,7 @@
 """Eight-bit moments, and 16-bit parameters that do not lose small steps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
-from jaxsgd import RULES, int4, int8
-from jaxsgd.blockwise import Blocks, decode, dynamic_map, encode_like
+from jaxsgd import RULES, fp8, int4, int8
+from jaxsgd.blockwise import FLOATS, Blocks, Floats, decode, dynamic_map, encode_like
 from jaxsgd.storage import accepts
 
 WIDE = jax.random.normal(jax.random.key(0), (64, 600))
@@ -87,15 +89,111 @@ def test_pain_9_four_bits_are_an_eighth_of_the_state():
         int4(block=1)
 
 
+@pytest.mark.parametrize("format", FLOATS)
+@pytest.mark.parametrize("kind", ["mean", "square"])
+def test_eight_bit_floats_are_those_of_the_format(format, kind):
+    """To nearest they are what a conversion gives, subnormal numbers included; each finite number keeps its bits."""
+    kept = fp8(min_size=0, block=2**20, stochastic=False, mean=format, square=format).of_kind(kind)
+    top = float(jnp.finfo(FLOATS[format]).max)
+    x = np.concatenate([[0.0, 1.0], np.linspace(0, 1, 9999), 10.0 ** np.linspace(-12, 0, 9999)]).astype(np.float32)
+    x = np.concatenate([x, -x]) if kind == "mean" else x
+    packed = kept.pack(jnp.asarray(x))
+    assert isinstance(packed, Floats) and packed.floats.dtype == FLOATS[format] and packed.scale == 1
+    wanted = (x * np.float32(top)).astype(FLOATS[format])
+    np.testing.assert_array_equal(np.asarray(packed.floats).astype(np.float32), wanted.astype(np.float32))
+    np.testing.assert_allclose(kept.unpack(packed), wanted.astype(np.float32) / top, rtol=2e-7)
+    assert np.all(np.asarray(kept.unpack(packed))[x == 0] == 0)
+
+    every = np.arange(256, dtype=np.uint8).view(FLOATS[format]).astype(np.float32)
+    every = every[np.isfinite(every) & (~np.signbit(every) | (kind == "mean") & (every != 0))]
+    held = Floats(jnp.asarray(every, FLOATS[format])[None], jnp.full((1, 1), 0.37))
+    np.testing.assert_array_equal(decode(held), kept.unpack(held))
+    at_random = dataclasses.replace(kept, stochastic=True)
+    again = jax.jit(jax.vmap(lambda seed: at_random.pack(kept.unpack(held), jax.random.key(seed))))(jnp.arange(2_000))
+    for part, got, before in zip(Floats._fields, again, held, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), np.broadcast_to(before, got.shape), err_msg=part)
+
+
+@pytest.mark.parametrize("kind", ["mean", "square"])
+def test_eight_bit_floats_have_the_right_mean(kind):
+    kept = fp8(min_size=0).of_kind(kind)
+    x = jnp.abs(WIDE[:2, :512]) ** 3 if kind == "square" else WIDE[:2, :512] ** 3
+    again = jax.jit(jax.vmap(lambda seed: kept.unpack(kept.pack(x, jax.random.key(seed)))))(jnp.arange(10_000))
+    back = np.asarray(again, np.float64)
+    # Of 10,000 draws of two neighbours the mean deviates by 0.005 distances; six deviations of 1,024 means.
+    distance = back.max(axis=0) - back.min(axis=0)
+    # A neighbour that is a quarter of the value away may not be drawn if its share is below 8 in 10,000.
+    assert np.max(np.abs(back.mean(0) - x) - 0.03 * distance - np.abs(x) / 4 * 8 / 10_000) < 1e-5
+
+
+@pytest.mark.parametrize("square", FLOATS)
+def test_a_second_moment_stalls_if_it_is_rounded_to_nearest(square):
+    """With ``b2=0.999`` a step changes it by less than half the distance of two neighbours."""
+    large = jnp.full((1, 128), 10.0)
+    grads = [jnp.concatenate([large, jnp.full((1, 128), small)], axis=1) for small in (1.0, 3.0)]
+
+    def small_squares(**options):
+        tx = jaxsgd.adam(1e-3, storage={"nu": fp8(min_size=0, square=square, **options)})
+        step = lambda i, state: tx.update(jnp.where(i < 100, *grads), state, grads[0])[1]
+        state = jax.jit(lambda: jax.lax.fori_loop(0, 1100, step, tx.init(grads[0])))()
+        return float(decode(state.slots["nu"])[0, 128:].mean())
+
+    first = 1 - 0.999**100
+    truth = 0.999**1000 * first + (1 - 0.999**1000) * 9
+    assert small_squares() == pytest.approx(truth, rel=0.05), "the mean of 128 walks, each off by 20% or so"
+    assert small_squares(stochastic=False) < truth / 3, "it moves with the scale of its block alone"
+
+
+@pytest.mark.parametrize("kind", ["mean", "square"])
+def test_numbers_that_are_not_finite_stay_so_in_their_block(kind):
+    kept = fp8(min_size=0, mean="e4m3", square="e4m3").of_kind(kind)
+    x = jnp.ones((4, 512)).at[0, 3].set(jnp.nan).at[1, 3].set(jnp.inf).at[2, :256].set(3e38)
+
+    @jax.jit
+    def twice(x):
+        once = kept.pack(x, jax.random.key(0))
+        return once.floats.astype(jnp.float32), kept.unpack(kept.pack(kept.unpack(once), jax.random.key(1)))
+
+    floats, back = twice(x)
+    assert np.isfinite(floats[2:]).all(), "e4m3fn has no inf: what is larger than 448 would be NaN"
+    assert not np.isfinite(back[:2, 3]).any()
+    assert np.isfinite(back[:, 256:]).all() and np.isfinite(back[2:]).all()
+
+
+def test_the_square_of_a_small_gradient_beside_a_large_one_is_not_0():
+    """e4m3 spans 2e5, so that moments of gradients a thousandth of the largest are divided by eps; e5m2 spans 4e9."""
+    g = jnp.full((64, 256), 1e-3).at[:, 0].set(1.0)
+
+    def largest(square):
+        """The largest step where the gradient is 0 after ten steps, with a step of Adam about 1."""
+        tx = jaxsgd.adam(1.0, storage={"nu": fp8(min_size=0, square=square)})
+        step = lambda i, carry: tx.update(jnp.where(i < 10, g, 0), carry[1], g)
+        return float(jnp.max(jnp.abs(jax.jit(lambda: jax.lax.fori_loop(0, 11, step, (g, tx.init(g)))[0])())))
+
+    assert largest("e5m2") < 1.3
+    assert largest("e4m3") > 1000
+
+
+def test_eight_bit_floats_in_words():
+    for options, words in {"block": (100, "block=100: a power of two"), "min_size": (-1, "min_size=-1")}.items():
+        with pytest.raises(ValueError, match=words[1]):
+            fp8(**{options: words[0]})
+    with pytest.raises(ValueError, match="square='e3m4': no format of eight-bit floats. Use 'e4m3' or 'e5m2'"):
+        fp8(square="e3m4")
+    with pytest.raises(ValueError, match="mean='float8_e4m3fn': no format"):
+        fp8(mean="float8_e4m3fn")
+
+
 def test_a_state_moves_between_eight_and_four_bits_and_float32():
     params = {"w": WIDE}
-    ways = [jaxsgd.adam(0.1), jaxsgd.adam(0.1, storage=int4()), jaxsgd.adam(0.1, storage=int8())]
+    ways = [jaxsgd.adam(0.1), *(jaxsgd.adam(0.1, storage=storage) for storage in (int4(), int8(), fp8()))]
     _, truth = ways[0].update(params, ways[0].init(params), params)
     state, texts = truth, []
-    for tx in (ways[1], ways[2], ways[1], ways[0]):
+    for tx in (ways[3], ways[1], ways[2], ways[1], ways[0]):
         state, report = jaxsgd.migrate(state, tx, params)
         texts.append(str(report))
-    for text, how in zip(texts, ("packed at 4", "repacked at 8", "repacked at 4", "unpacked from 4"), strict=True):
+    hows = ("packed at 8", "repacked at 4", "repacked at 8", "repacked at 4", "unpacked from 4")
+    for text, how in zip(texts, hows, strict=True):
         assert f"mu, nu of w (76,800 elements): {how} bits" in text
     largest = float(jnp.max(jnp.abs(truth.slots["mu"]["w"])))
     np.testing.assert_allclose(state.slots["mu"]["w"], truth.slots["mu"]["w"], atol=0.19 * largest)  # half of 4 / 11
@@ -159,10 +257,9 @@ def test_what_is_packed_comes_back_to_two_digits(seed, exponent, stochastic):
 
 @pytest.mark.parametrize("shape", [(4096,), (3, 5000), (7, 11, 300), (5000, 1)])
 def test_any_shape_and_zeros(shape):
-    for map in ("octaves", "dynamic"):
-        kept = int8(stochastic=False, map=map)
+    for kept in (*(int8(stochastic=False, map=map) for map in ("octaves", "dynamic")), fp8(stochastic=False)):
         x = jnp.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
-        assert np.max(np.abs(kept.unpack(kept.pack(x)) - x)) < 0.034
+        assert np.max(np.abs(kept.unpack(kept.pack(x)) - x)) < 0.036  # half of 32 / 448 in e4m3
         assert not np.any(kept.unpack(kept.pack(jnp.zeros(shape))))
         written, packed = kept.zeros(jax.ShapeDtypeStruct(shape, x.dtype)), kept.pack(jnp.zeros(shape))
         jax.tree.map(np.testing.assert_array_equal, written, packed)

@@ -68,6 +68,7 @@ def of_factors(shape: tuple[int, ...], itemsize: int) -> int:
 
 STORAGES = {
     "int8": (jaxsgd.int8(), of_int8),
+    "fp8": (jaxsgd.fp8(), of_int8),
     "bfloat16": (jaxsgd.cast("bfloat16"), lambda shape, itemsize: 2 * math.prod(shape)),
     "float16": (jaxsgd.cast("float16"), lambda shape, itemsize: 2 * math.prod(shape)),
     "factored": (jaxsgd.factored(), of_factors),

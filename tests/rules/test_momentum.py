@@ -124,7 +124,15 @@ def test_look_ahead_with_an_nnx_optimizer(pure):
     assert np.allclose(jax.tree.leaves(moved["kernel"])[0], -0.09) and not np.any(jax.tree.leaves(moved["bias"])[0])
 
 
-@pytest.mark.parametrize("storage", [jaxsgd.cast("bfloat16"), jaxsgd.int8(min_size=1, stochastic=False)])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        jaxsgd.cast("bfloat16"),
+        jaxsgd.int8(min_size=1, stochastic=False),
+        jaxsgd.fp8(min_size=1, stochastic=False),
+    ],
+    ids=["bfloat16", "int8", "fp8"],
+)
 def test_look_ahead_of_a_stored_velocity(storage):
     params = {"a": jnp.ones(4)}
     tx = jaxsgd.velocity(0.1, storage=storage)

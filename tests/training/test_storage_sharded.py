@@ -18,6 +18,7 @@ STORAGES = {
     "int8": jaxsgd.int8(),
     "dynamic": jaxsgd.int8(map="dynamic"),
     "int4": jaxsgd.int4(),
+    "fp8": jaxsgd.fp8(),
     "bf16": jaxsgd.cast("bfloat16", stochastic=True),
     "factored": jaxsgd.factored(),
 }
