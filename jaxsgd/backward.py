@@ -25,7 +25,7 @@ from jaxsgd.elementwise import CALLS
 from jaxsgd.meshes import in_mesh, is_explicit
 from jaxsgd.numerics import conjugated, global_norm, is_float0, widest
 from jaxsgd.paths import check_optimizer, leaf_names
-from jaxsgd.placement import brought_home, compiled_for
+from jaxsgd.placement import brought_home, compiled_for, with_slots_on_device
 from jaxsgd.second_order.batch_loss import taken_by
 from jaxsgd.sharding import check_axes, shard_batch
 from jaxsgd.state import find_states, metrics
@@ -166,9 +166,9 @@ class LayerStep:
                 self.jitted = compiled_for(self.fn, self.mesh, where, self._donated, others=1)
         return state, shard_batch(batch, self.mesh, self.batch_axes)
 
+    @with_slots_on_device
     def fn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
-        check_kind(state)
         if state.graphdef is not None or jax.tree.leaves(state.model_state):
             raise ValueError("state: a model state has no place in three functions. Use jaxsgd.make_step")
         stack = _Stack.of(state.params, self.layers)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.memory import in_device_memory, sent_back
 from jaxsgd.meshes import on_auto_axes, same_mesh
 from jaxsgd.numerics import is_key, strong
 from jaxsgd.paths import leaf_names
-from jaxsgd.train_state import TrainState
+from jaxsgd.train_state import TrainState, check_kind
 
-__all__ = ["brought_home", "compiled_for"]
+__all__ = ["brought_home", "compiled_for", "with_slots_on_device"]
+
+P = ParamSpec("P")
+S = TypeVar("S")
 
 
 def brought_home(mesh: Mesh, state: TrainState, before: list[Any] | None) -> tuple[TrainState, list[Any]]:
@@ -43,7 +48,7 @@ def brought_home(mesh: Mesh, state: TrainState, before: list[Any] | None) -> tup
     for i, sharding in enumerate(home):
         where = known[i]
         if where is None and on_mesh[i] and sharding.mesh != mesh:  # its axes are of the other type
-            where = NamedSharding(mesh, sharding.spec)
+            where = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
         if where is None and not on_mesh[i]:
             scalar = any(on_mesh) and (is_key(leaves[i]) or jnp.shape(leaves[i]) == ())
             where = NamedSharding(mesh, PartitionSpec()) if scalar else None
@@ -72,3 +77,20 @@ def compiled_for(fn: Callable[..., Any], mesh: Mesh, where: Any, donated: tuple[
     fn = on_auto_axes(fn, mesh, (specs, PartitionSpec()))
     places = {"in_shardings": (where, *[None] * others), "out_shardings": (where, None)}
     return jax.jit(fn, donate_argnums=donated, **places)
+
+
+def with_slots_on_device(
+    fn: Callable[Concatenate[S, TrainState, P], tuple[TrainState, Any]],
+) -> Callable[Concatenate[S, TrainState, P], tuple[TrainState, Any]]:
+    """A method ``fn(self, state, ...) -> (state, metrics)`` that finds on the device what the host's memory keeps.
+
+    The next state has in the host's memory what the state had there.
+    """
+
+    @functools.wraps(fn)
+    def call(self: S, state: TrainState, *args: P.args, **kwargs: P.kwargs) -> tuple[TrainState, Any]:
+        check_kind(state)
+        new, report = fn(self, state.replace(opt_state=in_device_memory(state.opt_state)), *args, **kwargs)
+        return new.replace(opt_state=sent_back(new.opt_state, state.opt_state)), report
+
+    return call

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.annotations import annotated_specs
 from jaxsgd.batches import check_divides
+from jaxsgd.memory import on_host
 from jaxsgd.meshes import in_mesh, is_explicit, on_auto_axes, same_mesh
 from jaxsgd.numerics import is_key, strong
 from jaxsgd.paths import (
@@ -289,13 +290,13 @@ def compiled_init(fn: Any, mesh: Mesh, where: Any) -> Any:
 
 
 def moment_sharding(opt_state: Any, params: Any) -> list[NamedSharding | None]:
-    """For each parameter, the sharding of its first slot of the same shape; None where it has none."""
+    """For each parameter, the sharding on the device of its first slot of the same shape; None where it has none."""
     shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
     out: list[NamedSharding | None] = [None] * len(shapes)
     leaves = jax.tree.leaves(opt_state)
     for leaf, i in zip(leaves, owners(opt_state, params, range(len(shapes))), strict=True):
         if i is not None and out[i] is None and leaf.shape == shapes[i] and jnp.issubdtype(leaf.dtype, jnp.number):
-            out[i] = leaf.sharding
+            out[i] = leaf.sharding.with_memory_kind("device") if on_host(leaf) else leaf.sharding
     return out
 
 
@@ -303,7 +304,7 @@ class ShardingReport(Text):
     """A table of the leaves of a state with their shardings.
 
     Attributes:
-      bytes_per_device: bytes of the optimizer's state on the fullest device.
+      bytes_per_device: bytes of the optimizer's state on the fullest device, without those that its host keeps.
       bytes_in_all: bytes of the optimizer's state, each element counted once.
       replicated: names of the leaves that stay whole on every device, without scalars.
     """
@@ -338,12 +339,13 @@ def assert_sharded(state: Any, zero1: Axes | None = None) -> ShardingReport:
             )
         mesh, spec = sharding.mesh, sharding.spec
         size, here = _bytes(leaf, leaf.shape), local_bytes(leaf)
-        totals = [totals[0] + size, totals[1] + here]
+        totals = [totals[0] + size, totals[1] + here * (not on_host(leaf))]
         axes = check_axes("zero1", zero1 or (), mesh)  # type: ignore[arg-type]
         if split_further(leaf.shape, spec, mesh, axes) != spec:  # type: ignore[arg-type]
             unsplit.append(f"{name} {leaf.shape} {spec}")
         if leaf.ndim:
-            rows.append((name, str(leaf.shape), leaf.dtype.name, str(spec), f"{size:,}", f"{here:,}"))
+            shown = f"{here:,}" + " by the host" * on_host(leaf)
+            rows.append((name, str(leaf.shape), leaf.dtype.name, str(spec), f"{size:,}", shown))
             if here == size:
                 whole.append(name)
     if unsplit:

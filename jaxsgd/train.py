@@ -18,11 +18,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxsgd.applying import step_params
 from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
+from jaxsgd.memory import on_host
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes
 from jaxsgd.models import carried_state, merge_model
 from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, root_of
 from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
-from jaxsgd.placement import brought_home, compiled_for
+from jaxsgd.placement import brought_home, compiled_for, with_slots_on_device
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
 from jaxsgd.sharding import check_axes, local_bytes, moment_sharding, on_every_device, shard_batch
 from jaxsgd.state import find_states, metrics
@@ -43,12 +44,23 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       RuntimeError: at the call, if the state was donated to an earlier call.
+      ValueError: at the call, if ``fn`` is from `jax.pmap` and the host keeps the state's slots.
     """
 
     @functools.wraps(fn)
     def call(state: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_deleted("state", state)
-        return fn(state, *args, **kwargs)
+        try:
+            return fn(state, *args, **kwargs)
+        except ValueError as error:
+            # jax.pmap wants each array where it would put it. Its words are about the first one that is not there.
+            elsewhere = str(error).startswith(("Memory kinds passed to", "Sharding passed to"))
+            if not elsewhere or not any(map(on_host, jax.tree.leaves(state))):
+                raise
+            raise ValueError(
+                "state: its slots are in the host's memory, which jax.pmap does not take. "
+                "Use make_step(..., mesh=mesh) or jax.shard_map, or TrainState.create(..., offload=False)"
+            ) from error
 
     return call
 
@@ -273,9 +285,9 @@ class Step:
         self.compiles += 1
         return self.fn(state, batch, constants)
 
+    @with_slots_on_device
     def fn(self, state: TrainState, batch: Any, constants: Any = None) -> tuple[TrainState, dict[str, Any]]:
         """The step as a pure function."""
-        check_kind(state)
         user_loss = _with_constants(self.loss_fn, constants, is_stateful(state.graphdef, state.model_state))
         _check_shapes(self.tx, state)
         key, carried = jax.random.fold_in(state.key, state.step), state.model_state
@@ -408,7 +420,8 @@ def check_donation(step: Step, state: TrainState, batch: Any, constants: Any = N
       AssertionError: part of the state's memory is not donated; two states then exist at once.
     """
     used = step.lower(state, batch, constants).compile().memory_analysis()
-    size, reused = sum(map(local_bytes, jax.tree.leaves(state))), used.alias_size_in_bytes
+    size = sum(map(local_bytes, jax.tree.leaves(state)))
+    reused = used.alias_size_in_bytes + used.host_alias_size_in_bytes
     text = (
         f"state {size:,} bytes on a device, {reused:,} of them donated; "
         f"temporaries {used.temp_size_in_bytes:,}, peak {used.peak_memory_in_bytes:,}"

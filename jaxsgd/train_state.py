@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.annotations import unplaced
+from jaxsgd.memory import check_host_memory, in_host_memory
 from jaxsgd.models import has_statistics, is_linen, is_module, make_serializable, merge_model, split_model
 from jaxsgd.numerics import as_key, strong
 from jaxsgd.paths import check_optimizer, check_params, is_function
@@ -61,6 +64,7 @@ class TrainState:
         mesh: Mesh | None = None,
         specs: Any = None,
         zero1: str | tuple[str, ...] | None = None,
+        offload: bool = False,
     ) -> TrainState:
         """The state before the first step. Arrays are copied: the step donates its own, never the caller's.
 
@@ -76,20 +80,33 @@ class TrainState:
           specs: the sharding of the parameters, see `jaxsgd.state_sharding`. Default: the present one, else what the
             model states (`nnx.with_partitioning`, linen's boxes), else replicated. Given, they replace both.
           zero1: the mesh axes to split the optimizer's state over, see `jaxsgd.state_sharding`.
+          offload: keep the optimizer's slots in the host's memory between steps (memory kind ``"pinned_host"``). The
+            step brings them to the device and sends the new ones back, with the same numbers. Scalars, such as the
+            learning rate, stay on the device. ``tx.init`` is then compiled. Without a mesh the state is bound to its
+            device. Default: False.
 
         Raises:
           ValueError: ``tx.init`` or `jaxsgd.state_sharding` refuses the parameters (integers that are not frozen,
-            group patterns that match nothing); specs or zero1 without a mesh.
+            group patterns that match nothing); specs or zero1 without a mesh; offload on a platform without such
+            memory, or without a mesh for parameters on several devices.
           TypeError: a leaf of the parameters is no array and no number, such as a function; ``tx`` is no gradient
             transformation; ``model`` is a linen module.
           RuntimeError: the parameters were donated to an earlier step.
+
+        >>> state = TrainState.create({"w": jnp.ones((4, 2))}, jaxsgd.adam(1e-3), offload=True)
+        >>> state.opt_state.slots["mu"]["w"].sharding.memory_kind
+        'pinned_host'
         """
         build, key, arrays = cls._recipe(model, tx, key, model_state)
         if mesh is None:
             if specs is not None or zero1 is not None:
                 raise ValueError("mesh=None: specs and zero1 need a mesh")
-            return build(key, arrays)
-        where = cls._where(cls._abstract(build, key, arrays, mesh), arrays, tx, mesh, specs, zero1)
+            if not offload:
+                return build(key, arrays)
+            where = cls._offloaded(cls._abstract(build, key, arrays, None), _on_one_device(arrays))
+            # Compiled, so that no slot has to be whole on the device first.
+            return jax.device_put(build(key, arrays, jax.jit(tx.init, out_shardings=where.opt_state)), where)
+        where = cls._where(cls._abstract(build, key, arrays, mesh), arrays, tx, mesh, specs, zero1, offload)
         if arrays is not None:
             arrays = put(arrays, (where.params, where.model_state))
         with unplaced():
@@ -106,6 +123,7 @@ class TrainState:
         mesh: Mesh | None = None,
         specs: Any = None,
         zero1: str | tuple[str, ...] | None = None,
+        offload: bool = False,
     ) -> TrainState:
         """The state of `create` as `jax.ShapeDtypeStruct` with shardings; nothing is allocated.
 
@@ -115,13 +133,16 @@ class TrainState:
         build, key, arrays = cls._recipe(model, tx, key, model_state)
         shapes = cls._abstract(build, key, arrays, mesh)
         if mesh is None:
-            return shapes
-        where = cls._where(shapes, arrays, tx, mesh, specs, zero1)
+            if not offload:
+                return shapes
+            where = cls._offloaded(shapes, _on_one_device(arrays))
+        else:
+            where = cls._where(shapes, arrays, tx, mesh, specs, zero1, offload)
         return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, where)
 
     @classmethod
     def _recipe(cls, model: Any, tx: Any, key: Any, model_state: Any) -> tuple[Any, jax.Array, Any]:
-        """``build, key, arrays``: ``build(key, arrays)`` makes the state; no arrays if ``model`` is a function."""
+        """``build, key, arrays``: ``build(key, arrays, init)`` makes the state; no arrays if a function makes them."""
         check_optimizer(tx)
         make_serializable(cls)
         if is_module(model) and model_state is not None:
@@ -137,14 +158,14 @@ class TrainState:
             # The static half has to be split off before tracing.
             graphdef, params, carried = _parts(model, model_state)
 
-        def build(key: jax.Array, arrays: Any) -> TrainState:
+        def build(key: jax.Array, arrays: Any, init: Callable[[Any], Any] = tx.init) -> TrainState:
             if by_function:
                 init_key, key = jax.random.split(key)
                 own, params, carried = _parts(model(init_key), model_state)
             else:
                 own, (params, carried) = graphdef, arrays
             params, carried, key = jax.tree.map(lambda x: jnp.array(strong(x), copy=True), (params, carried, key))
-            return cls(jnp.zeros((), jnp.int32), params, _unshared(tx.init(params)), key, carried, own)
+            return cls(jnp.zeros((), jnp.int32), params, _unshared(init(params)), key, carried, own)
 
         return build, key, None if by_function else jax.tree.map(strong, (params, carried))
 
@@ -155,15 +176,34 @@ class TrainState:
             return jax.eval_shape(build, key, arrays)
 
     @staticmethod
-    def _where(shapes: TrainState, arrays: Any, tx: Any, mesh: Mesh, specs: Any, zero1: Any) -> TrainState:
+    def _where(
+        shapes: TrainState, arrays: Any, tx: Any, mesh: Mesh, specs: Any, zero1: Any, offload: bool
+    ) -> TrainState:
         """The sharding of each array of a state."""
         like, carried = (shapes.params, shapes.model_state) if arrays is None else arrays
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return jax.tree.map(lambda _: everywhere, shapes).replace(
+        where = jax.tree.map(lambda _: everywhere, shapes).replace(
             params=param_sharding(like, mesh, specs),
             model_state=param_sharding(carried, mesh),
             opt_state=state_sharding(tx, like, mesh, specs=specs, zero1=zero1),
         )
+        return TrainState._to_host(where, shapes, mesh.devices.flat[0]) if offload else where
+
+    @staticmethod
+    def _offloaded(shapes: TrainState, device: Any) -> TrainState:
+        """The sharding of each array of a state on one device, with the slots in its host's memory.
+
+        All on a mesh of that device: of other arrays JAX does not always know in a trace in which memory they are.
+        """
+        mesh = Mesh(np.array([device]), ("device",))
+        where = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+        return TrainState._to_host(where, shapes, device)
+
+    @staticmethod
+    def _to_host(where: TrainState, shapes: TrainState, device: Any) -> TrainState:
+        """Shardings of a state with the slots in the host's memory."""
+        check_host_memory("offload=True", device)
+        return where.replace(opt_state=in_host_memory(where.opt_state, shapes.opt_state, shapes.params))
 
     @property
     def eval_params(self) -> Any:
@@ -209,6 +249,22 @@ def _parts(model: Any, model_state: Any) -> tuple[Any, Any, Any]:
     graphdef, params, others = split_model(model)
     check_params(params)
     return graphdef, params, others
+
+
+def _on_one_device(arrays: Any) -> Any:
+    """The device of arrays without a mesh; that which JAX uses by default if none has a place.
+
+    Raises:
+      ValueError: they are on several devices.
+    """
+    placed = [x.devices() for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    devices = set[Any]().union(*placed) or jnp.zeros(()).devices()
+    if len(devices) > 1:
+        raise ValueError(
+            f"offload=True: the parameters are on {len(devices)} devices and mesh=None. Use mesh=, the mesh that they "
+            "are on"
+        )
+    return next(iter(devices))
 
 
 def _unshared(tree: Any) -> Any:

@@ -19,6 +19,7 @@ from jaxsgd.curvature.linear_response import Response, read_rule
 from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
+from jaxsgd.memory import in_device_memory
 from jaxsgd.numerics import as_key
 from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.progress import Bar
@@ -253,7 +254,7 @@ def sharpness(
     response = None
     if tx is not None:
         opt_state = tx.init(tree) if opt_state is None else opt_state
-        response = read_rule(tx, tree, opt_state, _leaves(curvature, gradient), loss)
+        response = read_rule(tx, tree, in_device_memory(opt_state), _leaves(curvature, gradient), loss)
         curvature = curvature.only(response.trained)
         _, gradient = curvature.value_and_gradient()
     with Bar("sharpness", total=2 * iterations, show=progress) as bar:

@@ -12,6 +12,7 @@ import jax
 
 from jaxsgd.blockwise import int8
 from jaxsgd.forms import forms
+from jaxsgd.memory import on_host
 from jaxsgd.numerics import is_key
 from jaxsgd.paths import leaf_names, leaf_paths, owners
 from jaxsgd.planning.reading import Buffer
@@ -19,16 +20,47 @@ from jaxsgd.planning.result import GRADIENTS, REST, SCRATCH
 from jaxsgd.sharding import local_bytes, local_shape, moment_sharding
 from jaxsgd.storage import accepts, of_kind
 
-__all__ = ["arguments", "int8_bytes", "parts", "slot_of", "state_buffers", "tree_bytes", "unsplit_bytes"]
+__all__ = [
+    "arguments",
+    "host_bytes",
+    "in_one_memory",
+    "int8_bytes",
+    "parts",
+    "slot_of",
+    "state_buffers",
+    "tree_bytes",
+    "unsplit_bytes",
+]
+
+
+def device_bytes(x: Any) -> int:
+    """Bytes of an array in a device's memory: none of one that the host keeps."""
+    return 0 if on_host(x) else local_bytes(x)
 
 
 def tree_bytes(tree: Any) -> int:
-    return sum(map(local_bytes, jax.tree.leaves(tree)))
+    return sum(map(device_bytes, jax.tree.leaves(tree)))
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of the arrays of one device that its host keeps."""
+    return sum(map(local_bytes, jax.tree.leaves(tree))) - tree_bytes(tree)
+
+
+def in_one_memory(state: Any) -> Any:
+    """The shapes of a state for a device whose memory is the host's."""
+
+    def moved(x: Any) -> Any:
+        if not on_host(x):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device"))
+
+    return jax.tree.map(moved, state)
 
 
 def unsplit_bytes(whole: Any, split: Any) -> int:
     """Bytes on a device of the leaves that take as much in ``split`` as in ``whole``."""
-    pairs = zip(map(local_bytes, jax.tree.leaves(whole)), map(local_bytes, jax.tree.leaves(split)), strict=True)
+    pairs = zip(map(device_bytes, jax.tree.leaves(whole)), map(device_bytes, jax.tree.leaves(split)), strict=True)
     return sum(before for before, after in pairs if after == before)
 
 
@@ -50,7 +82,7 @@ def state_bytes(state: Any) -> dict[str, int]:
     out: Counter[str] = Counter()
     leaves = zip(leaf_paths(state.opt_state), jax.tree.leaves(state.opt_state), parameters, strict=True)
     for path, leaf, parameter in leaves:
-        out[slot_of(path, parameter)] += local_bytes(leaf)
+        out[slot_of(path, parameter)] += device_bytes(leaf)
     return dict(sorted(out.items(), key=lambda item: (item[0] == "other", item[0])))
 
 
@@ -90,7 +122,8 @@ def state_buffers(state: Any, batch: Any) -> list[Buffer]:
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
             kind = "key" if is_key(leaf) else _short(leaf.dtype.name)
             shape = f"{kind}[{','.join(map(str, local_shape(leaf)))}]"
-            found.append(Buffer(local_bytes(leaf), shape, prefix + name))
+            if not on_host(leaf):
+                found.append(Buffer(local_bytes(leaf), shape, prefix + name))
     return sorted(found, key=lambda b: (-b.bytes, b.what))
 
 
@@ -115,6 +148,6 @@ def int8_bytes(tx: Any, state: Any) -> int:
         packed = jax.eval_shape(of_kind(storage, form.slot.kind).pack, wide)
         whole, rest = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(y)) for y in (form.stored, packed))
         if rest < whole:
-            here = sum(local_bytes(held[name]) for name in form.names)
+            here = sum(device_bytes(held[name]) for name in form.names)
             saved += here * (whole - rest) // whole
     return saved

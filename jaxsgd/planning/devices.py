@@ -32,6 +32,8 @@ class Device:
       memory: bytes for programs: on TPU what the compiler leaves to them, on a GPU all that it has, on a CPU its part
         of the host's memory.
       bandwidth: bytes a second between memory and cores; None where it is not known.
+      host_link: bytes a second between it and its host, each way. For a GPU that of PCIe in OpenXLA's target
+        description; None where it is not known.
       link: bytes a second that it sends to other devices, over all its links; None where it is not known.
       flops: operation rate of matrix products by type, as JAX computes them by default: float32 in bfloat16 passes on
         TPU, in TF32 on a GPU. Empty where it is not known.
@@ -54,6 +56,10 @@ class Device:
     devices_per_chip: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     target: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def host_link(self) -> float | None:
+        return self.target.get("pcie_bandwidth")
 
 
 @dataclass(frozen=True)

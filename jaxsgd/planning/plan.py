@@ -12,8 +12,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxsgd.backward import LayerStep, make_layer_step
+from jaxsgd.memory import HOST
 from jaxsgd.paths import is_function, leaf_names
-from jaxsgd.planning.accounts import arguments, int8_bytes, parts, state_buffers, tree_bytes, unsplit_bytes
+from jaxsgd.planning.accounts import (
+    arguments,
+    host_bytes,
+    in_one_memory,
+    int8_bytes,
+    parts,
+    state_buffers,
+    tree_bytes,
+    unsplit_bytes,
+)
 from jaxsgd.planning.comparison import Comparison
 from jaxsgd.planning.reading import Buffer, read, read_text
 from jaxsgd.planning.result import Bound, Plan, Suggestion, human
@@ -46,6 +56,7 @@ def plan(
     specs: Any = None,
     param_spec: Any = None,
     zero1: str | tuple[str, ...] | None = None,
+    offload: bool = False,
     batch_axes: str | tuple[str, ...] | None = None,
     accumulate: int | None = None,
     model_state: Any = None,
@@ -75,6 +86,8 @@ def plan(
       mesh_axes: the mesh, ``{"data": -1, "model": 4}``; -1 is the rest. By default ``{"data": -1}``.
       specs, param_spec: how parameters are split (two names of one argument), see `jaxsgd.state_sharding`.
       zero1: mesh axes to split the optimizer's state over.
+      offload: keep the optimizer's slots in the host's memory between steps, see `jaxsgd.TrainState.create`. Default:
+        False.
       batch_axes: mesh axes to split the batch over, by default ``"data"``.
       accumulate: microbatches per step; a `jaxsgd.LayerStep` has none.
       model_state, key: as `jaxsgd.TrainState.create` takes them.
@@ -89,7 +102,7 @@ def plan(
 
     Raises:
       ValueError: an unknown topology, mesh sizes that do not make up its devices, a batch that does not divide; what
-        `jaxsgd.state_sharding` refuses.
+        `jaxsgd.state_sharding` refuses; offload for a GPU, whose description knows no memory of the host.
       ImportError: the compiler is not installed; the extra that brings it is named.
       TypeError: the step cannot be compiled, with what it was traced; a missing argument.
     """
@@ -101,19 +114,23 @@ def plan(
     if specs is None and mesh_axes is None and len(target.devices) == 1:
         specs = PartitionSpec()  # One device splits nothing, so axes that the model's annotations name need not exist.
     given: dict[str, Any] = {"topology": topology, "mesh_axes": mesh_axes, "specs": specs, "zero1": zero1}
+    given["offload"] = offload
     given |= {"batch_axes": batch_axes, "accumulate": accumulate, "model_state": model_state, "key": key}
     mesh = target.mesh(mesh_axes)
     step = _step(step_or_loss, tx, mesh, batch_axes, accumulate)
     if batch is None:
         raise TypeError("batch: the batch of a step is needed, as arrays or shapes")
     state = TrainState.shapes(
-        params, step.tx, key=key, model_state=model_state, mesh=mesh, specs=specs, zero1=zero1
-    )  # fmt: skip
+        params, step.tx, key=key, model_state=model_state, mesh=mesh, specs=specs, zero1=zero1, offload=offload
+    )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.canonicalize_dtype(_dtype(x))), batch)
     count = step.accumulate if isinstance(step, Step) else 1
     placed = shard_batch(batch, mesh, step.batch_axes, multiple=count)
     say(f"tracing for {target.name}")
     lowered = _lower(step, state, placed)
+    on_host = host_bytes(state.opt_state)
+    if target.device.platform == "cpu":  # The needs count all of its memory.
+        state = in_one_memory(state)
     say(f"compiling for {target.name}")
     begin = time.perf_counter()
     named: list[Buffer] = []
@@ -129,7 +146,7 @@ def plan(
         named = [Buffer(*entry) for entry in refusal.largest]
     seconds = time.perf_counter() - begin
     memory = found.memory
-    settings = {"zero1": zero1, "accumulate": count}
+    settings = {"zero1": zero1, "accumulate": count, **({"offload": HOST} if offload else {})}
     made = sorted([*state_buffers(state, placed)[:8], *(named or found.buffers)], key=lambda b: -b.bytes)
     answer = Plan(
         label=label or _label(target.name, settings),
@@ -153,10 +170,11 @@ def plan(
         hbm_bytes=found.bytes,
         kernels=found.kernels,
         collectives=found.collectives,
-        bound=Bound.of(found, target.device) if found.kernels else None,
+        bound=Bound.of(found, target.device, on_host) if found.kernels else None,
         compile_seconds=seconds,
         largest=tuple(made[:8]),
         notes=_notes(target, needs, memory is None),
+        host_bytes=on_host,
     )
     if answer.fits or not suggest:
         return answer
@@ -251,8 +269,10 @@ def _suggestions(
     if again["zero1"] is None and copies > 1:
         split = TrainState.shapes(
             again["params"], step.tx, key=again["key"], model_state=again["model_state"], mesh=mesh,
-            specs=again["specs"], zero1=axes,
+            specs=again["specs"], zero1=axes, offload=again["offload"],
         )  # fmt: skip
+        if answer.device.platform == "cpu":
+            split = in_one_memory(split)
         name = f"ZeRO-1 (zero1={axes[0] if len(axes) == 1 else axes!r})"
         saved[name] = tree_bytes(state.opt_state) - tree_bytes(split.opt_state)
     saved["int8 state (storage=jaxsgd.int8())"] = int8_bytes(step.tx, state)

@@ -46,6 +46,7 @@ class Bound:
       compute: ``flops`` at the rates of the device.
       memory: ``bytes`` at its bandwidth; a cache can make this one smaller.
       link: ``wire`` bytes sent at the speed of all its links together.
+      host: the bytes that come from the host at the speed of its link, while as many go back. 0 if it is not known.
     """
 
     in_dict: ClassVar[tuple[str, ...]] = ("seconds", "by")
@@ -53,25 +54,28 @@ class Bound:
     compute: float
     memory: float
     link: float
+    host: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory, self.link)
+        return max(self.compute, self.memory, self.link, self.host)
 
     @property
     def by(self) -> str:
-        """The name of the largest of the three."""
-        return max(("compute", self.compute), ("memory", self.memory), ("link", self.link), key=lambda x: x[1])[0]
+        """The name of the largest."""
+        times = {"compute": self.compute, "memory": self.memory, "link": self.link, "host": self.host}
+        return max(times, key=lambda name: times[name])
 
     @classmethod
-    def of(cls, reading: Reading, device: Device) -> Bound | None:
+    def of(cls, reading: Reading, device: Device, host_bytes: int = 0) -> Bound | None:
         """The bound for what a program does; None for a device whose speed is not known."""
         if device.bandwidth is None or device.link is None:
             return None
         slowest = min(device.flops.values())
         compute = sum(flops / device.flops.get(_rate(dtype), slowest) for dtype, flops in reading.flops.items())
         wire = sum(c.wire for c in reading.collectives.values())
-        return cls(compute, reading.bytes / device.bandwidth, wire / device.link)
+        host = host_bytes / device.host_link if device.host_link is not None else 0.0
+        return cls(compute, reading.bytes / device.bandwidth, wire / device.link, host)
 
 
 def _rate(dtype: str) -> str:
@@ -86,7 +90,7 @@ class Plan(Report):
       label: what it is called in tables.
       topology, description, devices, mesh: what it was compiled for.
       device: one of the devices, see `jaxsgd.planning.devices.Device`.
-      settings: what was asked for: ``zero1``, ``accumulate``.
+      settings: what was asked for: ``zero1``, ``accumulate``, ``offload``.
       parameters: how many numbers are trained.
       fits: whether the device has the memory.
       needs, available: bytes needed, and there; `headroom` is the difference.
@@ -105,10 +109,12 @@ class Plan(Report):
       largest: the largest arrays: of the state, and that the program makes.
       suggestions: where it does not fit, what would take less.
       notes: what else there is to say.
+      host_bytes: of the optimizer's state, what the host keeps between steps. ``parts`` has them only on a CPU, whose
+        memory is the host's.
     """
 
     picture = "memory_bars"
-    in_dict = ("fits", "headroom", "state_bytes")
+    in_dict = ("fits", "headroom", "state_bytes", "host_traffic")
 
     label: str
     topology: str
@@ -136,6 +142,12 @@ class Plan(Report):
     largest: tuple[Buffer, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     notes: tuple[str, ...] = ()
+    host_bytes: int = 0
+
+    @property
+    def host_traffic(self) -> int:
+        """Bytes that a step moves between the device and its host: the slots there, and the new ones back."""
+        return 2 * self.host_bytes
 
     @property
     def fits(self) -> bool:
@@ -148,7 +160,7 @@ class Plan(Report):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state."""
+        """Bytes of the optimizer's state in the device's memory."""
         return sum(size for name, size in self.parts.items() if name.startswith("state: "))
 
     # -- the report ---------------------------------------------------------------------------------
@@ -173,6 +185,12 @@ class Plan(Report):
         if self.bound is not None:
             out.append(
                 f"a step takes at least {number(self.bound.seconds * 1e3)} ms, bound by {self.bound.by}; no prediction"
+            )
+        if self.host_bytes:
+            which = "one memory here, counted above" if self.device.platform == "cpu" else "not counted above"
+            out.append(
+                f"the host keeps {human(self.host_bytes)} of the optimizer's state ({which}); "
+                f"a step moves {human(self.host_traffic)} between host and device"
             )
         return (*out, *self.notes)
 
@@ -221,8 +239,11 @@ class Plan(Report):
                 ("memory", self.bound.memory * 1e3, f"at {number(self.device.bandwidth)} bytes/s"),
                 ("link", self.bound.link * 1e3, f"{human(wire)} at {number(self.device.link)} bytes/s"),
             )
+            if self.host_bytes and self.device.host_link:
+                each = f"{human(self.host_bytes)} each way at {number(self.device.host_link)} bytes/s"
+                rows += (("host", self.bound.host * 1e3, each),)
             columns = (Column("bound", kind="text"), Column("time", "ms"), Column("from", kind="text"))
-            best = [self.bound.compute, self.bound.memory, self.bound.link].index(self.bound.seconds)
+            best = [row[0] for row in rows].index(self.bound.by)
             parts.append(Table(columns, rows, best, f"the bound; datasheet: {self.device.source}"))
         if self.largest:
             columns = (Column("array", kind="text"), Column("size", kind="bytes"), Column("where", kind="text"))

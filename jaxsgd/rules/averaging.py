@@ -11,6 +11,7 @@ import optax
 from optax import lookahead as optax_lookahead
 
 from jaxsgd.hyper import Count, Decay, in_state, is_constant, scheduled
+from jaxsgd.memory import in_device_memory
 from jaxsgd.numerics import debias, ema, filled, sq, wide, wide_dtype, widest
 from jaxsgd.paths import named_leaves
 from jaxsgd.registry import Rule, make_rule, titled, wrapped
@@ -348,6 +349,7 @@ def eval_params(state: Any, params: Any) -> Any:
             if jnp.shape(x) != jnp.shape(y):
                 shapes = f"has the shape {jnp.shape(x)}, the parameter {jnp.shape(y)}"
                 raise ValueError(f"state: the average of {name!r} {shapes}. {_USE}")
+            x = in_device_memory(x)
             if b1 is not None:
                 x = extrapolated(wide(y), wide(x), jnp.asarray(b1, wide(y).real.dtype))
             out[name] = jnp.array(x, y.dtype, copy=True)  # a copy, because the next step donates its state
