@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.blockwise import int8
+from jaxsgd.blockwise import fp8, int8
 from jaxsgd.forms import forms
 from jaxsgd.paths import leaf_names
 from jaxsgd.registry import Rule
@@ -220,7 +220,8 @@ def law_moments(tx: optax.GradientTransformation) -> str | None:
         narrow = [
             name
             for name, x in zip(leaf_names(state), jax.tree.leaves(state), strict=True)
-            if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+            # Eight-bit floats come from a storage, never from 16-bit weights.
+            if jnp.issubdtype(x.dtype, jnp.floating) and 8 < jnp.finfo(x.dtype).bits < 32
         ]
         if narrow:
             names = f"{', '.join(narrow[:4])}{', ...' if len(narrow) > 4 else ''}"
@@ -392,6 +393,7 @@ STORAGES: Mapping[str, Storage] = {
     "bfloat16": cast("bfloat16"),
     "float16": cast("float16"),
     "int8": int8(min_size=0),
+    "fp8": fp8(min_size=0),
     "one's own": Pair(),
 }
 """The storages of `law_storage`."""

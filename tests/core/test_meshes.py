@@ -52,6 +52,7 @@ KINDS = {
         {"zero1": "data"},
     ),
     "adamw in int8": (lambda: jaxsgd.adamw(1e-2, storage=jaxsgd.int8(min_size=64)), {}, {"specs": SPECS}),
+    "adamw in fp8": (lambda: jaxsgd.adamw(1e-2, storage=jaxsgd.fp8(min_size=64)), {}, {"specs": SPECS}),
     "muon": (lambda: jaxsgd.muon(0.02), {}, {"specs": SPECS}),
     "adafactor, microbatches": (
         lambda: jaxsgd.adafactor(1e-2, min_dim_size_to_factor=4),

@@ -1,5 +1,7 @@
 """The conformance kit: it passes what is right, finds what is wrong, and says where."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,19 @@ def test_it_finds_that_amsgrad_differs_from_torch():
 
 def test_it_finds_that_rprop_comes_a_step_late():
     assert "first_step" in {b.law for b in laws_broken(optax.rprop(1e-2))}
+
+
+def test_eight_bit_floats_are_a_storage_and_no_narrow_state():
+    def stored(storage):
+        return functools.partial(jaxsgd.adamw, storage=storage)
+
+    assert not laws_broken(stored(jaxsgd.fp8(min_size=0)), ["moments"])
+    (broken,) = laws_broken(stored(jaxsgd.cast("bfloat16")), ["moments"])
+    assert "kept in bfloat16: slots/mu/" in broken.seen
+
+
+def test_every_law_holds_with_eight_bit_floats():
+    check_laws(functools.partial(jaxsgd.adamw, storage=jaxsgd.fp8(min_size=0)))
 
 
 BROKEN = {"gradient_dtype", "moments", "stalls", "strict"}
