@@ -486,6 +486,11 @@ class Blockwise:
         if not isinstance(packed, Packed):
             return wide(packed)
         codes, scale = packed
+        if isinstance(packed, Floats) and codes.dtype != self._dtype:
+            raise ValueError(
+                f"state: it keeps {codes.dtype.name}, this storage keeps {jnp.dtype(self._dtype).name}. "
+                "Use jaxsgd.migrate(state, tx, params)"
+            )
         codes = unpaired(codes) if self.map == "nibbles" else codes
         unit = TO_VALUES[self.map](codes, self.signed).astype(scale.dtype)
         blocks = self._blocks(unit)

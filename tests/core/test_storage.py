@@ -182,6 +182,9 @@ def test_eight_bit_floats_in_words():
         fp8(square="e3m4")
     with pytest.raises(ValueError, match="mean='float8_e4m3fn': no format"):
         fp8(mean="float8_e4m3fn")
+    tx, other = (jaxsgd.rmsprop(0.1, storage=fp8(min_size=0, square=square)) for square in FLOATS)
+    with pytest.raises(ValueError, match=r"keeps float8_e4m3fn, this storage keeps float8_e5m2. Use jaxsgd.migrate"):
+        other.update(WIDE, tx.init(WIDE), WIDE)
 
 
 def test_a_state_moves_between_eight_and_four_bits_and_float32():
