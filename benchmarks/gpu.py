@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--out docs] [--layers 12 --width 768] [--skip rules,updates,examples]
 
 rules: three steps of every rule in float32 on the device beside the same on the CPU: the largest difference of an
-update, over the largest update. Of some rules with ``storage=int8()`` too, in its kernel.
+update, over the largest update. Of some rules with ``storage=int8()`` and ``fp8()`` too, in its kernel.
 updates: the compiled step from gradients to new parameters on those of GPT-2 (124M), all donated: medians of runs in
 turns beside optax, and torch's fused AdamW where torch sees the device; bytes that the program moves, their share of
 the device's bandwidth, and temporaries as the compiler states them.
@@ -75,12 +75,12 @@ def apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:
 def rules(device: Any) -> dict[str, Any]:
     """Each rule's difference from the CPU, or why it has none."""
     host, out = jax.devices("cpu")[0], {}
-    packed = jaxsgd.int8(min_size=0, stochastic=False)
+    packed = {make.__name__: make(min_size=0, stochastic=False) for make in (jaxsgd.int8, jaxsgd.fp8)}
     for name in track(sorted(jaxsgd.RULES), "rules"):
         make = jaxsgd.RULES[name]
         out[name] = {"float32": apart(followed(make(1e-2), host), followed(make(1e-2), device))}
-        if name in PACKED:
-            out[name]["int8"] = apart(*(followed(make(1e-2, storage=packed), place) for place in (host, device)))
+        for how, storage in packed.items() if name in PACKED else ():
+            out[name][how] = apart(*(followed(make(1e-2, storage=storage), place) for place in (host, device)))
     return out
 
 
@@ -91,6 +91,9 @@ def contenders() -> dict[str, dict[str, Callable[[], optax.GradientTransformatio
         "adamw": {"jaxsgd": lambda: jaxsgd.adamw(1e-3), "optax": lambda: optax.adamw(1e-3)},
         "adamw int8": {
             "jaxsgd": lambda: jaxsgd.adamw(1e-3, storage=jaxsgd.int8()), "optax": lambda: optax.adamw(1e-3)
+        },
+        "adamw fp8": {
+            "jaxsgd": lambda: jaxsgd.adamw(1e-3, storage=jaxsgd.fp8()), "optax": lambda: optax.adamw(1e-3)
         },
         "lion": {"jaxsgd": lambda: jaxsgd.lion(1e-4), "optax": lambda: optax.lion(1e-4)},
         "adafactor": {"jaxsgd": lambda: jaxsgd.adafactor(1e-3), "optax": lambda: optax.adafactor(1e-3)},
@@ -211,10 +214,12 @@ def page(found: dict[str, Any]) -> str:
             f"{len(found['rules']) - len(far)} of {len(found['rules'])} rules are within 1e-3 after {STEPS} steps.",
             "",
         ]
-        out += ["| rule | float32 | int8 |", "| --- | --- | --- |"]
+        out += ["| rule | float32 | int8 | fp8 |", "| --- | --- | --- | --- |"]
         for name, row in found["rules"].items():
             out.append(
-                f"| `{name}` | " + " | ".join(f"{row[k]:.1e}" if k in row else "" for k in ("float32", "int8")) + " |"
+                f"| `{name}` | "
+                + " | ".join(f"{row[k]:.1e}" if k in row else "" for k in ("float32", "int8", "fp8"))
+                + " |"
             )
         out.append("")
     if "updates" in found:
