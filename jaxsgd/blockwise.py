@@ -600,7 +600,7 @@ def fp8(
 
     ``square="e5m2"`` is the default since it trains as float32 does. ``benchmarks/parity.py``, AdamW on digits, 8
     epochs, three seeds, last loss: float32 0.0242 (sd 0.0037), e5m2 0.0242, e4m3 0.0201. With e4m3 the smallest squares
-    of a block become 0, and steps are larger than Adam's. They can be a thousand times as large where the gradient is 0.
+    of a block become 0, and steps are larger than Adam's. Where the gradient is 0 they can be 1,000 times as large.
 
     Args:
       block: elements that share a scale, a power of two. Default: 256.
