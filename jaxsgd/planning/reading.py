@@ -47,7 +47,7 @@ class Memory:
       arguments, outputs, temporaries, code: of each. The TPU compiler counts among the temporaries those in the
         memory of donated arguments.
       aliased: of the outputs, what takes the memory of donated arguments.
-      peak: the most that is in use at once; on a CPU without the temporaries.
+      peak: the most that is in use at once, without what the host keeps; on a CPU without the temporaries.
     """
 
     arguments: int
@@ -98,7 +98,7 @@ def read(compiled: Any) -> Reading:
         used.alias_size_in_bytes,
         used.temp_size_in_bytes,
         used.generated_code_size_in_bytes,
-        used.peak_memory_in_bytes,
+        used.peak_memory_in_bytes - used.host_argument_size_in_bytes,  # the compiler counts them as if on the device
     )
     return read_text(compiled.as_text(), memory)
 

@@ -15,6 +15,7 @@ from jaxsgd.planning.accounts import host_bytes
 from jaxsgd.planning.plan import plan
 from jaxsgd.planning.reading import Reading
 from jaxsgd.planning.result import Bound
+from jaxsgd.planning.targets import available
 
 RNG = np.random.default_rng(0)
 PARAMS = {name: RNG.normal(size=(16, 16)).astype("f") / 4 for name in ("w0", "w1", "w2")} | {"b": np.zeros(16, "f")}
@@ -217,3 +218,22 @@ def test_the_bound_knows_the_link_to_the_host():
     assert Bound.of(nothing, devices["v5e"], 2**36).host == 0  # not known
     state = TrainState.shapes(PARAMS, ADAMW, offload=True)
     assert host_bytes(state.opt_state) == 2 * sum(x.nbytes for x in PARAMS.values())
+
+
+@pytest.mark.skipif(not available("tpu"), reason="the TPU compiler is missing: pip install 'jaxsgd[tpu]'")
+def test_the_tpu_compiler_leaves_the_slots_on_the_host():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((512,) * x.ndim, x.dtype), (PARAMS, BATCH))
+    inputs = (loss_fn, shapes[0], ADAMW, shapes[1])
+    plans = [plan(*inputs, topology="v5e:1x1", offload=offload) for offload in (True, False)]
+    kept = 2 * 4 * (3 * 512 * 512 + 512)
+    assert plans[0].host_bytes == kept
+    assert plans[1].argument - plans[0].argument == pytest.approx(kept, rel=0.01)  # arrays are padded
+    assert plans[0].parts["state: mu"] == 0
+    assert plans[0].needs < plans[1].needs + kept
+
+
+@pytest.mark.skipif(not available("cuda"), reason="the CUDA compiler is missing: pip install 'jaxsgd[cuda]'")
+def test_a_described_gpu_is_refused():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, BATCH))
+    with pytest.raises(ValueError, match="offload=True: .* on the platform 'gpu' has no memory of kind"):
+        plan(loss_fn, shapes[0], ADAMW, shapes[1], topology="h100", offload=True)
