@@ -18,6 +18,7 @@ from jaxsgd.paths import nearest
 from jaxsgd.second_order.implicit import differentiable
 from jaxsgd.second_order.objective import Space, check_bounds, check_start, hoist, is_concrete
 from jaxsgd.second_order.result import Result, Status
+from jaxsgd.second_order.vectors import power_of_two
 
 __all__ = ["least_squares"]
 
@@ -439,10 +440,15 @@ def _search(
     eps = jnp.finfo(dtype).eps
     free = options.method != "gauss_newton"
 
-    def residuals(x: jax.Array) -> jax.Array:
-        return fun(space.tree([x]))[0].astype(dtype)
+    # In a power of two near their first norm: nothing is rounded, and units of residuals do not matter.
+    r = fun(start)[0].astype(dtype)
+    unit = power_of_two(_norm(r))
+    r = r / unit
 
-    count = jax.eval_shape(residuals, x).shape[0]
+    def residuals(x: jax.Array) -> jax.Array:
+        return fun(space.tree([x]))[0].astype(dtype) / unit
+
+    count = len(r)
     jacobian = jax.jacfwd(residuals) if n <= count else jax.jacrev(residuals)
 
     def factored(x: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -484,11 +490,10 @@ def _search(
         columns = jax.vmap(_norm, in_axes=1)(free_part(s)[:, :n])
         small = _norm(model.step(jnp.zeros((), dtype))) <= eps ** (2 / 3) * _norm(columns * s.x)
         code = jnp.where(small, Status.CONVERGED_STEP, Status.RUNNING)
-        code = jnp.where(s.norm <= eps * jnp.minimum(first, 1), Status.CONVERGED_VALUE, code)
+        code = jnp.where(s.norm <= eps * jnp.minimum(first, 1 / unit), Status.CONVERGED_VALUE, code)
         flat = ((explained <= tol) & (cosine <= jnp.sqrt(tol))) | (cosine <= 10 * eps)
         return jnp.where(flat, Status.CONVERGED_GRADIENT, code).astype(jnp.int32)
 
-    r = residuals(x)
     factor, columns, good = factored(x, r)
     first = _norm(r)
     good &= jnp.isfinite(first)
@@ -504,17 +509,19 @@ def _search(
         return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
 
     def body(s: _State) -> _State:
+        # Relative to the norm of the residuals: no square of a large or a small one leaves the range.
+        factor = s.factor / s.norm
         if box is None:
-            step = STEPS[options.method](_model(s.factor, s.scale), s.radius)
+            step = STEPS[options.method](_model(factor, s.scale), s.radius)
             x = s.x + step / s.scale
         else:
-            step, x = _boxed_step(STEPS[options.method], s, box, free)
+            step, x = _boxed_step(STEPS[options.method], s._replace(factor=factor), box, free)
         length = _norm(step)
         r = residuals(x)
         norm = _norm(r)
-        moved, rest = s.factor[:, :n] @ (step / s.scale), s.factor[:, n]
-        # Relative to the sum of squares: by the linear model, and in truth.
-        predicted = -jnp.sum(moved * (moved + 2 * rest) / s.norm / s.norm)
+        moved, rest = factor[:, :n] @ (step / s.scale), factor[:, n]
+        # The relative decrease of the sum of squares: by the linear model, and in truth.
+        predicted = -jnp.sum(moved * (moved + 2 * rest))
         actual = jnp.where(norm < 10 * s.norm, (1 - norm / s.norm) * (1 + norm / s.norm), -1)
         actual = jnp.where(jnp.isfinite(norm), actual, -1)
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0)
@@ -526,7 +533,7 @@ def _search(
         ratio = jnp.where(wanted & ~good, -1, ratio)
         if free:
             # A parabola through both values and the slope says where the minimum along the step is.
-            slope = -jnp.sum(moved * rest / s.norm / s.norm)
+            slope = -jnp.sum(moved * rest)
             shorter = jnp.where(actual >= 0, 0.5, 0.5 * slope / jnp.maximum(slope - actual / 2, eps))
             shorter = jnp.clip(jnp.where(jnp.isfinite(norm), shorter, 0.1), 0.1, 0.5)
             radius = jnp.where(s.trials == 0, jnp.minimum(s.radius, length), s.radius)
@@ -580,16 +587,17 @@ def _search(
                 return jax.jvp(residuals, (x,), (v,))[1]
 
             first, second = jax.jvp(slope, (s.x,), (v,))
-            convex, other = jnp.sum(first * first), jnp.sum(s.r * second)
-            return convex + other < -1e-3 * (convex + _norm(s.r) * _norm(second))
+            first, second, r = first / s.norm, second / s.norm, s.r / s.norm
+            convex, other = jnp.sum(first * first), jnp.sum(r * second)
+            return convex + other < -1e-3 * (convex + _norm(second))
 
         return jnp.any(jax.vmap(along)(both))
 
     def _result(s: _State) -> Result:
-        gradient = s.factor[:, :n].T @ s.factor[:, n]
+        gradient = s.factor[:, :n].T @ s.factor[:, n] * unit * unit
         if box is not None:
-            gradient = s.x - jnp.clip(s.x - gradient, box.lower, box.upper)
-        value = s.norm * s.norm / 2
+            gradient = jnp.clip(gradient, s.x - box.upper, s.x - box.lower)
+        value = (s.norm * unit) ** 2 / 2
         params = space.tree([s.x])
         return Result(params, value, jnp.max(jnp.abs(gradient)), s.iterations, s.trials + 1, s.code, None)
 
@@ -597,14 +605,14 @@ def _search(
         s = jax.lax.while_loop(lambda s: (s.code == Status.RUNNING) & (s.trials < most), body, s)
         return s._replace(code=jnp.where(s.code == Status.RUNNING, Status.ITERATION_LIMIT, s.code).astype(jnp.int32))
 
-    def unit(s: _State) -> jax.Array:
+    def sizes(s: _State) -> jax.Array:
         """The size of each parameter; where it began at zero, at least 1."""
         return jnp.maximum(jnp.abs(s.x), jnp.where(x == 0, 1, jnp.abs(x)))
 
     def dead(s: _State) -> jax.Array:
         """Parameters that could double without an effect on the residuals, by the Jacobian."""
         columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
-        out = columns * unit(s) <= eps**0.5 * s.norm
+        out = columns * sizes(s) <= eps**0.5 * s.norm
         if box is not None:
             out &= (s.x > box.lower) & (s.x < box.upper)
         return out & (s.norm > eps**0.5 * first)
@@ -638,7 +646,7 @@ def _search(
         if box is not None:
             places = jnp.clip(places, box.lower[i], box.upper[i])
         norms = jax.vmap(lambda place: _norm(residuals(s.x.at[i].set(place))))(places)
-        way = jnp.zeros_like(x).at[i].set(unit(s)[i])
+        way = jnp.zeros_like(x).at[i].set(sizes(s)[i])
         second = jax.jvp(lambda x: jax.jvp(residuals, (x,), (way,))[1], (s.x,), (way,))[1]
         straight = _norm(second) <= eps**0.5 * s.norm
         return straight & jnp.any(~(jnp.abs(norms - s.norm) <= 1e-4 * s.norm))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsgd.second_order.objective import Vector
 
-__all__ = ["axpy", "dot", "largest", "norm", "select", "total"]
+__all__ = ["axpy", "dot", "largest", "norm", "power_of_two", "select", "times", "total"]
 
 
 def total(parts: list[jax.Array]) -> jax.Array:
@@ -45,6 +45,18 @@ def largest(xs: Vector) -> jax.Array:
 def axpy(a: Any, xs: Vector, ys: Vector) -> Vector:
     """``a * xs + ys``."""
     return [a * x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def times(a: Any, xs: Vector) -> Vector:
+    """``a * xs``."""
+    return [a * x for x in xs]
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two near ``x``, and far from overflow; 1 where ``x`` is 0 or not finite. To divide by it is exact."""
+    info = jnp.finfo(x.dtype)
+    safe = jnp.where((x > 0) & jnp.isfinite(x), x, 1)
+    return jnp.ldexp(jnp.ones_like(x), jnp.clip(jnp.frexp(safe)[1] - 1, info.minexp + 2, info.maxexp - 2))
 
 
 def select(condition: jax.Array, xs: Any, ys: Any) -> Any:
