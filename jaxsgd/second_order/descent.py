@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsgd.second_order.line_search import Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import axpy, dot, largest, norm, power_of_two, select, times
+from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select
 
 __all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_scale"]
 
@@ -50,7 +50,6 @@ class Move(NamedTuple):
 
     Attributes:
       x, f, g: the current point, its value and gradient.
-      scale: the factor of f and g.
       s, y: the last change of the point and of the gradient.
       drop: the last decrease of the value.
       took: whether the trial was accepted as a step, so that s and y are a pair.
@@ -63,7 +62,6 @@ class Move(NamedTuple):
     x: Vector
     f: Any
     g: Vector
-    scale: Any
     s: Vector
     y: Vector
     drop: Any
@@ -96,7 +94,6 @@ class _Carry(NamedTuple):
     x: Vector
     f: Any
     g: Vector
-    scale: Any
     p: Vector
     line: Line
     memory: Any
@@ -177,8 +174,8 @@ def descend(
 
     def judge(c: _Carry, now: _Carry, took: Any, predicted: Any, known: Any, bent: Any) -> tuple[Any, Any]:
         """The status after an accepted step, and for how many steps the value has not moved."""
-        size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(now.scale, jnp.abs(now.f_first)))
-        size_g = jnp.minimum(now.scale, jnp.maximum(jnp.abs(now.f), now.g_first))
+        size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(1, jnp.abs(now.f_first)))
+        size_g = jnp.minimum(1, jnp.maximum(jnp.abs(now.f), now.g_first))
         by_gradient = (now.grad_norm <= setting.tol * size_g) & known
         by_gradient &= predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f
         by_gradient |= now.grad_norm == 0
@@ -194,12 +191,9 @@ def descend(
         first = c.evaluations == 0
         xt = _clipped(axpy(c.line.a, c.p, c.x), limits)
         ft, gt = value_and_grad(xt)
-        # In units of the first gradient, so that units of the function do not matter.
-        scale = jax.lax.cond(first, lambda: 1 / power_of_two(largest(gt)), lambda: c.scale)
-        ft, gt = ft * scale, times(scale, gt)
         top = largest(gt)
         fine = jnp.isfinite(ft) & jnp.isfinite(top)
-        size = top if limits is None else scale * projected(xt, times(1 / scale, gt), limits)
+        size = top if limits is None else projected(xt, gt, limits)
         line, accepted, failed = judge_trial(c.line, ft, dot(gt, c.p), fine, model.curvature)
         took = jnp.where(first, fine, accepted)
         failed = failed & ~first
@@ -207,8 +201,7 @@ def descend(
         y = select(took & ~first, axpy(-1, c.g, gt), nothing)
         x, f, g = select(took, (xt, ft, gt), (c.x, c.f, c.g))
         restart = failed & ~c.fresh
-        drop = jnp.where(took & ~first, c.f - ft, 0)
-        move = Move(x, f, g, scale, s, y, drop, took & ~first, restart, first, c.line.a, c.p)
+        move = Move(x, f, g, s, y, jnp.where(took & ~first, c.f - ft, 0), took & ~first, restart, first, c.line.a, c.p)
         memory, p, a, known, bent = model.advance(c.memory, move)
         slope = dot(g, p)
         # A direction that does not descend or is not finite gives way to the gradient, at the length of the last step.
@@ -224,7 +217,6 @@ def descend(
             x=x,
             f=f,
             g=g,
-            scale=scale,
             f_first=jnp.where(first, f, c.f_first),
             g_first=jnp.where(first, size, c.g_first),
             grad_norm=jnp.where(took, size, c.grad_norm),
@@ -244,7 +236,7 @@ def descend(
         exhausted |= failed & c.fresh & (c.grad_norm <= 100 * eps * c.g_first)
         end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
         code = jnp.where((code == 0) & (stuck | exhausted), end, code)
-        lowest = -jnp.maximum(scale, jnp.abs(now.f_first)) / eps**2
+        lowest = -jnp.maximum(1, jnp.abs(now.f_first)) / eps**2
         code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
         over = now.evaluations >= setting.max_evaluations
         code = jnp.where((code == 0) & over, Status.EVALUATION_LIMIT, code)
@@ -253,7 +245,7 @@ def descend(
             told = callback
 
             def call() -> None:
-                jax.debug.callback(told, now.iterations, x, f / scale, now.grad_norm / scale, ordered=False)
+                jax.debug.callback(told, now.iterations, x, f, now.grad_norm, ordered=False)
 
             jax.lax.cond(took & ~first, call, lambda: None)
         return now._replace(
@@ -267,7 +259,6 @@ def descend(
 
     line = step_from(zero, far, zero, far)
     yes = jnp.ones((), bool)
-    one = jnp.ones((), dtype)
-    carry = _Carry(x, far, nothing, one, nothing, line, model.init(x), yes, none, far, far, far, none, none, none)
+    carry = _Carry(x, far, nothing, nothing, line, model.init(x), yes, none, far, far, far, none, none, none)
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
-    return End(out.x, out.f / out.scale, out.grad_norm / out.scale, out.iterations, out.evaluations, out.code)
+    return End(out.x, out.f, out.grad_norm, out.iterations, out.evaluations, out.code)

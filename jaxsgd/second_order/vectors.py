@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsgd.second_order.objective import Vector
 
-__all__ = ["axpy", "dot", "largest", "norm", "power_of_two", "select", "times", "total"]
+__all__ = ["axpy", "dot", "largest", "norm", "power_of_two", "select", "total"]
 
 
 def total(parts: list[jax.Array]) -> jax.Array:
@@ -45,11 +45,6 @@ def largest(xs: Vector) -> jax.Array:
 def axpy(a: Any, xs: Vector, ys: Vector) -> Vector:
     """``a * xs + ys``."""
     return [a * x + y for x, y in zip(xs, ys, strict=True)]
-
-
-def times(a: Any, xs: Vector) -> Vector:
-    """``a * xs``."""
-    return [a * x for x in xs]
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
