@@ -509,8 +509,9 @@ def _search(
         return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
 
     def body(s: _State) -> _State:
-        # Relative to the norm of the residuals: no square of a large or a small one leaves the range.
-        factor = s.factor / s.norm
+        # In a power of two near the norm of the residuals: nothing is rounded, and no square leaves the range.
+        near = power_of_two(s.norm)
+        factor = s.factor / near
         if box is None:
             step = STEPS[options.method](_model(factor, s.scale), s.radius)
             x = s.x + step / s.scale
@@ -521,7 +522,8 @@ def _search(
         norm = _norm(r)
         moved, rest = factor[:, :n] @ (step / s.scale), factor[:, n]
         # The relative decrease of the sum of squares: by the linear model, and in truth.
-        predicted = -jnp.sum(moved * (moved + 2 * rest))
+        squared = (s.norm / near) ** 2
+        predicted = -jnp.sum(moved * (moved + 2 * rest)) / squared
         actual = jnp.where(norm < 10 * s.norm, (1 - norm / s.norm) * (1 + norm / s.norm), -1)
         actual = jnp.where(jnp.isfinite(norm), actual, -1)
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0)
@@ -533,7 +535,7 @@ def _search(
         ratio = jnp.where(wanted & ~good, -1, ratio)
         if free:
             # A parabola through both values and the slope says where the minimum along the step is.
-            slope = -jnp.sum(moved * rest)
+            slope = -jnp.sum(moved * rest) / squared
             shorter = jnp.where(actual >= 0, 0.5, 0.5 * slope / jnp.maximum(slope - actual / 2, eps))
             shorter = jnp.clip(jnp.where(jnp.isfinite(norm), shorter, 0.1), 0.1, 0.5)
             radius = jnp.where(s.trials == 0, jnp.minimum(s.radius, length), s.radius)
