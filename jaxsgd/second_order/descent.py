@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsgd.second_order.line_search import Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select
+from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, times, unit
 
 __all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_scale"]
 
@@ -50,6 +50,7 @@ class Move(NamedTuple):
 
     Attributes:
       x, f, g: the current point, its value and gradient.
+      scale: the factor of f and g: a power of two, 1 for values of an ordinary size.
       s, y: the last change of the point and of the gradient.
       drop: the last decrease of the value.
       took: whether the trial was accepted as a step, so that s and y are a pair.
@@ -62,6 +63,7 @@ class Move(NamedTuple):
     x: Vector
     f: Any
     g: Vector
+    scale: Any
     s: Vector
     y: Vector
     drop: Any
@@ -94,6 +96,7 @@ class _Carry(NamedTuple):
     x: Vector
     f: Any
     g: Vector
+    scale: Any
     p: Vector
     line: Line
     memory: Any
@@ -150,7 +153,7 @@ def _room(x: Vector, p: Vector, limits: Limits | None, dtype: Any) -> jax.Array:
 
 
 def descend(
-    value_and_grad: Callable[[Vector], tuple[jax.Array, Vector]],
+    value_and_grad: Callable[[Vector, jax.Array], tuple[jax.Array, Vector]],
     x: Vector,
     model: Model,
     setting: Setting,
@@ -160,7 +163,7 @@ def descend(
     """Minimize by steps along a model's directions.
 
     Args:
-      value_and_grad: the function with its gradient.
+      value_and_grad: the function with its gradient at a point, both times a factor.
       x: the start; with bounds, inside them.
       model: gives the directions.
       setting: tolerance and limits.
@@ -174,8 +177,8 @@ def descend(
 
     def judge(c: _Carry, now: _Carry, took: Any, predicted: Any, known: Any, bent: Any) -> tuple[Any, Any]:
         """The status after an accepted step, and for how many steps the value has not moved."""
-        size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(1, jnp.abs(now.f_first)))
-        size_g = jnp.minimum(1, jnp.maximum(jnp.abs(now.f), now.g_first))
+        size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(now.scale, jnp.abs(now.f_first)))
+        size_g = jnp.minimum(now.scale, jnp.maximum(jnp.abs(now.f), now.g_first))
         by_gradient = (now.grad_norm <= setting.tol * size_g) & known
         by_gradient &= predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f
         by_gradient |= now.grad_norm == 0
@@ -188,20 +191,25 @@ def descend(
         return jnp.where(took, code, Status.RUNNING), jnp.where(took, still, c.still)
 
     def body(c: _Carry) -> _Carry:
-        first = c.evaluations == 0
+        first = c.f == jnp.inf
         xt = _clipped(axpy(c.line.a, c.p, c.x), limits)
-        ft, gt = value_and_grad(xt)
+        ft, gt = value_and_grad(xt, c.scale)
         top = largest(gt)
         fine = jnp.isfinite(ft) & jnp.isfinite(top)
-        size = top if limits is None else projected(xt, gt, limits)
+        # Where products of such values leave the range of the dtype, the start is evaluated again, in another unit.
+        scale = unit(jnp.maximum(jnp.abs(ft), top))
+        again = (c.evaluations == 0) & fine & (scale != 1) & (setting.max_evaluations > 1)
+        scale = jnp.where(again, scale, c.scale)
+        size = top if limits is None else scale * projected(xt, times(1 / scale, gt), limits)
         line, accepted, failed = judge_trial(c.line, ft, dot(gt, c.p), fine, model.curvature)
-        took = jnp.where(first, fine, accepted)
+        took = jnp.where(first, fine & ~again, accepted)
         failed = failed & ~first
         s = select(took & ~first, axpy(-1, c.x, xt), nothing)
         y = select(took & ~first, axpy(-1, c.g, gt), nothing)
         x, f, g = select(took, (xt, ft, gt), (c.x, c.f, c.g))
         restart = failed & ~c.fresh
-        move = Move(x, f, g, s, y, jnp.where(took & ~first, c.f - ft, 0), took & ~first, restart, first, c.line.a, c.p)
+        drop = jnp.where(took & ~first, c.f - ft, 0)
+        move = Move(x, f, g, scale, s, y, drop, took & ~first, restart, first, c.line.a, c.p)
         memory, p, a, known, bent = model.advance(c.memory, move)
         slope = dot(g, p)
         # A direction that does not descend or is not finite gives way to the gradient, at the length of the last step.
@@ -217,6 +225,7 @@ def descend(
             x=x,
             f=f,
             g=g,
+            scale=scale,
             f_first=jnp.where(first, f, c.f_first),
             g_first=jnp.where(first, size, c.g_first),
             grad_norm=jnp.where(took, size, c.grad_norm),
@@ -226,8 +235,8 @@ def descend(
         code, still = judge(c, now, took, -slope * a / 2, known, bent)
         turn = took | restart
         fresh = jnp.where(turn, ~known | restart | ~usable, c.fresh)
-        line = select(turn, step_from(a, f, slope, _room(x, p, limits, dtype)), line)
-        end = jnp.where(fine | (c.evaluations > 0), Status.LINE_SEARCH_FAILED, Status.NOT_FINITE_START)
+        line = select(turn, step_from(a, f, slope, _room(x, p, limits, dtype)), select(again, c.line, line))
+        end = jnp.where(fine | ~first, Status.LINE_SEARCH_FAILED, Status.NOT_FINITE_START)
         stuck = (failed & c.fresh) | (turn & ~(slope < 0)) | (first & ~fine)
         # At a point where the value cannot be told from its neighbours, the search ends as a success if the
         # model saw that little is left to gain.
@@ -236,7 +245,7 @@ def descend(
         exhausted |= failed & c.fresh & (c.grad_norm <= 100 * eps * c.g_first)
         end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
         code = jnp.where((code == 0) & (stuck | exhausted), end, code)
-        lowest = -jnp.maximum(1, jnp.abs(now.f_first)) / eps**2
+        lowest = -jnp.maximum(scale, jnp.abs(now.f_first)) / eps**2
         code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
         over = now.evaluations >= setting.max_evaluations
         code = jnp.where((code == 0) & over, Status.EVALUATION_LIMIT, code)
@@ -245,7 +254,7 @@ def descend(
             told = callback
 
             def call() -> None:
-                jax.debug.callback(told, now.iterations, x, f, now.grad_norm, ordered=False)
+                jax.debug.callback(told, now.iterations, x, f / scale, now.grad_norm / scale, ordered=False)
 
             jax.lax.cond(took & ~first, call, lambda: None)
         return now._replace(
@@ -259,6 +268,8 @@ def descend(
 
     line = step_from(zero, far, zero, far)
     yes = jnp.ones((), bool)
-    carry = _Carry(x, far, nothing, nothing, line, model.init(x), yes, none, far, far, far, none, none, none)
+    carry = _Carry(
+        x, far, nothing, jnp.ones((), dtype), nothing, line, model.init(x), yes, none, far, far, far, none, none, none
+    )
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
-    return End(out.x, out.f, out.grad_norm, out.iterations, out.evaluations, out.code)
+    return End(out.x, out.f / out.scale, out.grad_norm / out.scale, out.iterations, out.evaluations, out.code)

@@ -185,7 +185,10 @@ def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, 
 
     told = None if callback is None else tell
 
-    value_and_grad = jax.value_and_grad(value)
+    def value_and_grad(x: Vector, scale: jax.Array) -> tuple[jax.Array, Vector]:
+        f, gradient = jax.vjp(value, x)
+        return scale * f, gradient(scale)[0]
+
     match plan.method:
         case "trust_region" | "newton_cg":
             return trust_region(value, x, setting, exact=plan.method == "trust_region", callback=told)

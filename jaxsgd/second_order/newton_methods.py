@@ -12,6 +12,7 @@ from jaxsgd.matrices import eigenvectors
 from jaxsgd.second_order.descent import End, Move, Setting
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
+from jaxsgd.second_order.vectors import unit
 
 __all__ = ["Newton", "trust_region"]
 
@@ -23,9 +24,9 @@ class Spectrum(NamedTuple):
     vectors: jax.Array
 
 
-def spectrum(value: Callable[[Vector], jax.Array], x: jax.Array) -> Spectrum:
+def spectrum(value: Callable[[jax.Array], jax.Array], x: jax.Array) -> Spectrum:
     """The eigenvalues and eigenvectors of the Hessian; of the identity if it is not finite."""
-    hessian = jax.jacfwd(jax.grad(lambda x: value([x])))(x)
+    hessian = jax.jacfwd(jax.grad(value))(x)
     hessian = (hessian + hessian.T) / 2
     # LAPACK may not return for a matrix with a number that is not finite.
     hessian = jnp.where(jnp.all(jnp.isfinite(hessian)), hessian, jnp.eye(x.size, dtype=x.dtype))
@@ -54,7 +55,9 @@ class Newton:
 
     def advance(self, memory: Spectrum, move: Move) -> tuple[Spectrum, Vector, Any, Any, Any]:
         (x,), (g,) = move.x, move.g
-        memory = jax.lax.cond(move.took | move.first, lambda: spectrum(self.value, x), lambda: memory)
+        memory = jax.lax.cond(
+            move.took | move.first, lambda: spectrum(lambda x: move.scale * self.value([x]), x), lambda: memory
+        )
         values, vectors = memory
         least = _least(values)
         size = jnp.maximum(jnp.abs(values), jnp.where(least > 0, least, 1))
@@ -147,6 +150,7 @@ class _Carry(NamedTuple):
     x: Any
     f: Any
     g: Any
+    scale: Any
     model: Any
     step: Step
     radius: Any
@@ -177,21 +181,25 @@ def trust_region(
     dtype, size = x[0].dtype, x[0].size
     eps = float(jnp.finfo(dtype).eps)
 
-    def gradient(x: jax.Array) -> jax.Array:
-        return jax.grad(value)([x])[0]
+    def scaled(scale: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: scale * value([x])
 
-    def next_step(x: Any, g: Any, model: Any, radius: Any, g_first: Any) -> Step:
+    def next_step(x: Any, g: Any, scale: Any, model: Any, radius: Any, g_first: Any) -> Step:
         if exact:
             return exact_step(model, g, radius)
         length = jnp.linalg.norm(g)
         share = jnp.minimum(0.1, jnp.sqrt(jnp.max(jnp.abs(g)) / jnp.where(g_first > 0, g_first, 1)))
-        return truncated_step(lambda v: jax.jvp(gradient, (x,), (v,))[1], g, radius, share * length)
+        return truncated_step(lambda v: jax.jvp(jax.grad(scaled(scale)), (x,), (v,))[1], g, radius, share * length)
 
     def body(c: _Carry) -> _Carry:
-        first = c.evaluations == 0
+        first = c.f == jnp.inf
         xt = c.x + c.step.p
-        ft, (gt,) = jax.value_and_grad(value)([xt])
+        ft, gt = jax.value_and_grad(scaled(c.scale))(xt)
         fine = jnp.isfinite(ft) & jnp.all(jnp.isfinite(gt))
+        # Where products of such values leave the range of the dtype, the start is evaluated again, in another unit.
+        scale = unit(jnp.maximum(jnp.abs(ft), jnp.max(jnp.abs(gt))))
+        again = (c.evaluations == 0) & fine & (scale != 1) & (setting.max_evaluations > 1)
+        scale = jnp.where(again, scale, c.scale)
         predicted, length = c.step.predicted, jnp.linalg.norm(c.step.p)
         noise = 8 * eps * jnp.abs(c.f)
         gained = c.f - ft
@@ -199,7 +207,7 @@ def trust_region(
         better = jnp.max(jnp.abs(gt)) < jnp.max(jnp.abs(c.g))
         ratio = jnp.where(unclear, jnp.where(better, 1.0, 0.0), gained / jnp.where(predicted > 0, predicted, 1))
         ratio = jnp.where(fine, ratio, -1)
-        took = jnp.where(first, fine, fine & (ratio > 1e-4) & (predicted > 0))
+        took = jnp.where(first, fine & ~again, fine & (ratio > 1e-4) & (predicted > 0))
         x, f, g = (jnp.where(took, a, b) for a, b in zip((xt, ft, gt), (c.x, c.f, c.g), strict=True))
         grown = jnp.where((ratio > 0.75) & ~c.step.inside, jnp.maximum(c.radius, 3 * length), c.radius)
         # Where a step fails, the parabola through both values and the first slope tells how far to go.
@@ -209,12 +217,12 @@ def trust_region(
         radius = jnp.where(first, jnp.maximum(1, jnp.linalg.norm(x)), jnp.where(ratio < 0.25, shrunk, grown))
         model = c.model
         if exact:
-            model = jax.lax.cond(took, lambda: spectrum(value, x), lambda: c.model)
+            model = jax.lax.cond(took, lambda: spectrum(scaled(scale), x), lambda: c.model)
         top = jnp.max(jnp.abs(g))
         f_first, g_first = jnp.where(first, f, c.f_first), jnp.where(first, top, c.g_first)
-        step = next_step(x, g, model, radius, g_first)
-        size_f = jnp.maximum(jnp.abs(f), jnp.minimum(1, jnp.abs(f_first)))
-        size_g = jnp.minimum(1, jnp.maximum(jnp.abs(f), g_first))
+        step = next_step(x, g, scale, model, radius, g_first)
+        size_f = jnp.maximum(jnp.abs(f), jnp.minimum(scale, jnp.abs(f_first)))
+        size_g = jnp.minimum(scale, jnp.maximum(jnp.abs(f), g_first))
         small = top <= setting.tol * size_g
         done = took & small & step.inside & (step.predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f)
         bent = (top == 0) & ~step.inside
@@ -228,8 +236,9 @@ def trust_region(
         code = jnp.where((code == 0) & tight & ~first, Status.STEP_TOO_SMALL, code)
         code = jnp.where((code == 0) & ~bent & (step.predicted <= 0), Status.STEP_TOO_SMALL, code)
         code = jnp.where((code == 0) & bent & (step.predicted <= 0), Status.SADDLE_POINT, code)
+        code = jnp.where(again, Status.RUNNING, code)
         code = jnp.where(first & ~fine, Status.NOT_FINITE_START, code)
-        lowest = -jnp.maximum(1, jnp.abs(f_first)) / eps**2
+        lowest = -jnp.maximum(scale, jnp.abs(f_first)) / eps**2
         code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
         iterations, evaluations = c.iterations + (took & ~first), c.evaluations + 1
         code = jnp.where((code == 0) & (evaluations >= setting.max_evaluations), Status.EVALUATION_LIMIT, code)
@@ -239,16 +248,19 @@ def trust_region(
             told = callback
 
             def call() -> None:
-                jax.debug.callback(told, iterations, [x], f, top, ordered=False)
+                jax.debug.callback(told, iterations, [x], f / scale, top / scale, ordered=False)
 
             jax.lax.cond(took & ~first, call, lambda: None)
-        return _Carry(x, f, g, model, step, radius, f_first, g_first, iterations, evaluations, code.astype(jnp.int32))
+        code = code.astype(jnp.int32)
+        return _Carry(x, f, g, scale, model, step, radius, f_first, g_first, iterations, evaluations, code)
 
     far, none = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
     zero = jnp.zeros_like(x[0])
     square = size if exact else 0
     model = Spectrum(jnp.ones(square, dtype), jnp.zeros((square, square), dtype))
     step = Step(zero, jnp.zeros((), dtype), jnp.ones((), bool))
-    carry = _Carry(x[0], far, zero, model, step, jnp.ones((), dtype), far, far, none, none, none)
+    one = jnp.ones((), dtype)
+    carry = _Carry(x[0], far, zero, one, model, step, one, far, far, none, none, none)
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
-    return End([out.x], out.f, jnp.max(jnp.abs(out.g)), out.iterations, out.evaluations, out.code)
+    top = jnp.max(jnp.abs(out.g)) / out.scale
+    return End([out.x], out.f / out.scale, top, out.iterations, out.evaluations, out.code)

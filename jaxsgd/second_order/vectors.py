@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsgd.second_order.objective import Vector
 
-__all__ = ["axpy", "dot", "largest", "norm", "power_of_two", "select", "total"]
+__all__ = ["axpy", "dot", "largest", "norm", "power_of_two", "select", "times", "total", "unit"]
 
 
 def total(parts: list[jax.Array]) -> jax.Array:
@@ -47,11 +47,26 @@ def axpy(a: Any, xs: Vector, ys: Vector) -> Vector:
     return [a * x + y for x, y in zip(xs, ys, strict=True)]
 
 
+def times(a: Any, xs: Vector) -> Vector:
+    """``a * xs``."""
+    return [a * x for x in xs]
+
+
 def power_of_two(x: jax.Array) -> jax.Array:
     """A power of two near ``x``, and far from overflow; 1 where ``x`` is 0 or not finite. To divide by it is exact."""
     info = jnp.finfo(x.dtype)
     safe = jnp.where((x > 0) & jnp.isfinite(x), x, 1)
     return jnp.ldexp(jnp.ones_like(x), jnp.clip(jnp.frexp(safe)[1] - 1, info.minexp + 2, info.maxexp - 2))
+
+
+def unit(size: jax.Array) -> jax.Array:
+    """The power of two that brings values of this size to where their products stay in the dtype's range.
+
+    1 from 2e-10 to 4e9 in float32, and from 9e-78 to 1e77 in float64.
+    """
+    out, near = (jnp.ldexp(jnp.ones_like(size), jnp.finfo(size.dtype).maxexp // part) for part in (4, 8))
+    inside = (1 / out <= size) & (size <= out)
+    return jnp.where(inside, 1, power_of_two(jnp.clip(size, 1 / near, near)) / power_of_two(size))
 
 
 def select(condition: jax.Array, xs: Any, ys: Any) -> Any:

@@ -72,10 +72,21 @@ def test_newton_solves_a_quadratic_in_one_step(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_scale_of_the_value_does_not_matter(method):
-    for factor in (1e-10, 1e10):
-        result = minimize(lambda x, k: k * rosenbrock(x), np.array([-1.2, 1.0]), method=method, args=(factor,))
-        np.testing.assert_allclose(result.params, 1, atol=1e-3)
+    """Without a unit, products of two gradients are 0 or inf at the last factors."""
+
+    def scaled(x, k):
+        return k * rosenbrock(x)
+
+    dtype = np.float64 if method == "lbfgs" else np.float32
+    factors = (1, 1e-9, 1e9, 1e-12, 1e12, 1e-25, 1e25)
+    for factor in (*factors, 1e-200, 1e200) if dtype is np.float64 else factors:
+        result = minimize(scaled, np.array([-1.2, 1.0], dtype), method=method, args=(dtype(factor),))
+        np.testing.assert_allclose(result.params, 1, atol=1e-3 if dtype is np.float64 else 3e-3)
         assert result.success
+        if factor == 1:
+            plain = result
+        assert int(result.evaluations) <= 2 * int(plain.evaluations), (factor, str(result))
+        assert float(result.value) == pytest.approx(factor * float(rosenbrock(result.params)), rel=1e-3)
 
 
 @pytest.mark.parametrize("cubic", [0.0, 0.05, -0.05])
@@ -87,7 +98,7 @@ def test_the_factor_of_a_pair_gives_the_curvature_at_the_end_of_the_step(cubic):
     old, new = 0.2, 1.1
     s, y = jnp.array([new - old]), jnp.array([slope(new) - slope(old)])
     true = np.bool_(True)
-    move = Move(s, value(new), [slope(new)[None]], [s], [y], value(old) - value(new), true, true, true, 1.0, [s])
+    move = Move(s, value(new), [slope(new)[None]], 1.0, [s], [y], value(old) - value(new), true, true, true, 1.0, [s])
     sy = jnp.vdot(s, y)
     assert float(biggs_factor(move, sy) * sy) == pytest.approx(float(curvature(new) * s[0] ** 2), rel=1e-10)
     # Beside a large value the decrease is rounding, and says nothing.
