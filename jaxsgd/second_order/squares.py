@@ -27,6 +27,10 @@ LOST = 1e-3
 TRIES = ((True, 100.0), (False, 1.0), (False, 0.1), (True, 0.1))
 """``(scaled, radius)`` of each try: whether columns of the Jacobian scale the parameters, and the first radius in
 units of the length of the start. The first is MINPACK's."""
+ACCURACY = {True: 0.1, False: 0.01}
+"""How near the length of a step of ``"lm"`` comes to the radius, with scales (MINPACK) and without (SciPy's trf)."""
+REVIVALS = ((True, 1.0), (False, 1.0))
+"""The same of further tries, from the best end with parameters that have lost their effect where they have one."""
 METHODS = ("lm", "dogleg", "gauss_newton")
 Method = Literal["lm", "dogleg", "gauss_newton"]
 
@@ -48,8 +52,9 @@ def least_squares(
     Every method factors the Jacobian by QR and never forms its square, which would lose half the digits. Parameters
     are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region is tried up to
     three times more from the start, without scales or with a smaller region. That happens where it ends without
-    convergence or with a Jacobian that has lost its rank or the effect of a parameter. The best end counts, and
-    ``evaluations`` counts all.
+    convergence or with a Jacobian that has lost its rank or the effect of a parameter. Where a parameter has no effect
+    at the best end, up to two more tries begin there. They bring that parameter back to where it has one. The best end
+    counts, and ``evaluations`` counts the residuals of all steps.
 
     - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
     - ``"dogleg"``: a trust region with a path of two pieces (Powell 1970). A step costs less.
@@ -273,8 +278,8 @@ def _model(factor: jax.Array, scale: jax.Array) -> _Model:
     return _Model(jnp.where(s > floor, s, 0), vt, c)
 
 
-def _lm(model: _Model, radius: jax.Array) -> jax.Array:
-    """The minimizer of the model in the trust region, to a tenth of the radius (Moré 1978)."""
+def _lm(model: _Model, radius: jax.Array, accuracy: jax.Array) -> jax.Array:
+    """The minimizer of the model in the trust region, to a share of the radius (Moré 1978)."""
     s, c = model.s, model.c
     s2 = s * s
 
@@ -296,13 +301,13 @@ def _lm(model: _Model, radius: jax.Array) -> jax.Array:
         low, high = jnp.where(miss > 0, shift, low), jnp.where(miss > 0, high, shift)
         # Newton's method on 1 / norm, which is nearly linear.
         after = shift - (miss / radius) * (norm / jnp.where(slope != 0, slope, -tiny))
-        return i + 1, low, high, after, (shift, jnp.abs(miss) <= 0.1 * radius)
+        return i + 1, low, high, after, (shift, jnp.abs(miss) <= accuracy * radius)
 
     def goes_on(carry: Any) -> jax.Array:
         return (carry[0] < 30) & ~carry[4][1]
 
     zero = jnp.zeros_like(radius)
-    inside = full <= 1.1 * radius
+    inside = full <= (1 + accuracy) * radius
     start = (jnp.zeros((), jnp.int32), zero, upper, zero, (zero, inside))
     shift = jax.lax.while_loop(goes_on, body, start)[4][0]
     return model.step(shift)
@@ -329,7 +334,11 @@ def _gauss_newton(model: _Model, radius: jax.Array) -> jax.Array:
     return radius * model.step(jnp.zeros_like(radius))
 
 
-STEPS = {"lm": _lm, "dogleg": _dogleg, "gauss_newton": _gauss_newton}
+def _step_of(method: str, scaled: jax.Array) -> Callable[[_Model, jax.Array], jax.Array]:
+    """The step of a method, for a model and a radius."""
+    if method == "lm":
+        return functools.partial(_lm, accuracy=jnp.where(scaled, ACCURACY[True], ACCURACY[False]))
+    return _dogleg if method == "dogleg" else _gauss_newton
 
 
 class _Box(NamedTuple):
@@ -494,29 +503,32 @@ def _search(
         flat = ((explained <= tol) & (cosine <= jnp.sqrt(tol))) | (cosine <= 10 * eps)
         return jnp.where(flat, Status.CONVERGED_GRADIENT, code).astype(jnp.int32)
 
-    factor, columns, good = factored(x, r)
     first = _norm(r)
-    good &= jnp.isfinite(first)
     zero = jnp.zeros((), jnp.int32)
+    tries = TRIES + REVIVALS if n <= count else TRIES
 
-    def begin(i: jax.Array) -> _State:
-        scaled = jnp.asarray([scaled for scaled, _ in TRIES])[i]
+    def begin(i: jax.Array, x: jax.Array, r: jax.Array) -> _State:
+        factor, columns, good = factored(x, r)
+        norm = _norm(r)
+        good &= jnp.isfinite(norm)
+        scaled = jnp.asarray([scaled for scaled, _ in tries])[i]
         scale = jnp.where(scaled & (columns > 0), columns, 1)
         far = _norm(scale * x)
-        share = jnp.asarray([share for _, share in TRIES], dtype)[i]
+        share = jnp.asarray([share for _, share in tries], dtype)[i]
         radius = share * jnp.where(far > 0, far, 1) if free else jnp.ones((), dtype)
-        s = _State(x, r, first, factor, scale, columns, scaled, radius, zero, zero, zero, jnp.zeros((), bool))
+        s = _State(x, r, norm, factor, scale, columns, scaled, radius, zero, zero, zero, jnp.zeros((), bool))
         return s._replace(code=jnp.where(good, code_of(s), Status.NOT_FINITE_START).astype(jnp.int32))
 
     def body(s: _State) -> _State:
         # In a power of two near the norm of the residuals: nothing is rounded, and no square leaves the range.
         near = power_of_two(s.norm)
         factor = s.factor / near
+        step_of = _step_of(options.method, s.scaled)
         if box is None:
-            step = STEPS[options.method](_model(factor, s.scale), s.radius)
+            step = step_of(_model(factor, s.scale), s.radius)
             x = s.x + step / s.scale
         else:
-            step, x = _boxed_step(STEPS[options.method], s._replace(factor=factor), box, free)
+            step, x = _boxed_step(step_of, s._replace(factor=factor), box, free)
         length = _norm(step)
         r = residuals(x)
         norm = _norm(r)
@@ -614,10 +626,7 @@ def _search(
     def dead(s: _State) -> jax.Array:
         """Parameters that could double without an effect on the residuals, by the Jacobian."""
         columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
-        out = columns * sizes(s) <= eps**0.5 * s.norm
-        if box is not None:
-            out &= (s.x > box.lower) & (s.x < box.upper)
-        return out & (s.norm > eps**0.5 * first)
+        return (columns * sizes(s) <= eps**0.5 * s.norm) & (s.norm > eps**0.5 * first)
 
     def doubtful(i: jax.Array, s: _State) -> jax.Array:
         """Whether another try may find a better end than the best of ``i`` tries."""
@@ -625,13 +634,17 @@ def _search(
         lost = jnp.any(columns <= LOST * jnp.where(s.peak > 0, s.peak, 1)) | deficient(s.factor, columns)
         lost &= (s.norm > eps**0.5 * first) & (i == 1)
         failed = (s.code > Status.CONVERGED_STEP) & (s.code != Status.NOT_FINITE_START)
-        return failed | lost | jnp.any(dead(s))
+        idle = jnp.any(dead(s))
+        return jnp.where(i < len(TRIES), failed | lost | idle, idle)
 
     def another(carry: Any) -> Any:
         i, best, left, trials, iterations = carry
-        s = search(begin(i), left)
-        success = best.code <= Status.CONVERGED_STEP
-        better = (i == 0) | (s.norm <= jnp.where(success, 0.999 * best.norm, best.norm))
+        place, there = x, r
+        if n <= count:
+            place, there = jax.lax.cond(i < len(TRIES), lambda: (x, r), lambda: revived(best))
+        s = search(begin(i, place, there), left)
+        level = jnp.where(best.code <= Status.CONVERGED_STEP, 0.999 * best.norm, best.norm)
+        better = (i == 0) | (s.norm < level) | ((s.norm == level) & (s.code <= Status.CONVERGED_STEP))
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), s, best)
         # The tries after the first share as many steps as the first may take.
         left = jnp.where(i == 0, left, left - s.trials)
@@ -639,28 +652,46 @@ def _search(
 
     def goes_on(carry: Any) -> jax.Array:
         i, best, left, _, _ = carry
-        return (i == 0) | ((i < (len(TRIES) if free else 1)) & (left > 0) & doubtful(i, best))
+        return (i == 0) | ((i < (len(tries) if free else 1)) & (left > 0) & doubtful(i, best))
 
-    def flat(s: _State, i: jax.Array) -> jax.Array:
-        """Whether parameter ``i`` has no curvature here either, and changes the residuals elsewhere."""
+    def elsewhere(s: _State, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Other places of parameter ``i``, the norms of the residuals there, and where it changes them."""
         at, one = s.x[i], jnp.ones((), dtype)
         places = jnp.stack([x[i], *(at * share for share in (0.5, 0.1, 1e-3, 0, -1)), one, -one])
         if box is not None:
             places = jnp.clip(places, box.lower[i], box.upper[i])
         norms = jax.vmap(lambda place: _norm(residuals(s.x.at[i].set(place))))(places)
+        return places, norms, ~(jnp.abs(norms - s.norm) <= 1e-4 * s.norm)
+
+    def revived(s: _State) -> tuple[jax.Array, jax.Array]:
+        """The point with each dead parameter at the best place where it has an effect, and the residuals there."""
+
+        def place(i: jax.Array) -> jax.Array:
+            places, norms, moves = elsewhere(s, i)
+            usable = moves & jnp.isfinite(norms)
+            return jnp.where(jnp.any(usable), places[jnp.argmin(jnp.where(usable, norms, jnp.inf))], s.x[i])
+
+        x = jnp.where(dead(s), jax.lax.map(place, jnp.arange(n)), s.x)
+        return x, residuals(x)
+
+    def flat(s: _State, i: jax.Array) -> jax.Array:
+        """Whether parameter ``i`` has no curvature here either, and changes the residuals elsewhere."""
         way = jnp.zeros_like(x).at[i].set(sizes(s)[i])
         second = jax.jvp(lambda x: jax.jvp(residuals, (x,), (way,))[1], (s.x,), (way,))[1]
         straight = _norm(second) <= eps**0.5 * s.norm
-        return straight & jnp.any(~(jnp.abs(norms - s.norm) <= 1e-4 * s.norm))
+        return straight & jnp.any(elsewhere(s, i)[2])
 
     budget = jnp.asarray(options.max_iterations, jnp.int32)
-    carry = jax.lax.while_loop(goes_on, another, (zero, begin(zero), budget, zero, zero))
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(begin, zero, x, r))
+    carry = jax.lax.while_loop(goes_on, another, (zero, blank, budget, zero, zero))
     s = carry[1]._replace(trials=carry[3], iterations=carry[4])
     if n <= count:
         # Otherwise J may come from a function with reverse mode alone, and there are many directions.
         saddle = (s.code == Status.CONVERGED_GRADIENT) & bent(s)
         s = s._replace(code=jnp.where(saddle, Status.SADDLE_POINT, s.code).astype(jnp.int32))
         idle = dead(s) & (s.code <= Status.CONVERGED_STEP)
+        if box is not None:
+            idle &= (s.x > box.lower) & (s.x < box.upper)
         left = jax.lax.cond(
             jnp.any(idle),
             lambda: jnp.any(idle & jax.lax.map(functools.partial(flat, s), jnp.arange(n))),

@@ -264,8 +264,8 @@ def test_bounds_batch_differentiate_and_take_trees(x64):
 T01 = np.linspace(0.0, 1.0, 20)
 NO_MINIMUM = {
     "a plateau": (lambda x: jnp.exp(-x * x) + 1, [7.0], {Status.STEP_TOO_SMALL}),
-    "a saddle": (lambda x: jnp.stack([x[0] ** 2 - 1, x[1]]), [0.0, 1.0], {Status.SADDLE_POINT}),
-    "a maximum": (lambda x: x * x - 1, [0.0, 0.0], {Status.SADDLE_POINT}),
+    "a saddle": (lambda x: jnp.stack([(x[0] + x[1]) ** 2 - 1, x[0] - x[1]]), [0.0, 0.0], {Status.SADDLE_POINT}),
+    "a maximum": (lambda x: jnp.cos(2 * jnp.pi * x) + 1, [0.0], {Status.SADDLE_POINT}),
     "a plateau without any slope": (lambda x: jnp.exp(-x * x) + 1, [30.0], {Status.FLAT}),
     "a limit at infinity": (
         lambda x: jnp.stack([1 + jnp.exp(-x[0]), x[1] - 2]),
@@ -301,6 +301,36 @@ def test_a_minimum_is_a_success(name, x64):
     fit = least_squares(fn, np.array(start))
     assert fit.success, str(fit)
     np.testing.assert_allclose(fit.value, value, rtol=1e-7, atol=1e-14)
+
+
+def box(x):
+    t = jnp.arange(1, 11) / 10
+    return jnp.exp(-t * x[0]) - jnp.exp(-t * x[1]) - x[2] * (jnp.exp(-t) - jnp.exp(-10 * t))
+
+
+def peak(x):
+    return x[0] * jnp.exp(-(((T - x[1]) / x[2]) ** 2)) - 3 * np.exp(-(((T - 1.7) / 0.6) ** 2))
+
+
+FAR = {
+    "a difference of decays": (box, [0.0, 1000.0, 2000.0]),
+    "a decay before the first reading": (
+        lambda x: x[0] * jnp.exp(-x[1] * T) + x[2] - (2 * np.exp(-1.5 * T) + 0.5),
+        [1.0, 500.0, 0.0],
+    ),
+    "a peak beside the readings": (peak, [1.0, 40.0, 1.0]),
+    "a maximum of all parameters": (lambda x: x * x - 1, [0.0, 0.0]),
+    "a maximum of one parameter": (lambda x: jnp.stack([x[0] ** 2 - 1, x[1]]), [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("method", ["lm", "dogleg"])
+@pytest.mark.parametrize("name", FAR)
+def test_a_parameter_without_effect_is_brought_back(name, method, x64):
+    fn, start = FAR[name]
+    for bounds in (None, (-1e4, 1e4)):
+        fit = least_squares(fn, np.array(start), method=method, bounds=bounds)
+        assert fit.success and float(fit.value) < 1e-12, str(fit)
 
 
 @pytest.mark.parametrize("bounds", [None, (-3.0, 3.0)], ids=["free", "boxed"])
