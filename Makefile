@@ -13,8 +13,10 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.
 ARGS ?=
 FIRST := core/test_layers core/test_rooms core/test_numerics rules/test_momentum training/test_record \
 	rules/test_adding_a_rule rules/test_transforms training/test_train
-# Most of the tests' time is compiling. LLVM's costly passes do not change what a program computes; make slow has them.
-QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+# Most of the tests' time is compiling. These flags take two thirds off: LLVM without its costly passes, the emitter of
+# fusions that does not go through MLIR, one module a program. `make plans` and `make train` compile as users do.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 
 .PHONY: help train quick test slow packagers package sitemakers site compilers plans bench lint format tables clean
 
@@ -74,7 +76,7 @@ bench: $(VENV)/.test
 	$(RUN) benchmarks/all.py $(ARGS)
 
 slow: $(VENV)/.test
-	$(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 $(VENV)-compilers/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-compilers
