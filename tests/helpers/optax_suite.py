@@ -363,7 +363,7 @@ def run(*, patched: bool, files: Collection[str], wanted: Collection[str] | None
         # No plugins or options of the run around, and the eight devices that sharding_test.py sets up too late.
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         command = [sys.executable, __file__, "--job", str(job)]
         ended = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
         if not out.exists():
