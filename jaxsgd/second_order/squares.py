@@ -89,7 +89,8 @@ def least_squares(
 
     Returns:
       A `Result` for the best point: ``value`` is half the sum of squares, ``grad_norm`` the largest absolute entry of
-      ``J' r``, with bounds of the projected gradient, ``evaluations`` the number of residuals computed.
+      ``J' r``, with bounds of the projected gradient, ``evaluations`` the residuals of the start and
+      of all trial steps.
 
     Raises:
       TypeError: the residual or the start are not real and floating; an argument is of the wrong kind.
