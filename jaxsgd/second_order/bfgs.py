@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order.descent import Move, first_scale
+from jaxsgd.second_order.descent import Move, plain_scale
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.vectors import axpy, dot, norm, select
 
@@ -37,12 +37,11 @@ class BFGS:
         h = jnp.where(good & (memory.count == 0), sy / yy * eye, memory.h)
         hy = jnp.matmul(h, y, precision="highest")
         updated = h + jnp.outer(s, s) * ((1 + jnp.vdot(y, hy) / sy) / sy) - (jnp.outer(hy, s) + jnp.outer(s, hy)) / sy
-        begin = first_scale(move)
         h = jnp.where(good, updated, h)
         # Along a straight slope there is no pair: the next step is as long as the last.
         straight = move.took & ~good & (memory.count == 0)
-        h = jnp.where(straight, norm(move.s) / norm(move.g) * eye, h)
-        h = jnp.where(move.first, begin * eye, jnp.where(move.reset, jnp.trace(h) / g.size * eye, h))
+        plain = plain_scale(move, straight) * eye
+        h = jnp.where(move.first | straight, plain, jnp.where(move.reset, jnp.trace(h) / g.size * eye, h))
         count = jnp.where(move.reset, 0, memory.count + good)
         p = -jnp.matmul(h, g, precision="highest")
         return _Inverse(h, count), [p], jnp.ones_like(sy), count > 0, jnp.zeros((), bool)
@@ -70,10 +69,9 @@ class ConjugateGradient:
         # The lower bound on beta keeps the method convergent (their equation 1.5, with eta 0.4).
         least = -1 / (norm(p) * jnp.minimum(0.4, norm(move.g)))
         beta = jnp.where(good, jnp.maximum(beta, jnp.where(jnp.isfinite(least), least, 0)), 0)
-        start = first_scale(move)
         gamma = jnp.where(good, sy / jnp.where(good, yy, 1), memory.gamma)
-        gamma = jnp.where(move.took & ~good & (memory.count == 0), norm(move.s) / norm(g), gamma)
-        gamma = jnp.where(move.first, start, gamma)
+        straight = move.took & ~good & (memory.count == 0)
+        gamma = jnp.where(move.first | straight, plain_scale(move, straight), gamma)
         downhill = axpy(-1, g, [jnp.zeros_like(leaf) for leaf in g])
         conjugate = [b - leaf for b, leaf in zip([beta * leaf for leaf in p], g, strict=True)]
         descends = dot(conjugate, g) < -1e-10 * norm(conjugate) * norm(g)

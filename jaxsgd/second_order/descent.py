@@ -16,7 +16,7 @@ from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, times, unit
 
-__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "first_scale"]
+__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "plain_scale"]
 
 
 class Setting(NamedTuple):
@@ -110,22 +110,25 @@ class _Carry(NamedTuple):
     code: Any
 
 
-def first_scale(move: Move) -> jax.Array:
-    """The share of the gradient that makes a step of `first_length`; 1 after the first evaluation."""
+def plain_scale(move: Move, straight: jax.Array) -> jax.Array:
+    """The share of the gradient that makes a step where nothing is known of the curvature; elsewhere 1.
+
+    At the start that step has `first_length`. After a step along a straight slope it is as long as that.
+    """
 
     def share() -> jax.Array:
         size = norm(move.g)
-        return first_length(move.x, move.f, move.g) / jnp.where(size > 0, size, 1)
+        length = jnp.where(move.first, first_length(norm(move.x), move.f, size), norm(move.s))
+        return length / jnp.where(size > 0, size, 1)
 
-    return jax.lax.cond(move.first, share, lambda: jnp.ones((), move.g[0].dtype))
+    return jax.lax.cond(move.first | straight, share, lambda: jnp.ones((), move.g[0].dtype))
 
 
-def first_length(x: Vector, f: jax.Array, g: Vector) -> jax.Array:
-    """The length of the first step, where nothing is known of the curvature: 1, or less where that is far off."""
-    length, slope = norm(x), norm(g)
+def first_length(size: jax.Array, f: jax.Array, slope: jax.Array) -> jax.Array:
+    """The length of the first step, from the lengths of point and gradient: 1, or less where that is far off."""
     # A step that would take the linear model far below zero is long, if values are about zero or above.
     down = jnp.abs(f) / jnp.where(slope > 0, slope, 1)
-    out = jnp.minimum(1, jnp.maximum(2 * down, 1e-2 * length))
+    out = jnp.minimum(1, jnp.maximum(2 * down, 1e-2 * size))
     return jnp.where(out > 0, out, 1)
 
 
@@ -141,11 +144,11 @@ def _clipped(x: Vector, limits: Limits | None) -> Vector:
     return [jnp.clip(x, low, high) for x, low, high in zip(x, limits.lower, limits.upper, strict=True)]
 
 
-def _room(x: Vector, p: Vector, limits: Limits | None, dtype: Any) -> jax.Array:
-    """The largest step along ``p`` inside the bounds."""
-    out = jnp.full((), jnp.inf, dtype)
+def _room(x: Vector, p: Vector, limits: Limits | None) -> jax.Array | None:
+    """The largest step along ``p`` inside the bounds; None without bounds."""
     if limits is None:
-        return out
+        return None
+    out = jnp.full((), jnp.inf, x[0].dtype)
     for at, way, low, high in zip(x, p, limits.lower, limits.upper, strict=True):
         gap = jnp.where(way < 0, low - at, high - at) / jnp.where(way == 0, 1, way)
         out = jnp.minimum(out, jnp.min(jnp.where(way == 0, jnp.inf, gap), initial=jnp.inf))
@@ -201,7 +204,7 @@ def descend(
         again = (c.evaluations == 0) & fine & (scale != 1) & (setting.max_evaluations > 1)
         scale = jnp.where(again, scale, c.scale)
         size = top if limits is None else scale * projected(xt, times(1 / scale, gt), limits)
-        line, accepted, failed = judge_trial(c.line, ft, dot(gt, c.p), fine, model.curvature)
+        line, accepted, failed = judge_trial(c.line, c.f, ft, dot(gt, c.p), fine, model.curvature)
         took = jnp.where(first, fine & ~again, accepted)
         failed = failed & ~first
         s = select(took & ~first, axpy(-1, c.x, xt), nothing)
@@ -235,7 +238,7 @@ def descend(
         code, still = judge(c, now, took, -slope * a / 2, known, bent)
         turn = took | restart
         fresh = jnp.where(turn, ~known | restart | ~usable, c.fresh)
-        line = select(turn, step_from(a, f, slope, _room(x, p, limits, dtype)), select(again, c.line, line))
+        line = select(turn, step_from(a, f, slope, _room(x, p, limits)), select(again, c.line, line))
         end = jnp.where(fine | ~first, Status.LINE_SEARCH_FAILED, Status.NOT_FINITE_START)
         stuck = (failed & c.fresh) | (turn & ~(slope < 0)) | (first & ~fine)
         # At a point where the value cannot be told from its neighbours, the search ends as a success if the
@@ -266,7 +269,7 @@ def descend(
             code=code.astype(jnp.int32),
         )
 
-    line = step_from(zero, far, zero, far)
+    line = step_from(zero, far, zero, None if limits is None else far)
     yes = jnp.ones((), bool)
     carry = _Carry(
         x, far, nothing, jnp.ones((), dtype), nothing, line, model.init(x), yes, none, far, far, far, none, none, none

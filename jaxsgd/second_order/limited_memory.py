@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order.descent import Move, first_scale
+from jaxsgd.second_order.descent import Move, plain_scale
 from jaxsgd.second_order.line_search import ROUNDING
 from jaxsgd.second_order.objective import Vector
-from jaxsgd.second_order.vectors import dot, norm, total
+from jaxsgd.second_order.vectors import dot, total
 
 __all__ = ["LBFGS", "Pairs", "biggs_factor", "empty", "remember"]
 
@@ -99,13 +99,12 @@ def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, Newest]:
     ]
     with_s, with_y, with_g = _times(rows, [move.s, changes, move.g])
 
-    # A first length for the first direction; later the size of the latest pair (Nocedal & Wright 2006, 7.20).
-    start = first_scale(move)
+    # The size of the latest pair (Nocedal & Wright 2006, 7.20).
     gamma = jnp.where(good, sy / jnp.where(good, factor * yy, 1), pairs.gamma)
     # Along a straight slope there is no pair: the next step is at least as long as the last.
     straight = move.took & ~good & (pairs.count == 0)
-    gamma = jax.lax.cond(straight, lambda: jnp.maximum(gamma, norm(move.s) / norm(move.g)), lambda: gamma)
-    gamma = jnp.where(move.first, start, gamma)
+    plain = plain_scale(move, straight)
+    gamma = jnp.where(move.first, plain, jnp.where(straight, jnp.maximum(gamma, plain), gamma))
     new = Pairs(rows, jnp.where(move.reset, 0, pairs.count + good), gamma)
     parts = [part for products in (with_s, with_y, with_g) for part in (products[:memory], products[memory:])]
     s_s, y_s, s_y, y_y, s_g, y_g = parts
