@@ -18,6 +18,10 @@ FACTORS = 0.5, 2.0
 """The smallest and the largest factor of a change of the gradient. Yuan's are 0.01 and 100; these need fewer
 evaluations on the problems of ``benchmarks/minimise.py``."""
 
+SHRINK = 0.9
+"""The smallest factor of the scale from pair to pair. A pair's own scale is that of the largest curvatures along its
+step; directions that no step has taken yet have smaller ones. With it logistic regressions take a tenth fewer steps."""
+
 
 class Pairs(NamedTuple):
     """The last pairs of steps and changes of the gradient.
@@ -100,7 +104,8 @@ def remember(pairs: Pairs, move: Move, memory: int) -> tuple[Pairs, Newest]:
     with_s, with_y, with_g = _times(rows, [move.s, changes, move.g])
 
     # The size of the latest pair (Nocedal & Wright 2006, 7.20).
-    gamma = jnp.where(good, sy / jnp.where(good, factor * yy, 1), pairs.gamma)
+    least = jnp.where(pairs.count > 0, SHRINK * pairs.gamma, 0)
+    gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, factor * yy, 1), least), pairs.gamma)
     # Along a straight slope there is no pair: the next step is at least as long as the last.
     straight = move.took & ~good & (pairs.count == 0)
     plain = plain_scale(move, straight)
