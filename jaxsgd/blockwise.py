@@ -168,11 +168,10 @@ class Octaves:
 
     def value(self, code: jax.Array) -> jax.Array:
         """The magnitudes that int32 codes stand for; 1 exactly for the largest, so that no scale ever drifts."""
-        share = np.float32(1) / self.top
-        share = share if self.top * share >= 1 else np.nextafter(share, np.float32(1))
+        share = np.float32(1) / self.top  # for every map here, top * share is 1
         value = self._lowered(jax.lax.bitcast_convert_type((code << np.int32(self.low)) + ONE, jnp.float32))
-        # The minimum also keeps XLA from multiplying the share and a scale first, which rounds otherwise.
-        return jnp.minimum(value * share, 1)
+        # It is never negative: `abs` keeps XLA from multiplying the share and a scale first, which rounds otherwise.
+        return jnp.abs(value * share)
 
 
 MEANS = {"octaves": Octaves(3, 128), "nibbles": Octaves(1, 8)}
@@ -184,10 +183,12 @@ would be divided by it (Li et al. 2023, arXiv:2309.01507)."""
 
 def octave_codes(unit: jax.Array, dithered: jax.Array | None, signed: bool) -> jax.Array:
     """The codes of values in [-1, 1], or in [0, 1], rounded as `Octaves.code` says."""
+    # Here and below, a comparison with the magnitude takes XLA two operations less than one with 0.
     if not signed:
         return SQUARES["octaves"].code(unit, dithered).astype(jnp.uint8)
-    code = MEANS["octaves"].code(jnp.abs(unit), dithered)
-    return jax.lax.select(unit < 0, -code, code).astype(jnp.int8)
+    size = jnp.abs(unit)
+    code = MEANS["octaves"].code(size, dithered)
+    return jax.lax.select(unit < size, -code, code).astype(jnp.int8)
 
 
 def octave_values(codes: jax.Array, signed: bool) -> jax.Array:
@@ -195,8 +196,9 @@ def octave_values(codes: jax.Array, signed: bool) -> jax.Array:
     code = codes.astype(jnp.int32)
     if not signed:
         return SQUARES["octaves"].value(code)
-    size = MEANS["octaves"].value(jnp.abs(code))
-    return jax.lax.select(code < 0, -size, size)
+    positive = jnp.abs(code)
+    size = MEANS["octaves"].value(positive)
+    return jax.lax.select(code < positive, -size, size)
 
 
 # -- the map "nibbles" -----------------------------------------------------------------------------
@@ -377,21 +379,27 @@ TO_VALUES: dict[str, Callable[..., jax.Array]] = {
 # -- the storage -----------------------------------------------------------------------------------
 
 
-def dither(key: jax.Array, shape: tuple[int, ...], rows: Any = None) -> jax.Array:
+def shift_of(key: jax.Array) -> jax.Array:
+    """The shift of `dither` from a key, uint32: once a step, for XLA to compile few operations a leaf."""
+    words = jax.random.key_data(key)  # of a seed they may be 0 and 1
+    words = hashed(words + np.arange(words.size, dtype=np.uint32) * np.uint32(GOLDEN))
+    # XLA for CPU computes scalars again in each of the fusions that need them, but sums only once.
+    return jnp.sum(words, dtype=jnp.uint32)
+
+
+def dither(shift: jax.Array, shape: tuple[int, ...], rows: Any = None) -> jax.Array:
     """Whole numbers from 0 to `STEPS` - 1, int32: the same however the array is sharded or cut.
 
-    Weyl's sequence of the golden ratio over the positions, shifted by the key. Over keys each number is uniform; over
+    Weyl's sequence of the golden ratio over the positions, shifted by a hash. Over keys each number is uniform; over
     positions they are spread more evenly than random ones. A hash of each position takes XLA for CPU twice as long to
     compile. A half is added before they round, so that the rounding error of a share never moves a value of the map.
 
     Args:
+      shift: see `shift_of`.
+      shape: the array's.
       rows: where the array is a part of another, the numbers of its rows, along its first axis, there; they broadcast
         to ``shape``.
     """
-    words = jax.random.key_data(key)  # of a seed they may be 0 and 1
-    words = hashed(words + np.arange(words.size, dtype=np.uint32) * np.uint32(GOLDEN))
-    # XLA for CPU computes scalars again in each of the fusions that need them, but sums only once.
-    shift = jnp.sum(words, dtype=jnp.uint32)
     position, stride = jnp.broadcast_to(shift, shape), GOLDEN
     for axis in reversed(range(0 if rows is None else 1, len(shape))):
         position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
@@ -437,6 +445,9 @@ class Blockwise:
         small = small or (self.map == "nibbles" and x.shape[-1] % 2 == 1)
         return not small and jnp.issubdtype(x.dtype, jnp.floating)
 
+    def drawn(self, key: jax.Array) -> jax.Array:
+        return shift_of(key)
+
     def zeros(self, like: jax.ShapeDtypeStruct) -> Any:
         if not self._packs(like):
             return jnp.zeros(like.shape, like.dtype)
@@ -472,7 +483,8 @@ class Blockwise:
         unit = blocks * (1 / jnp.maximum(scale, np.float32(2.0**-120).astype(x.dtype)))
         dithered = None
         if self.stochastic and key is not None:
-            dithered = dither(key, unit.shape, rows if rows is None else rows.reshape(-1, *(1,) * (unit.ndim - 1)))
+            shift = key if key.dtype == jnp.uint32 and key.ndim == 0 else self.drawn(key)
+            dithered = dither(shift, unit.shape, rows if rows is None else rows.reshape(-1, *(1,) * (unit.ndim - 1)))
         codes = TO_CODES[self.map](unit.astype(jnp.float32), dithered, self.signed)
         if rows is None and (blocks is not x or self.map == "nibbles"):
             # A barrier: XLA for TPU would move the reshape up and write the scales out in full.

@@ -21,7 +21,7 @@ from jaxsgd.numerics import sq, sum_of_squares, wide, wide_dtype, widest
 from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of, platform_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
-from jaxsgd.storage import Storage, plain
+from jaxsgd.storage import Storage, drawn, plain
 
 __all__ = ["Applied", "Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "sum_leaf"]
 
@@ -195,6 +195,10 @@ class Settings:
     @functools.cached_property
     def known(self) -> dict[str, Any]:
         return dict(self.constants)
+
+    def drawn(self, keys: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """What the storages of its slots take in place of their keys."""
+        return {name: drawn(self.storages.get(name, plain), key) for name, key in keys.items()}
 
     def leaf(self, g: Any, p: Any, rested: Mapping[str, Any], hyper: Mapping[str, Any]) -> tuple[Leaf, Any]:
         """The leaf that the rule sees, and the real dtype that it computes in.

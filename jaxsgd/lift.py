@@ -426,6 +426,8 @@ class Lift:
         rested = {slot: treedef.flatten_up_to(held) for slot, held in state.slots.items()}
         lost = rested.pop(LOST, None)
         keys = self._keys(count)
+        moving = {id(group): group.settings for group in own if group.settings is not None}
+        draws = {name: settings.drawn(keys) for name, settings in moving.items()}
         parts = []
         for i, (g, p, group) in enumerate(zip(grads, ps, own, strict=True)):
             alone = {name: made[i] for name, made in trees.items()}
@@ -441,7 +443,7 @@ class Lift:
                     hyper[id(group)],
                     alone,
                     None if lost is None else lost[i],
-                    keys,
+                    draws.get(id(group), {}),
                 )
             )
         return parts

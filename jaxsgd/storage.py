@@ -22,6 +22,7 @@ __all__ = [
     "Storage",
     "accepts",
     "cast",
+    "drawn",
     "first_packed",
     "first_zeros",
     "needs_key",
@@ -43,6 +44,7 @@ class Storage(Protocol):
     - ``part(like) -> int``: how many numbers at the end of an array of this shape and dtype are packed apart from the
       others. It divides the last axis; None where the array is not packed. A large array may then be packed in parts,
       ``(count, n * part)``, and ``pack`` takes ``rows=``, the number of each row in the whole, ``(count, 1)``;
+    - ``drawn(key) -> array``: what ``pack`` takes in place of a random key, made once a step for all leaves;
     - ``zeros(like) -> packed``: the form of zeros of ``like``'s shape and dtype, where packing zeros costs more. It is
       called while tracing.
     """
@@ -71,6 +73,12 @@ def of_kind(storage: Storage, kind: str) -> Storage:
 def needs_key(storage: Storage) -> bool:
     """Whether ``storage.pack`` wants a random key."""
     return bool(getattr(storage, "needs_key", False))
+
+
+def drawn(storage: Storage, key: jax.Array | None) -> jax.Array | None:
+    """What ``storage.pack`` takes for the arrays of one step."""
+    ask = getattr(storage, "drawn", None)
+    return key if ask is None or key is None else ask(key)
 
 
 def first_packed(storage: Storage, x: jax.Array, key: jax.Array | None) -> Any:

@@ -13,7 +13,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
 from jaxsgd import RULES, fp8, int4, int8
-from jaxsgd.blockwise import FLOATS, Blocks, Floats, decode, dynamic_map, encode_like
+from jaxsgd.blockwise import (
+    FLOATS,
+    MEANS,
+    MINIFLOATS,
+    SQUARES,
+    Blocks,
+    Floats,
+    decode,
+    dynamic_map,
+    encode_like,
+    octave_codes,
+    octave_values,
+)
 from jaxsgd.storage import accepts
 
 WIDE = jax.random.normal(jax.random.key(0), (64, 600))
@@ -48,6 +60,36 @@ def test_the_octaves_go_to_the_nearest_value(signed):
     nearest = np.abs(x[:, None] - table).min(axis=1)
     for half in np.split(np.abs(back), 2) if signed else [back]:
         np.testing.assert_allclose(np.abs(half - x), nearest, rtol=1e-3, atol=3e-7)
+
+
+def test_the_largest_value_of_a_map_is_exactly_1():
+    for octaves in (*MEANS.values(), *SQUARES.values(), *MINIFLOATS.values()):
+        assert octaves.top * (np.float32(1) / octaves.top) == 1
+        assert octaves.value(jnp.int32(octaves.codes - 1)) == 1
+
+
+def test_signs_of_octaves():
+    """A code keeps the sign of its value; 0, -0 and NaN count as positive."""
+    unit = jnp.asarray([-1, -0.5, -0.0, 0, 0.5, 1, jnp.nan, -jnp.nan], jnp.float32)
+    codes = octave_codes(unit, None, True)
+    np.testing.assert_array_equal(codes, [-127, codes[1], 0, 0, -codes[1], 127, 127, 127])
+    np.testing.assert_array_equal(octave_values(-codes, True), -octave_values(codes, True))
+    assert codes[1] < 0 and not np.signbit(octave_values(codes, True)[2])
+
+
+def test_the_key_of_a_step_is_hashed_once_for_all_leaves():
+    def count(leaves):
+        params = {str(i): jnp.zeros((32, 128 * (i + 1))) for i in range(leaves)}
+        tx = jaxsgd.adamw(1e-3, storage=int8())
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params)).count(" xor ")
+
+    assert count(3) == count(1) > 0
+
+
+def test_a_key_packs_as_what_is_drawn_from_it():
+    kept, key = int8(), jax.random.key(3)
+    x = jax.random.normal(jax.random.key(0), (32, 128))
+    jax.tree.map(np.testing.assert_array_equal, kept.pack(x, key), kept.pack(x, kept.drawn(key)))
 
 
 @pytest.mark.parametrize("kind", ["mean", "square"])
