@@ -23,7 +23,7 @@ from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.storage import Storage, drawn, plain
 
-__all__ = ["Applied", "Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "sum_leaf"]
+__all__ = ["Applied", "Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "stepped", "sum_leaf"]
 
 
 @dataclass(frozen=True)
@@ -248,8 +248,7 @@ class Applied(NamedTuple):
     squares: Any
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def step_leaf(settings: Settings, applies: bool, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any) -> Any:
+def stepped(settings: Settings, applies: bool, g: Any, p: Any, rested: Any, hyper: Any, lost: Any, keys: Any) -> Any:
     """One step of one array: its update, its stored slots, and the part that rounding took.
 
     Args:
@@ -269,6 +268,10 @@ def step_leaf(settings: Settings, applies: bool, g: Any, p: Any, rested: Any, hy
     # A program may also be exported for another platform than it was traced for.
     ways = {platform: cut} if platform == "cpu" else {platform: functools.partial(cut, on=platform)}
     return jax.lax.platform_dependent(g, p, rested, hyper, lost, keys, **ways, default=whole)
+
+
+step_leaf = functools.partial(jax.jit, static_argnums=(0, 1))(stepped)
+"""`stepped`, compiled: leaves of one shape and one setting share its trace."""
 
 
 def _step(

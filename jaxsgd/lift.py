@@ -20,7 +20,7 @@ from jax.core import Tracer
 
 from jaxsgd.applying import apart, applies, tell
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
-from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, sum_leaf
+from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, stepped, sum_leaf
 from jaxsgd.numerics import global_norm, is_float0, real_dtype, step_key, wide, widest
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
@@ -477,8 +477,11 @@ class Lift:
         whole = len(parts) == 1 and first.p is not None and first.packs and not self.norms
         applied = whole and applies(first.rested)
 
+        settings = first.settings
+        one = step_leaf if len(parts) == 1 else stepped  # a stack's step is divided, which a compiled one is not
+
         def step(g: Any, p: Any, rested: Any, lost: Any, own: Any) -> Any:
-            return step_leaf(first.settings, applied, g, p, rested, {**hyper, **own}, lost, first.keys)
+            return one(settings, applied, g, p, rested, {**hyper, **own}, lost, first.keys)
 
         try:
             done = together(step, [part.arrays for part in parts], mesh_of(first.settings.known))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsgd.elementwise import divided
+
 __all__ = ["kinds_of", "mesh_of", "stacks", "together"]
 
 LEAST = 2**26
@@ -58,7 +60,10 @@ def _bytes(x: Any) -> int:
 
 
 def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mesh: Mesh | None = None) -> list[Any]:
-    """``[step(*own) for own in arguments]``, run once on the stacked arguments.
+    """``[step(*own) for own in arguments]``, where the work on whole arrays is run once on the stacked arguments.
+
+    What is elementwise and leads to no such work, such as the next moment and the scaling of the update, is done leaf
+    by leaf. A kernel that takes parts of a stack cannot write in place of its operands, and its results are copied.
 
     Args:
       step: a function of arrays.
@@ -73,10 +78,12 @@ def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mes
     def stacked(*leaves: Any) -> Any:
         return _apart(jnp.stack([*leaves, *[jnp.zeros_like(leaves[0])] * missing]), mesh)
 
+    whole, rest = divided(step, jnp.shape(jax.tree.leaves(arguments[0])[0]), *arguments[0])
     spread: dict[str, Any] = {} if mesh is None else {"spmd_axis_name": mesh.axis_names}
-    out = jax.vmap(step, **spread)(*jax.tree.map(stacked, *arguments))
-    out = jax.tree.map(lambda x: _apart(x, mesh), out)
-    return [jax.tree.map(lambda x, i=i: x[i], out) for i in range(len(arguments))]
+    stack = jax.vmap(whole, **spread)(*jax.tree.map(stacked, *arguments))
+    # The rest is written in place of its operands, so it has to wait until the stack is made of these.
+    arguments, stack = jax.lax.optimization_barrier((arguments, [_apart(x, mesh) for x in stack]))
+    return [rest(own, [x[i] for x in stack]) for i, own in enumerate(arguments)]
 
 
 def _apart(stack: jax.Array, mesh: Mesh | None) -> jax.Array:

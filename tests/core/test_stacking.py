@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
 import jaxsgd.lift
+from jaxsgd.elementwise import divided
 from jaxsgd.matrices import JORDAN
 from jaxsgd.stacking import LEAST, stacks
 
@@ -72,6 +73,19 @@ def products(tx, params):
 def test_products_do_not_grow_with_the_number_of_leaves():
     counts = [products(jaxsgd.muon(0.02), {f"w{i}": jnp.ones((6, 4)) for i in range(n)}) for n in (1, 8)]
     assert counts == [15, 15]
+
+
+def test_only_whole_matrix_work_sees_the_stack():
+    """The next momentum, the decay and the rate are applied leaf by leaf: parameters are never stacked."""
+    params = {f"w{i}": jnp.ones((6, 4)) for i in range(8)}
+    tx = jaxsgd.muon(0.02, weight_decay=0.1)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert text.count(" concatenate(") <= 2, "of the gradients and of the momentum"
+    whole, rest = divided(lambda x, y: (x @ (x + 1) + y, 2 * y), (3, 3), jnp.ones((3, 3)), jnp.eye(3))
+    made = whole(jnp.ones((3, 3)), jnp.eye(3))
+    assert [x.tolist() for x in made] == [[[6.0] * 3] * 3]
+    first, second = rest((jnp.ones((3, 3)), jnp.eye(3)), made)
+    assert np.array_equal(first, 6 + np.eye(3)) and np.array_equal(second, 2 * np.eye(3))
 
 
 def test_leaves_with_other_settings_are_other_stacks():
