@@ -25,7 +25,7 @@ from jaxsgd.numerics import global_norm, is_float0, real_dtype, step_key, wide, 
 from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
 from jaxsgd.rounding import LOST, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
-from jaxsgd.stacking import kinds_of, mesh_of, stacks, together
+from jaxsgd.stacking import is_small, kinds_of, mesh_of, side_by_side, stacks, together
 from jaxsgd.state import State, unpinned
 from jaxsgd.storage import Storage, first_packed, first_zeros, needs_key, plain
 
@@ -237,7 +237,9 @@ class Lift:
         return _Group(settings, given, frozenset(constant))
 
     def _comes(self, name: str, value: Any) -> bool:
-        return not self._static(name) and (callable(value) or is_array(value))
+        # A rate is a value of each step as that of the call is, so that leaves that differ in it alone share a trace.
+        varies = callable(value) or is_array(value) or name == "learning_rate"
+        return varies and not self._static(name)
 
     def _initial(self, dtype: Any) -> dict[str, Any]:
         """The hyperparameters as the first step will see them. Runtime ones are arrays, so that one that
@@ -423,6 +425,7 @@ class Lift:
             id(group): {name: x for name, x in {**scalars, **values}.items() if not group.overrides(name)}
             for group, values in zip(dict.fromkeys(own), by_group, strict=True)
         }
+        beside = side_by_side(hyper, outside["t"], [g for g in grads if is_small(g)])
         rested = {slot: treedef.flatten_up_to(held) for slot, held in state.slots.items()}
         lost = rested.pop(LOST, None)
         keys = self._keys(count)
@@ -440,7 +443,7 @@ class Lift:
                     g,
                     p,
                     {slot: held[i] for slot, held in rested.items()},
-                    hyper[id(group)],
+                    (beside if is_small(g) else hyper)[id(group)],
                     alone,
                     None if lost is None else lost[i],
                     draws.get(id(group), {}),
@@ -471,7 +474,7 @@ class Lift:
         first = parts[0]
         if first.settings is None:
             return [(jnp.zeros_like(part.g if part.p is None else part.p), part.rested) for part in parts]
-        hyper = {**first.hyper, **shared}
+        hyper = side_by_side({**first.hyper, **shared}, first.hyper["t"], [part.g for part in parts])
         self._check_given(self.rule.context, {*hyper, *first.own, *self.constants, *first.settings.known, "p"})
 
         whole = len(parts) == 1 and first.p is not None and first.packs and not self.norms

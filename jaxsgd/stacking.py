@@ -14,11 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.elementwise import divided
+from jaxsgd.pieces import platform_of
 
-__all__ = ["kinds_of", "mesh_of", "stacks", "together"]
+__all__ = ["is_small", "kinds_of", "mesh_of", "side_by_side", "stacks", "together"]
 
 LEAST = 2**26
 """Bytes that a stack may always have."""
+
+SMALL = 2**18
+"""Elements of a small leaf. The kernels of larger ones are not joined: that gains nothing, and a joined kernel needs
+the gradients of all its leaves at once."""
 
 
 def kinds_of(arrays: Any) -> tuple[Any, ...]:
@@ -57,6 +62,37 @@ def stacks(keys: Sequence[Hashable], leaves: Sequence[Any]) -> list[list[int]]:
 
 def _bytes(x: Any) -> int:
     return x.size * x.dtype.itemsize
+
+
+def is_small(leaf: Any) -> bool:
+    """Whether a GPU takes longer to start a kernel than to step the leaf."""
+    return jnp.size(leaf) <= SMALL
+
+
+def side_by_side(scalars: Any, t: jax.Array, leaves: Sequence[Any]) -> Any:
+    """``scalars`` for the steps of these leaves: on a GPU they are read from one array.
+
+    XLA for GPU joins kernels that read the same array and write arrays of one shape. A scalar does not count as such an
+    array. So the steps of leaves of one shape are a few kernels in place of one each.
+
+    Args:
+      scalars: a pytree. Its scalars of the type of ``t`` move, but for ``t``.
+      t: the step.
+      leaves: the arrays that are stepped. Unless two have one shape, nothing moves.
+    """
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    if platform_of(leaves) != "cuda" or len({*shapes}) == len(shapes):
+        return scalars
+    every, treedef = jax.tree.flatten(scalars)
+    moved = {id(x): x for x in every if x is not t and _kind(x) == _kind(t)}
+    row = jax.lax.optimization_barrier(jnp.stack([t, *moved.values()]))
+    there = {key: row[i] for i, key in enumerate(moved, 1)}
+    return treedef.unflatten([there.get(id(x), x) for x in every])
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    kind = jax.typeof(x)
+    return kind.shape, kind.dtype, kind.weak_type, kind.manual_axis_type
 
 
 def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mesh: Mesh | None = None) -> list[Any]:

@@ -11,8 +11,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
 import jaxsgd.lift
+import jaxsgd.stacking
 from jaxsgd.elementwise import divided
 from jaxsgd.matrices import JORDAN
+from jaxsgd.planning.reading import read
+from jaxsgd.planning.targets import available, lookup
 from jaxsgd.stacking import LEAST, stacks
 
 SHAPES = {
@@ -86,6 +89,32 @@ def test_only_whole_matrix_work_sees_the_stack():
     assert [x.tolist() for x in made] == [[[6.0] * 3] * 3]
     first, second = rest((jnp.ones((3, 3)), jnp.eye(3)), made)
     assert np.array_equal(first, 6 + np.eye(3)) and np.array_equal(second, 2 * np.eye(3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon_jordan"])
+def test_scalars_side_by_side_change_no_number(name, monkeypatch):
+    tx = jaxsgd.RULES[name](0.02, weight_decay=0.1)
+    expected = walked(tx)
+    monkeypatch.setattr(jaxsgd.stacking, "platform_of", lambda leaves: "cuda")
+    jax.tree.map(np.testing.assert_array_equal, walked(jaxsgd.RULES[name](0.02, weight_decay=0.1)), expected)
+
+
+@pytest.mark.skipif(not available("cuda"), reason="the CUDA compiler is not installed: pip install 'jaxsgd[cuda]'")
+def test_small_leaves_of_one_shape_share_kernels_on_a_gpu():
+    target = lookup("h100:1")
+    there = NamedSharding(target.mesh(), PartitionSpec())
+    params = {f"b{i}": jax.ShapeDtypeStruct((64,), jnp.float32) for i in range(24)}
+
+    def kernels(tx):
+        def update(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), (params, state, params))
+        return sum(read(target.compile(jax.jit(update, donate_argnums=(0, 1)).lower(*shapes))).kernels.values())
+
+    assert kernels(jaxsgd.adamw(1e-3)) <= 6 < 24 <= kernels(optax.adamw(1e-3))
 
 
 def test_leaves_with_other_settings_are_other_stacks():
