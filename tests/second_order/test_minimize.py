@@ -70,6 +70,17 @@ def test_newton_solves_a_quadratic_in_one_step(method):
     np.testing.assert_allclose(result.params, target, rtol=0, atol=1e-12)
 
 
+def test_the_scale_of_lbfgs_does_not_fall_at_once():
+    """With the scale of the newest pair alone it takes 189 evaluations."""
+
+    def fun(x):
+        return jnp.sum(jnp.logspace(0, 4, 20) * x**2) / 2
+
+    result = minimize(fun, np.ones(20))
+    assert result.success
+    assert int(result.evaluations) < 140
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_scale_of_the_value_does_not_matter(method, dtype):
