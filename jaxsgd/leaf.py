@@ -197,7 +197,7 @@ class Settings:
         return dict(self.constants)
 
     def drawn(self, keys: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """What the storages of its slots take in place of their keys."""
+        """The values that the storages of its slots take in place of their keys."""
         return {name: drawn(self.storages.get(name, plain), key) for name, key in keys.items()}
 
     def leaf(self, g: Any, p: Any, rested: Mapping[str, Any], hyper: Mapping[str, Any]) -> tuple[Leaf, Any]:

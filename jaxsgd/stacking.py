@@ -98,8 +98,8 @@ def _kind(x: Any) -> tuple[Any, ...]:
 def together(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], mesh: Mesh | None = None) -> list[Any]:
     """``[step(*own) for own in arguments]``, where the work on whole arrays is run once on the stacked arguments.
 
-    What is elementwise and leads to no such work, such as the next moment and the scaling of the update, is done leaf
-    by leaf. A kernel that takes parts of a stack cannot write in place of its operands, and its results are copied.
+    Elementwise work that no such work needs is done leaf by leaf: the next moment, the scaling of the update. A kernel
+    that takes parts of a stack cannot write in place of its operands, and its results are copied.
 
     Args:
       step: a function of arrays.

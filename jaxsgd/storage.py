@@ -76,7 +76,7 @@ def needs_key(storage: Storage) -> bool:
 
 
 def drawn(storage: Storage, key: jax.Array | None) -> jax.Array | None:
-    """What ``storage.pack`` takes for the arrays of one step."""
+    """The value that ``storage.pack`` takes as a key for all arrays of a step."""
     ask = getattr(storage, "drawn", None)
     return key if ask is None or key is None else ask(key)
 

@@ -29,9 +29,9 @@ FACTORED = (
     "On H100 rows and columns are two passes. Each small result (a factor, a norm) is a kernel."
 )
 PRODUCTS = (
-    "Newton-Schulz is fifteen products for a matrix, and their factors and results pass through memory. On H100 the "
-    "sums of the polynomial are kernels too. Temporaries are these factors, of one matrix at a time. Norms and means "
-    "are further kernels."
+    "Newton-Schulz is fifteen products for a matrix, two more for a long one. Their factors and results pass through "
+    "memory. On H100 the sums of the polynomial are kernels too. Temporaries are these factors, of one matrix at a "
+    "time. Norms and means are further kernels."
 )
 DECOMPOSED = (
     "Products, roots and decompositions of matrices are extra work, with their own temporaries. On matrices as small "
