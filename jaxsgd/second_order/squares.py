@@ -31,6 +31,10 @@ ACCURACY = {True: 0.1, False: 0.01}
 """How near the length of a step of ``"lm"`` comes to the radius, with scales (MINPACK) and without (SciPy's trf)."""
 REVIVALS = ((True, 1.0), (False, 1.0))
 """The same of further tries, from the best end with parameters that have lost their effect where they have one."""
+BENT = -1e-3
+"""A negative curvature, as a share of its positive part and the length of the second derivative."""
+WAYS = tuple(sign * 10.0**-i for i in range(4) for sign in (1, -1))
+"""Steps that leave a saddle point, in units of the length of the point."""
 METHODS = ("lm", "dogleg", "gauss_newton")
 Method = Literal["lm", "dogleg", "gauss_newton"]
 
@@ -53,8 +57,9 @@ def least_squares(
     are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region is tried up to
     three times more from the start, without scales or with a smaller region. That happens where it ends without
     convergence or with a Jacobian that has lost its rank or the effect of a parameter. Where a parameter has no effect
-    at the best end, up to two more tries begin there. They bring that parameter back to where it has one. The best end
-    counts, and ``evaluations`` counts the residuals of all steps.
+    at the best end, up to two more tries begin there. They bring that parameter back to where it has one. From a saddle
+    point, to which symmetric starts lead, tries go on along its negative curvature. The best end counts, and
+    ``evaluations`` counts the residuals of all steps.
 
     - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
     - ``"dogleg"``: a trust region with a path of two pieces (Powell 1970). A step costs less.
@@ -64,10 +69,11 @@ def least_squares(
     out stays at its bound, and the others are solved for again. A step along the projected gradient replaces it where
     that predicts a larger decrease. Every residual is computed inside the bounds.
 
-    Where the gradient is zero, the solver checks the curvature along the singular vectors of the Jacobian and along
-    single parameters. If it is negative, the status is ``SADDLE_POINT``, which is no success. The check needs at least
-    as many residuals as parameters. If a parameter has no effect at the end, but has one elsewhere, the status is
-    ``FLAT``. That is no success either: the search may have left the data behind.
+    Where the gradient is zero, the solver checks the curvature. The directions are the singular vectors of the
+    Jacobian, single parameters, and sums of all with signs by chance. If it is negative and no further try finds a way
+    down, the status is ``SADDLE_POINT``, which is no success. The check needs at least as many residuals as parameters.
+    If a parameter has no effect at the end, but has one elsewhere, the status is ``FLAT``. That is no success either:
+    the search may have left the data behind.
 
     Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
     from the implicit function theorem; they hold at a minimum.
@@ -584,15 +590,17 @@ def _search(
             jax.debug.callback(options.callback, _result(new))
         return new
 
-    def bent(s: _State) -> jax.Array:
-        """Whether the sum of squares has negative curvature along a direction of the Jacobian.
+    def curved(s: _State) -> tuple[jax.Array, jax.Array]:
+        """Directions in units of J's columns, and the curvature of the sum of squares along each, at least -1.
 
         Residuals along ``v`` are ``r + t J v + t^2 r''(v, v) / 2``: the curvature is ``|J v|^2 + r' r''(v, v)``.
         """
         factor = free_part(s)
         columns = jax.vmap(_norm, in_axes=1)(factor[:, :n])
-        # Where J vanishes all directions are alike: those of single parameters are as good as any.
-        both = jnp.concatenate([_model(factor, jnp.where(columns > 0, columns, 1)).vt, jnp.eye(n, dtype=dtype)])
+        # Where J vanishes all directions are alike: single parameters, and all with signs by chance, whose products
+        # may be what bends.
+        signs = jax.random.rademacher(jax.random.key(0), (n, n), dtype) / n**0.5
+        both = jnp.concatenate([_model(factor, jnp.where(columns > 0, columns, 1)).vt, jnp.eye(n, dtype=dtype), signs])
         both = both / jnp.where(columns > 0, columns, 1)
         if box is not None:
             both = jnp.where(box.holds(s.x, s.factor[:, n] @ s.factor[:, :n]), 0, both)
@@ -604,9 +612,34 @@ def _search(
             first, second = jax.jvp(slope, (s.x,), (v,))
             first, second, r = first / s.norm, second / s.norm, s.r / s.norm
             convex, other = jnp.sum(first * first), jnp.sum(r * second)
-            return convex + other < -1e-3 * (convex + _norm(second))
+            size = convex + _norm(second)
+            return (convex + other) / jnp.where(size > 0, size, 1)
 
-        return jnp.any(jax.vmap(along)(both))
+        return both, jax.vmap(along)(both)
+
+    def named(s: _State) -> _State:
+        """The end of a try, with the name of a saddle point where it is one."""
+        if n > count:
+            return s  # J may come from a function with reverse mode alone, and there are many directions
+        saddle = jax.lax.cond(
+            s.code == Status.CONVERGED_GRADIENT, lambda: jnp.any(curved(s)[1] < BENT), lambda: jnp.zeros((), bool)
+        )
+        return s._replace(code=jnp.where(saddle, Status.SADDLE_POINT, s.code).astype(jnp.int32))
+
+    def downhill(s: _State) -> tuple[jax.Array, jax.Array]:
+        """The best of some points along the direction of the most negative curvature, and the residuals there."""
+        ways, curvature = curved(s)
+        # Signs by chance are the last resort.
+        chosen = (curvature < BENT) & (jnp.arange(len(ways)) < len(ways) - n)
+        way = ways[jnp.argmin(jnp.where(chosen, curvature - 1, curvature))]
+        columns = jax.vmap(_norm, in_axes=1)(s.factor[:, :n])
+        far = _norm(jnp.where(columns > 0, columns, 1) * s.x)
+        points = s.x + jnp.where(far > 0, far, 1) * jnp.asarray(WAYS, dtype)[:, None] * way
+        if box is not None:
+            points = jnp.clip(points, box.lower, box.upper)
+        norms = jax.vmap(lambda point: _norm(residuals(point)))(points)
+        x = points[jnp.argmin(jnp.where(jnp.isfinite(norms), norms, jnp.inf))]
+        return x, residuals(x)
 
     def _result(s: _State) -> Result:
         gradient = s.factor[:, :n].T @ s.factor[:, n] * unit * unit
@@ -636,14 +669,17 @@ def _search(
         lost &= (s.norm > eps**0.5 * first) & (i == 1)
         failed = (s.code > Status.CONVERGED_STEP) & (s.code != Status.NOT_FINITE_START)
         idle = jnp.any(dead(s))
-        return jnp.where(i < len(TRIES), failed | lost | idle, idle)
+        return jnp.where(i < len(TRIES), failed | lost | idle, idle | (s.code == Status.SADDLE_POINT))
 
     def another(carry: Any) -> Any:
         i, best, left, trials, iterations = carry
         place, there = x, r
         if n <= count:
-            place, there = jax.lax.cond(i < len(TRIES), lambda: (x, r), lambda: revived(best))
-        s = search(begin(i, place, there), left)
+            # From a saddle point every region leads back, if the start is symmetric.
+            way = jnp.where(best.code == Status.SADDLE_POINT, 2, jnp.where(i < len(TRIES), 0, 1))
+            roads = [lambda best: (x, r), revived, downhill]
+            place, there = jax.lax.switch(way, roads, best)
+        s = named(search(begin(i, place, there), left))
         level = jnp.where(best.code <= Status.CONVERGED_STEP, 0.999 * best.norm, best.norm)
         better = (i == 0) | (s.norm < level) | ((s.norm == level) & (s.code <= Status.CONVERGED_STEP))
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), s, best)
@@ -687,9 +723,6 @@ def _search(
     carry = jax.lax.while_loop(goes_on, another, (zero, blank, budget, zero, zero))
     s = carry[1]._replace(trials=carry[3], iterations=carry[4])
     if n <= count:
-        # Otherwise J may come from a function with reverse mode alone, and there are many directions.
-        saddle = (s.code == Status.CONVERGED_GRADIENT) & bent(s)
-        s = s._replace(code=jnp.where(saddle, Status.SADDLE_POINT, s.code).astype(jnp.int32))
         idle = dead(s) & (s.code <= Status.CONVERGED_STEP)
         if box is not None:
             idle &= (s.x > box.lower) & (s.x < box.upper)
