@@ -86,7 +86,8 @@ $(VENV)-compilers/.done: pyproject.toml constraints.txt
 compilers: $(VENV)-compilers/.done
 
 plans: compilers
-	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/planning tests/core/test_kernels.py $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/planning \
+	  tests/core/test_kernels.py tests/core/test_stacking.py $(ARGS)
 
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .
