@@ -1,8 +1,9 @@
 """The cost of each rule's update on hardware, measured by the compilers: docs/ledger.json and docs/ledger.md.
 
 ``python tools/ledger.py`` compiles the update of every rule with every storage for a TPU v5e and an H100, and writes
-both documents. Programs that have not changed are not compiled again. ``--check`` fails if the page differs from the
-measurements, if a rule is missing, or if one beyond a bar has no explanation.
+both documents. It also writes the costs in docs/choose_optimizer.md. Programs that have not changed are not compiled
+again. ``--check`` fails if a page differs from the measurements, if a rule is missing, or if one beyond a bar has no
+explanation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxsgd.planning.devices import lookup as describe
 from jaxsgd.planning.targets import available, prepare
 from jaxsgd.registry import RULES
 
-__all__ = ["BARS", "beyond", "faults", "ledger", "main", "page", "reasons"]
+__all__ = ["BARS", "beyond", "costs", "faults", "ledger", "main", "page", "reasons"]
 
 BARS = {"ratio": 1.10, "fusions": 1.0, "temporaries": 0.05}
 """What needs no explanation: bytes over the minimum, fusions a leaf, temporaries over the parameters' bytes."""
@@ -251,6 +252,29 @@ def page(held: Ledger) -> str:
     return "\n".join(lines) + "\n"
 
 
+COSTS = re.compile(r"(?<=<!-- costs: begin -->\n).*?(?=<!-- costs: end -->)", re.DOTALL)
+
+
+def costs(held: Ledger, text: str) -> str:
+    """``text``, the page of advice, with the measured costs of the rules that its table names.
+
+    Raises:
+      ValueError: the table is missing, or it names a rule that is not measured.
+    """
+    found = COSTS.search(text)
+    names = re.findall(r"^\| `(\w+)`", found[0], re.MULTILINE) if found else []
+    if not names or set(names) - set(held["rows"]):
+        raise ValueError(f"between <!-- costs: begin --> and <!-- costs: end --> stand the rules {names}")
+    lines = ["| rule | state | state, bf16 moments | minimum traffic a step | H100: bytes / minimum |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for name in names:
+        stored = held["rows"][name]
+        row, narrow = (stored.get(storage, stored["plain"])["h100"] for storage in ("plain", "bf16"))
+        cells = [row["state"], narrow["state"], row["minimum"], row["ratio"]]
+        lines.append(f"| `{name}` | {cells[0]:.3g} | {cells[1]:.3g} | {cells[2]:.3g} | {cells[3]:#.3g} |")
+    return COSTS.sub(lambda _: "\n".join(lines) + "\n", text)
+
+
 # -- the command line -----------------------------------------------------------------------------
 
 
@@ -273,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--json", type=pathlib.Path, default=HERE / "ledger.json", help="the measurements")
     add("--page", type=pathlib.Path, default=HERE / "ledger.md", help="the page")
+    add("--advice", type=pathlib.Path, default=HERE / "choose_optimizer.md", help="the page with a table of costs")
     add("--rules", type=lambda text: re.split(r"[,\s]+", text), help="only these, by commas")
     add("--devices", type=lambda text: re.split(r"[,\s]+", text), help="v5e, h100; by default those with a compiler")
     add("--fresh", action="store_true", help="measure also what has been measured of the same program")
@@ -289,14 +314,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ledger(args.json, rules=args.rules, devices=args.devices, fresh=args.fresh, progress=progress)
             print(f"ledger: measured in {(time.perf_counter() - begin) / 60:.1f} minutes")
         held = json.loads(args.json.read_text())
+        pages = {args.page: page(held), args.advice: costs(held, args.advice.read_text())}
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         print(f"ledger: error: {error}", file=sys.stderr)
         return 2
-    wrong, text = faults(held), page(held)
-    if not args.check:
-        _write(args.page, text)
-    elif not args.page.exists() or args.page.read_text() != text:
-        wrong.append(f"{args.page} is out of date; run python tools/ledger.py")
+    wrong = faults(held)
+    for path, text in pages.items():
+        if not args.check:
+            _write(path, text)
+        elif not path.exists() or path.read_text() != text:
+            wrong.append(f"{path} is out of date; run python tools/ledger.py --write")
     for line in wrong:
         print(f"ledger: {line}", file=sys.stderr)
     count = sum(1 for _ in _rows(held))

@@ -95,25 +95,6 @@ def test_the_pages_of_advice_run_from_top_to_bottom(page, tmp_path, monkeypatch)
         assert names["found"].learning_rate > 0 and len(names["recorder"].records) == len(names["batches"])
 
 
-def test_the_costs_of_the_page_of_advice_are_those_of_the_ledger():
-    page, ledger = ((ROOT / "docs" / name).read_text() for name in ("choose_optimizer.md", "ledger.md"))
-    plain, bf16, _ = re.split(r"^## Moments.*$", ledger, flags=re.MULTILINE)
-
-    def row(text, name):
-        (cells,) = re.findall(rf"^\| \[?`{name}`[^|]*\|(.*)\|$", text, re.MULTILINE)
-        return [cell.strip(" *") for cell in cells.split("|")]
-
-    costs = page.split("## The cost of each")[1].split("\n## ")[0]
-    names = re.findall(r"^\| `(\w+)`", costs, re.MULTILINE)
-    assert len(names) >= 10
-    for name in names:
-        state, narrow, minimum, moved = map(float, row(costs, name))
-        cells = row(plain, name)
-        assert [state, minimum] == [float(cells[0]), float(cells[1])], name
-        assert moved == pytest.approx(float(cells[5]), rel=5e-3), name
-        assert narrow == (0 if state == 0 else float(row(bf16, name)[0])), name
-
-
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

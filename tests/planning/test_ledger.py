@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import ledger as book
@@ -13,9 +14,9 @@ from jaxsgd.planning.hlo import Program
 from jaxsgd.planning.targets import available
 
 ROOT = pathlib.Path(__file__).parents[2]
-JSON, PAGE = ROOT / "docs" / "ledger.json", ROOT / "docs" / "ledger.md"
+JSON, PAGE, ADVICE = (ROOT / "docs" / name for name in ("ledger.json", "ledger.md", "choose_optimizer.md"))
 HELD = json.loads(JSON.read_text())
-REAL = ["--json", str(JSON), "--page", str(PAGE)]
+REAL = ["--json", str(JSON), "--page", str(PAGE), "--advice", str(ADVICE)]
 
 
 @pytest.fixture
@@ -60,9 +61,26 @@ def test_faults_are_named(held, monkeypatch, tmp_path, capsys):
     stale, page = tmp_path / "ledger.json", tmp_path / "ledger.md"
     stale.write_text(JSON.read_text())
     page.write_text(PAGE.read_text().replace("| [`adam`]", "| [`adan`]"))
-    assert book.main(["--check", "--json", str(stale), "--page", str(page)]) == 1
-    assert "out of date" in capsys.readouterr().err
-    assert book.main(["--check", "--json", str(tmp_path / "none.json")]) == 2
+    assert book.main(["--check", *REAL, "--json", str(stale), "--page", str(page)]) == 1
+    assert f"{page} is out of date" in capsys.readouterr().err
+    assert book.main(["--check", *REAL, "--json", str(tmp_path / "none.json")]) == 2
+
+
+def test_the_costs_on_the_page_of_advice_are_those_of_the_ledger(held, tmp_path, capsys):
+    """Each figure of the table is read from the ledger again, and the rules are the page's own choice."""
+    text, advice = ADVICE.read_text(), tmp_path / "advice.md"
+    names = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert len(names) >= 10 and book.costs(held, text) == text
+    held["rows"]["muon"]["plain"]["h100"]["ratio"] = 12.345
+    assert "| `muon` | 4 | 2 | 20 | 12.3 |" in book.costs(held, text)
+    advice.write_text(text.replace("| `lion` | 4 | 2 | 20 |", "| `lion` | 4 | 2 | 24 |"))
+    assert book.main(["--check", *REAL, "--advice", str(advice)]) == 1
+    assert f"{advice} is out of date" in capsys.readouterr().err
+    assert book.main(["--write", *REAL, "--page", str(tmp_path / "page.md"), "--advice", str(advice)]) == 0
+    assert advice.read_text() == text
+    advice.write_text(text.replace("| `lion` |", "| `loin` |"))
+    assert book.main(["--check", *REAL, "--advice", str(advice)]) == 2
+    assert "loin" in capsys.readouterr().err
 
 
 @pytest.fixture
