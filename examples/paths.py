@@ -9,16 +9,13 @@ import argparse
 import pathlib
 import sys
 
-from jaxsgd import RULES, TREE_RULES
 from jaxsgd.plot import LANDSCAPES, paths, save
+from jaxsgd.registry import all_rules
 
 BOWL = (
     "sgd=0.08,momentum=0.03,nesterov=0.03,adagrad=0.5,rmsprop=0.1,adadelta=20,adam=0.2,nadam=0.15,"
     "amsgrad=0.2,adamax=0.3,lion=0.08,schedule_free_adamw=0.3"
 )
-
-
-KNOWN = type(RULES)(RULES | TREE_RULES)
 
 
 def chosen(text: str) -> dict[str, float]:
@@ -30,7 +27,7 @@ def chosen(text: str) -> dict[str, float]:
     out = {}
     for entry in text.split(","):
         name, _, rate = entry.partition("=")
-        _ = KNOWN[name.strip()]
+        _ = all_rules()[name.strip()]
         try:
             out[name.strip()] = float(rate)
         except ValueError:
@@ -49,7 +46,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     args = parser.parse_args(argv)
     try:
         rates = chosen(args.rules)
-        drawn = {f"{name}({rate:g})": KNOWN[name](rate) for name, rate in rates.items()}
+        drawn = {f"{name}({rate:g})": all_rules()[name](rate) for name, rate in rates.items()}
         figure = paths(drawn, args.landscape, args.steps, columns=args.columns)
         out = save(figure, args.out)
     except (KeyError, ValueError, OSError) as error:

@@ -21,7 +21,7 @@ from jaxsgd.migration import migrate
 from jaxsgd.planning.plan import plan
 from jaxsgd.rank_one import factored
 from jaxsgd.record import Recorder
-from jaxsgd.registry import RULES, Rule, rule, wrapper
+from jaxsgd.registry import RULES, TREE_RULES, Rule, rule, wrapper
 from jaxsgd.rules import FAMILIES
 from jaxsgd.rules.adam_variants import *
 from jaxsgd.rules.adaptive import *
@@ -39,7 +39,6 @@ from jaxsgd.rules.sign import *
 from jaxsgd.rules.torch import *
 from jaxsgd.rules.wrappers import *
 from jaxsgd.second_order import (
-    TREE_RULES,
     gauss_newton,
     lbfgs,
     least_squares,

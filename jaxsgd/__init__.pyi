@@ -41,7 +41,7 @@ from jaxsgd.state import State as State
 from jaxsgd.train import Step as Step
 from jaxsgd.storage import Storage as Storage
 from jaxsgd.ensemble.sweep_result import Sweep as Sweep
-from jaxsgd.second_order.tree_rule import TREE_RULES as TREE_RULES
+from jaxsgd.registry import TREE_RULES as TREE_RULES
 from jaxsgd.train_state import TrainState as TrainState
 from jaxsgd.transforms.accumulation import accumulate as accumulate
 from jaxsgd.transforms.accumulation import accumulate_gradients as accumulate_gradients

@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "plan":
             return command.run(args, rest)
         from jaxsgd import cards
-        from jaxsgd.rules import RULES
+        from jaxsgd.registry import all_rules
 
         if args.command == "rule":
-            print(cards.card(RULES[args.name]))
+            print(cards.card(all_rules()[args.name]))
         else:
-            print(cards.rules_table(cards.like(args.like) if args.like else [RULES[name] for name in sorted(RULES)]))
+            print(cards.rules_table(cards.like(args.like) if args.like else all_rules().values()))
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"jaxsgd {args.command}: error: {message}", file=sys.stderr)

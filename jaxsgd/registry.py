@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import optax
+
 from jaxsgd.call import FRAME, REQUIRED, bind, defaults_of, named_by, signature_of, type_text
 from jaxsgd.hyper import Hyper, is_off
 from jaxsgd.leaf import Equation, Leaf
@@ -21,7 +23,21 @@ from jaxsgd.lift import Transformation
 from jaxsgd.paths import nearest
 from jaxsgd.slots import Slot, Start, by_name
 
-__all__ = ["FRAME", "RULES", "Inner", "Rule", "UnknownRule", "make_rule", "register", "rule", "wrapper"]
+__all__ = [
+    "FRAME",
+    "RULES",
+    "TREE_RULES",
+    "AnyRule",
+    "Inner",
+    "Registry",
+    "Rule",
+    "UnknownRule",
+    "all_rules",
+    "make_rule",
+    "register",
+    "rule",
+    "wrapper",
+]
 
 RESERVED = {
     "g",
@@ -40,7 +56,7 @@ RESERVED = {
 
 
 class UnknownRule(KeyError):
-    """A name that is not in `RULES`; the message names the nearest."""
+    """A name that no rule has; the message names the nearest."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -49,27 +65,66 @@ class UnknownRule(KeyError):
 class Registry(dict):
     """Rules by name; for an unknown one the error names the nearest."""
 
-    def __missing__(self, name: str) -> Rule:
+    def __missing__(self, name: str) -> Any:
         raise UnknownRule(f"unknown rule {name!r}{nearest(str(name), self)}")
 
 
+class AnyRule:
+    """The common part of all rules. Call a rule to get a gradient transformation.
+
+    Attributes:
+      name: its name.
+      doc: first line ``Name (Authors Year, arXiv:id): $equation$.``
+      defaults: argument -> default, of the call.
+      usual_rate: the learning rate at which a search begins, or None.
+      batch_scaling: how the learning rate goes with the batch size: ``"linear"``, ``"sqrt"`` or None, unknown.
+      module: where the rule's function is written.
+    """
+
+    name: str
+    doc: str
+    defaults: Mapping[str, Any]
+    usual_rate: float | None
+    batch_scaling: str | None
+    module: str
+
+    @property
+    def title(self) -> str:
+        """The docstring's first sentence: name, source, equation."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+    def __repr__(self) -> str:
+        return f"<rule {self.name}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        raise NotImplementedError
+
+
 RULES: dict[str, Rule] = Registry()
+"""The rules that step one array at a time, by name."""
+TREE_RULES: dict[str, AnyRule] = Registry()
+"""The second-order rules by name: they see the whole tree and evaluate the loss."""
+
+
+def all_rules() -> dict[str, AnyRule]:
+    """The rules of `RULES` and `TREE_RULES` by name, in alphabetical order.
+
+    As in both, an unknown name raises `UnknownRule`, whose message names the nearest.
+    """
+    return Registry(sorted({**RULES, **TREE_RULES}.items()))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rule(Equation):
-    """An update rule. Call it to get a gradient transformation.
+class Rule(AnyRule, Equation):
+    """An update rule of one array. Call it to get a gradient transformation.
 
-    Attributes, beside those of `jaxsgd.leaf.Equation`:
-      doc: first line ``Name (Authors Year, arXiv:id): $equation$.``
+    Attributes, beside those of `AnyRule` and `jaxsgd.leaf.Equation`:
       defaults: argument -> default, of the call (`REQUIRED` where there is none).
       positional: the arguments that may be given by position, in order; None for the learning rate, then all
         hyperparameters.
       call: optional, the arguments of the call -> those of the rule: see `rule`.
-      usual_rate: the learning rate at which a search begins; by default that of the call.
-      batch_scaling: how the learning rate goes with the batch size: ``"linear"``, ``"sqrt"`` or None, unknown.
+      usual_rate: by default the learning rate of the call.
       cost: why an update moves more bytes than its arrays have, a key of `tools/explanations.py`, or None.
-      module: where the rule's function is written.
     """
 
     doc: str = ""
@@ -95,14 +150,6 @@ class Rule(Equation):
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters that the call offers, with their defaults in the function's signature."""
         return {name: h.default for name, h in self.hypers.items() if not h.static and name in self.defaults}
-
-    @property
-    def title(self) -> str:
-        """The docstring's first sentence: name, source, equation."""
-        return " ".join(self.doc.split("\n\n")[0].split())
-
-    def __repr__(self) -> str:
-        return f"<rule {self.name}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Transformation:
         """Bind the hyperparameters; all rules share these arguments.

@@ -16,9 +16,20 @@ import sys
 from collections.abc import Mapping
 
 from jaxsgd import torch
-from jaxsgd.cards import TITLE, arguments, digits, family, state_bytes, titled
-from jaxsgd.registry import Rule
+from jaxsgd.cards import (
+    TITLE,
+    arguments,
+    default_text,
+    description,
+    digits,
+    family,
+    needs,
+    state_bytes,
+    titled,
+)
+from jaxsgd.registry import TREE_RULES, AnyRule, all_rules
 from jaxsgd.rules import FAMILIES, RULES
+from jaxsgd.second_order.tree_rule import TreeRule
 
 __all__ = ["BARS", "Agreement", "entry", "main", "page", "table"]
 
@@ -41,14 +52,15 @@ SHORT = {
     "adaptive_lr": "No learning rate or schedule",
     "averaging": "No learning rate or schedule",
     "torch": "As in torch",
+    "second_order": "Second order, with the loss itself",
 }
-"""File of `jaxsgd/rules` -> the short name of its family in the README, in the README's order."""
+"""File of `jaxsgd/rules`, or room -> the short name of its family in the README, in the README's order."""
 
 Agreement = Mapping[str, Mapping[str, float]]
 """Rule -> package -> largest relative error of 50 steps in float64."""
 
 
-def entry(rule: Rule, agreement: Agreement) -> dict[str, str]:
+def entry(rule: AnyRule, agreement: Agreement) -> dict[str, str]:
     """One row: rule, what it is, where it comes from, what it keeps, who agrees.
 
     Raises:
@@ -61,16 +73,16 @@ def entry(rule: Rule, agreement: Agreement) -> dict[str, str]:
         "update": equation,
         "source": source,
         "state": ", ".join(f"`{slot}`" for slot in state_bytes(rule)) or "nothing",
-        "agrees with": ", ".join(agreement.get(rule.name, {})) or "not measured",
+        "agrees with": ", ".join(agreement.get(rule.name, {})) or "see below",
     }
 
 
 def by_family() -> str:
     """All rules as a list with a line for each short name of a family, with links."""
     lines: dict[str, list[str]] = {name: [] for name in SHORT.values()}
-    for name in sorted(RULES):
-        file = RULES[name].module.rsplit(".", 1)[-1]
-        lines.setdefault(SHORT.get(file, family(RULES[name])), []).append(f"[{name}](docs/rules.md#{name})")
+    for name, rule in all_rules().items():
+        short = next((SHORT[part] for part in rule.module.split(".") if part in SHORT), family(rule))
+        lines.setdefault(short, []).append(f"[{name}](docs/rules.md#{name})")
     wrappers = ", ".join(f"`{name}`" for name in _wrappers())
     families = [f"- {name}: {', '.join(links)}" for name, links in lines.items()]
     return "\n".join([*families, f"- Wrappers, such as `jaxsgd.cautious(jaxsgd.adamw)(1e-3)`: {wrappers}"])
@@ -78,7 +90,7 @@ def by_family() -> str:
 
 def table(agreement: Agreement) -> str:
     """All rules as a Markdown table, in alphabetical order."""
-    rows = [entry(RULES[name], agreement) for name in sorted(RULES)]
+    rows = [entry(rule, agreement) for rule in all_rules().values()]
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -92,15 +104,15 @@ def page(agreement: Agreement) -> str:
     lines = [
         "# The rules",
         "",
-        "Made from `jaxsgd.RULES` by `python tools/catalog.py --write`; not written by hand.",
+        "Made from `jaxsgd.RULES` and `jaxsgd.TREE_RULES` by `python tools/catalog.py --write`; not written by hand.",
         "",
         "Agreement is the largest difference over 50 steps in float64, relative to the largest value of the leaf's",
         "trajectory. It is the worst of four kinds of gradients: normal, sparse, heavy-tailed and constant. The leaves",
         "have the shapes `()`, `(7,)`, `(5, 3)` and `(4, 3, 2)`. The tests hold it below 1e-12 for optax and the NumPy",
         "twins, and below 1e-9 for all others. [divergences.md](divergences.md) lists the intended differences.",
-        "State is that of a float32 kernel of 256 x 512, in bytes a parameter. Beside its own arguments every rule",
-        "takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`: see",
-        "`help(jaxsgd.Rule.__call__)`.",
+        "State is that of a float32 kernel of 256 x 512, in bytes a parameter. Beside its own arguments every rule of",
+        "`jaxsgd.RULES` takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`: see",
+        "`help(jaxsgd.Rule.__call__)`. The second-order rules see the whole tree and evaluate the loss.",
         "",
         table(agreement),
     ]
@@ -127,25 +139,26 @@ def page(agreement: Agreement) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _families() -> dict[str, list[Rule]]:
+def _families() -> dict[str, list[AnyRule]]:
     """A family's title -> its rules; the title is the first line of the file that they are written in."""
-    out: dict[str, list[Rule]] = {}
-    for name in sorted(RULES, key=lambda name: (RULES[name].module, name)):
-        out.setdefault(family(RULES[name]), []).append(RULES[name])
+    out: dict[str, list[AnyRule]] = {}
+    for rule in sorted(all_rules().values(), key=lambda rule: (rule.name in TREE_RULES, rule.module, rule.name)):
+        out.setdefault(family(rule), []).append(rule)
     return out
 
 
-def _section(rule: Rule, agreement: Agreement) -> list[str]:
+def _section(rule: AnyRule, agreement: Agreement) -> list[str]:
     name, source, equation = titled(rule.name, rule.title)
     kept = state_bytes(rule)
     slots = ", ".join(f"`{slot}` {size:.3g}" for slot, size in kept.items())
-    rest = rule.doc.split("\n\n", 1)[1:]
-    call = ", ".join(n if d is inspect.Parameter.empty else f"{n}={d!r}" for n, d in arguments(rule).items())
+    rest = description(rule)
+    given = {name: default_text(default) for name, default in arguments(rule).items()}
+    call = ", ".join(f"{name}={text}" if text else name for name, text in given.items())
     agrees = "; ".join(f"{package} to {digits(error)}" for package, error in agreement.get(rule.name, {}).items())
     lines = [f"### {rule.name}", "", f"{name} ({source})", "", equation, "", *rest, *([""] if rest else [])]
     lines += [f"- Call: `{rule.name}({call})`", f"- State: {sum(kept.values()):.3g} bytes a parameter"]
     lines[-1] += f": {slots}" if slots else ""
-    return [*lines, f"- Agrees with {agrees or 'nothing yet'}"]
+    return [*lines, f"- {needs(rule)}" if isinstance(rule, TreeRule) else f"- Agrees with {agrees or 'nothing yet'}"]
 
 
 def _wrappers() -> dict[str, str]:

@@ -23,8 +23,20 @@ from pictures import explained, pictures
 from stubs import homes
 
 import jaxsgd
-from jaxsgd.cards import agreement, arguments, digits, family, relatives, state_bytes, titled
-from jaxsgd.registry import RULES, Rule
+from jaxsgd.cards import (
+    agreement,
+    arguments,
+    default_text,
+    description,
+    digits,
+    family,
+    needs,
+    relatives,
+    state_bytes,
+    titled,
+)
+from jaxsgd.registry import RULES, AnyRule, Rule, all_rules
+from jaxsgd.second_order.tree_rule import TreeRule
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -34,6 +46,9 @@ DISPLAYED = re.compile(r"\$\$([^$]+)\$\$")
 EQUATION = re.compile(r"\$([^$\n]+)\$")
 REFERENCE = re.compile(r"(?<!`)`(jaxsgd\.[\w.]+)`(?!`)")
 NO_PICTURE = "No learning rate of the sweep lowers a function of two weights, so there is no picture."
+FRAME_ARGUMENTS = (
+    "Every rule of one array also takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`."
+)
 TOPICS = {
     "Train": ["TrainState", "make_step", "Step", "Recorder", "checked", "check_donation", "batch_statistics", "metrics",
               "with_hyper", "eval_params", "look_ahead", "describe", "State"],
@@ -57,7 +72,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made."""
     pages = {"index.md": front_page(), "api.md": api_index()}
-    pages |= {f"rules/{name}.md": rule_page(rule) for name, rule in RULES.items()}
+    pages |= {f"rules/{name}.md": rule_page(rule) for name, rule in all_rules().items()}
     pages |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     pages |= api_pages()
     for uri, text in pages.items():
@@ -163,31 +178,45 @@ def fenced(text: str, language: str) -> str:
 # -- rules ----------------------------------------------------------------------------------------
 
 
-def rule_page(rule: Rule) -> str:
-    """A rule in full: equation, paths, code, arguments, state, agreement, cost, relatives."""
+def rule_page(rule: AnyRule) -> str:
+    """A rule in full: equation, paths, arguments, state, agreement, cost, code, relatives."""
     name, source, equation = titled(rule.name, rule.title)
-    rest = rule.doc.split("\n\n", 1)[1:]
     kept = state_bytes(rule)
-    shown = {n: "" if d is inspect.Parameter.empty else f"`{d!r}`" for n, d in arguments(rule).items()}
-    measured = agreement().get(rule.name, {})
+    shown = {n: text and f"`{text}`" for n, d in arguments(rule).items() for text in [default_text(d)]}
     slots = [(f"`{n}`", kind(rule, n), f"{b:.3g}") for n, b in kept.items()]
     parts = [
-        [f"# {rule.name}", "", f"**{name}** ({source})", "", shown_equation(equation), "", *map(ours, rest)],
+        [
+            f"# {rule.name}",
+            "",
+            f"**{name}** ({source})",
+            "",
+            shown_equation(equation),
+            "",
+            *map(ours, description(rule)),
+        ],
         ["```python", f"tx = jaxsgd.{rule.name}({example(rule)})", "```"],
-        paths(rule),
+        paths(rule) if isinstance(rule, Rule) else [],
         ["## Arguments", "", *table(("argument", "default"), [(f"`{n}`", d) for n, d in shown.items()])],
-        ["Every rule also takes `weight_decay`, `mask`, `groups`, `storage`, `dynamic`, `norms` and `rounding`."],
+        [needs(rule) if isinstance(rule, TreeRule) else FRAME_ARGUMENTS],
         ["## State", "", f"{sum(kept.values()):.3g} bytes a parameter in float32."],
         table(("slot", "kind", "bytes a parameter"), slots),
-        ["## Agreement", "", "The largest relative difference over 50 steps in float64."],
-        table(("compared with", "agrees"), [(package, digits(error)) for package, error in measured.items()]),
-        cost(rule.name),
-        ["## The code", "", "```python", code(rule), "```"],
+        measured(rule) if isinstance(rule, Rule) else [],
         ["## Related", "", ", ".join(f"[{other}]({other}.md)" for other in relatives(rule)) or "None."],
         [f"Family: {family(rule)}."],
     ]
     lines = [line for part in parts for line in (*part, "")]
     return "\n".join(lines) + "\n"
+
+
+def measured(rule: Rule) -> list[str]:
+    """A rule's agreement with other packages, its cost on hardware, and its code."""
+    agrees = [(package, digits(error)) for package, error in agreement().get(rule.name, {}).items()]
+    return [
+        *["## Agreement", "", "The largest relative difference over 50 steps in float64.", ""],
+        *[*table(("compared with", "agrees"), agrees), ""],
+        *cost(rule.name),
+        *["## The code", "", "```python", code(rule), "```"],
+    ]
 
 
 def shown_equation(text: str) -> str:
@@ -201,7 +230,7 @@ def ours(text: str) -> str:
     return REFERENCE.sub(r"`\1`", text)
 
 
-def example(rule: Rule) -> str:
+def example(rule: AnyRule) -> str:
     rate = "1e-3" if rule.usual_rate is None else f"{rule.usual_rate:g}"
     first = next(iter(arguments(rule)), "")
     return rate if first == "learning_rate" else ""
@@ -214,8 +243,8 @@ def paths(rule: Rule) -> list[str]:
     return ["## Its path", "", *shown]
 
 
-def kind(rule: Rule, slot: str) -> str:
-    return rule.slots[slot].kind if slot in rule.slots else "other"
+def kind(rule: AnyRule, slot: str) -> str:
+    return rule.slots[slot].kind if isinstance(rule, Rule) and slot in rule.slots else "other"
 
 
 def code(rule: Rule) -> str:

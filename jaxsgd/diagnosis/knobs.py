@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jaxsgd.lift import lifts_in
-from jaxsgd.registry import RULES, Rule
+from jaxsgd.registry import AnyRule, all_rules
 from jaxsgd.report import number
 
 __all__ = ["Knobs", "knobs_of"]
@@ -61,7 +61,7 @@ def knobs_of(tx: Any, rule: Any, learning_rate: float | None) -> Knobs:
 
     Args:
       tx: a gradient transformation, or None.
-      rule: a `jaxsgd.registry.Rule`, its name, or None.
+      rule: a rule, its name, or None.
       learning_rate: the value to report. Default: that of ``tx``, if it is a number.
 
     Raises:
@@ -76,10 +76,10 @@ def knobs_of(tx: Any, rule: Any, learning_rate: float | None) -> Knobs:
         return _of_transformation(tx, learning_rate)
     if rule is None:
         return Knobs(learning_rate=learning_rate)
-    found = RULES[rule] if isinstance(rule, str) else rule
-    if not isinstance(found, Rule):
+    found = all_rules()[rule] if isinstance(rule, str) else rule
+    if not isinstance(found, AnyRule):
         raise TypeError(f"rule={rule!r}: it is no rule of jaxsgd. Use a rule or its name, or tx=")
-    return _of(found.name, {**found.hyper, **found.defaults}, learning_rate)
+    return _of(found.name, found.defaults, learning_rate)
 
 
 def _of_transformation(tx: optax.GradientTransformation, learning_rate: float | None) -> Knobs:

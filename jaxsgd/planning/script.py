@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxsgd.paths import is_function, nearest
 from jaxsgd.planning.plan import plan
-from jaxsgd.registry import RULES
+from jaxsgd.registry import all_rules
 from jaxsgd.train import Step
 
 __all__ = ["HOOK", "plan_arguments"]
@@ -74,7 +74,7 @@ def plan_arguments(target: str, argv: Sequence[str], mesh: Mesh, optimizer: str 
     if out.get("tx") is not None and optimizer is not None:
         raise ValueError(f"--optimizer {optimizer}: {place} has an optimizer of its own. Leave the option out")
     if out.get("tx") is None and not is_step:
-        rule = RULES[optimizer or "adamw"]
+        rule = all_rules()[optimizer or "adamw"]
         out["tx"] = rule(rule.usual_rate or 1e-3)
     return {**out, **given}
 

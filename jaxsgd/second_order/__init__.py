@@ -5,10 +5,8 @@ from jaxsgd.second_order.minimizer import minimize
 from jaxsgd.second_order.result import Result, Status
 from jaxsgd.second_order.rules import gauss_newton, lbfgs, newton, newton_cg
 from jaxsgd.second_order.squares import least_squares
-from jaxsgd.second_order.tree_rule import TREE_RULES
 
 __all__ = [
-    "TREE_RULES",
     "Result",
     "Status",
     "gauss_newton",

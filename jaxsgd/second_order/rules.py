@@ -29,9 +29,9 @@ from jaxsgd.second_order.curvature import (
     hessian_product,
     plus,
 )
-from jaxsgd.second_order.tree_rule import TREE_RULES, Problem, TreeLift, TreeRule, tree_rule
+from jaxsgd.second_order.tree_rule import Problem, TreeLift, TreeRule, tree_rule
 
-__all__ = ["TREE_RULES", "gauss_newton", "lbfgs", "newton", "newton_cg", "split_loss"]
+__all__ = ["gauss_newton", "lbfgs", "newton", "newton_cg", "split_loss"]
 
 Rate = float | jax.Array | Callable[[Any], Any]
 ZOOM = optax.scale_by_zoom_linesearch(max_linesearch_steps=20, initial_guess_strategy="one")
@@ -48,16 +48,19 @@ def lbfgs(
     scale_init_precond: bool = True,
     linesearch: optax.GradientTransformation | None = ZOOM,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""L-BFGS (Liu & Nocedal 1989, doi:10.1007/BF01589116): $p \leftarrow p - \eta H g$, $H$ from the last steps.
+    r"""L-BFGS (Liu & Nocedal 1989, doi:10.1007/BF01589116): $p \leftarrow p - \eta H_m g$.
 
-    The method is that of `optax.lbfgs`, with its call; the state of 16-bit parameters is float32 here. It is for full
-    batches: its memory compares the gradients of successive steps. The line search evaluates the loss and its gradient
-    several times a step. To minimize a function, use `jaxsgd.minimize`.
+    ``H_m`` is the inverse Hessian as the last m steps show it. The method is that of `optax.lbfgs`, with its call; the
+    state of 16-bit parameters is float32 here. The line search evaluates the loss and its gradient several times a
+    step. To minimize a function, use `jaxsgd.minimize`.
+
+    Use it when the loss is smooth and every step sees the same full batch. Avoid it when each step sees another
+    minibatch: its memory compares the gradients of successive steps.
 
     Args:
       learning_rate: the factor of the step before the line search: a number, a schedule of the 0-based step, or an
         array. Default: None, 1.
-      memory_size: steps that are kept. The state takes ``2 * memory_size + 4`` times the bytes of the parameters.
+      memory_size: steps that are kept. The state takes ``2 * memory_size + 3`` times the bytes of the parameters.
         Default: 10.
       scale_init_precond: scale the first guess of the inverse Hessian by the last step. Default: True.
       linesearch: a line search, or None for none. Default: `optax.scale_by_zoom_linesearch` with 20 steps.
@@ -151,6 +154,9 @@ def newton(
     A full step may overshoot. A line search after it prevents this:
     ``optax.chain(jaxsgd.newton(), optax.scale_by_backtracking_linesearch(max_backtracking_steps=15))``.
 
+    Use it when a model has at most some hundred parameters. Avoid it when it has more: the Hessian takes the square of
+    their number in memory.
+
     Args:
       learning_rate: the factor of the step: a number, a schedule of the 0-based step, or an array. It is part of the
         state. Default: 1.
@@ -243,6 +249,9 @@ def newton_cg(
     For a model with a convex loss, `jaxsgd.gauss_newton` is usually better: its matrix has no negative curvature.
     Put L2 regularization into the loss, where the curvature sees it.
 
+    Use it when batches are large and first-order rules need many steps. Avoid it when batches are small: the curvature
+    of a small batch is mostly noise.
+
     Args:
       learning_rate: the factor of the step, see `newton`. Default: 1.
       damping: the first lambda. Later ones are ``shared["damping"]`` of the state. Default: 1.
@@ -293,6 +302,9 @@ def gauss_newton(
     The loss has to be a `jaxsgd.split_loss`: ``make_step(split_loss(outputs_fn, loss), gauss_newton())``. By hand:
     ``tx.update(grads, state, params, value_fn=split_loss(outputs_fn, loss))`` with ``outputs_fn(params) -> outputs``
     and ``loss(outputs) -> loss``.
+
+    Use it when the loss is convex in the model's outputs, as squares and cross-entropy are, and batches are large.
+    Avoid it when batches are small, or when the loss cannot be written as a function of outputs.
 
     Args:
       learning_rate, damping, cg_iterations, cg_tol, warm_start, backtracking_steps: see `newton_cg`.
@@ -430,9 +442,8 @@ def _one(hyper: Any) -> float:
 
 def _shown(rule: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are not the defaults, for ``repr``."""
-    defaults = {name: p.default for name, p in rule.__signature__.parameters.items()}
     return {
         name: given[name]
-        for name, default in defaults.items()
+        for name, default in rule.defaults.items()
         if not (is_constant(given[name]) and given[name] == default)
     }

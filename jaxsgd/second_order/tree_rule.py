@@ -13,38 +13,24 @@ import optax
 
 from jaxsgd.hyper import NOT_NEGATIVE, checked, first_values, is_array, scheduled
 from jaxsgd.numerics import wide, wide_dtype, widest
-from jaxsgd.paths import check_params, leaf_names, nearest, same_structure
-from jaxsgd.registry import RULES, UnknownRule
+from jaxsgd.paths import check_params, leaf_names, same_structure
+from jaxsgd.registry import RULES, TREE_RULES, AnyRule
 from jaxsgd.second_order.batch_loss import SplitLoss
 from jaxsgd.state import State, unpinned
 
-__all__ = ["TREE_RULES", "TreeRule", "TreeTransformation", "tree_rule"]
+__all__ = ["TreeRule", "TreeTransformation", "tree_rule"]
 
 P = ParamSpec("P")
 
 
-class Registry(dict):
-    """Rules by name; for an unknown one the error names the nearest."""
-
-    def __missing__(self, name: str) -> TreeRule:
-        raise UnknownRule(f"unknown rule {name!r}{nearest(str(name), self)}")
-
-
-TREE_RULES: dict[str, TreeRule] = Registry()
-"""The second-order rules by name. `jaxsgd.RULES` has the rules that are an equation of one array."""
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class TreeRule(Generic[P]):
+class TreeRule(AnyRule, Generic[P]):
     """A rule of the whole tree. Call it to get a gradient transformation.
 
-    Attributes:
-      name: its name.
+    Attributes, beside those of `jaxsgd.registry.AnyRule`:
       fn: the function that makes the transformation; its signature is the call.
       needs: the extra arguments that the update needs. `jaxsgd.make_step` supplies them; ``"split_loss"`` says that
         ``value_fn`` has to be a `jaxsgd.split_loss`.
-      usual_rate: the learning rate at which a search begins, or None.
-      batch_scaling: how the learning rate goes with the batch size: None, it does not.
     """
 
     name: str
@@ -54,25 +40,12 @@ class TreeRule(Generic[P]):
     batch_scaling: str | None = None
 
     def __post_init__(self) -> None:
-        about = {
-            "__wrapped__": self.fn,
-            "__doc__": inspect.getdoc(self.fn),
-            "__signature__": inspect.signature(self.fn),
-        }
+        doc, signature = inspect.getdoc(self.fn) or "", inspect.signature(self.fn)
+        defaults = {name: p.default for name, p in signature.parameters.items()}
+        about = {"doc": doc, "defaults": defaults, "module": self.fn.__module__}
+        about |= {"__wrapped__": self.fn, "__doc__": doc, "__signature__": signature}
         for name, value in {**about, "__name__": self.name, "__module__": self.fn.__module__}.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def doc(self) -> str:
-        return inspect.getdoc(self.fn) or ""
-
-    @property
-    def title(self) -> str:
-        """The docstring's first sentence: name, source, equation."""
-        return " ".join(self.doc.split("\n\n")[0].split())
-
-    def __repr__(self) -> str:
-        return f"<rule {self.name}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
         return self.fn(*args, **kwargs)
@@ -114,7 +87,7 @@ class TreeTransformation(optax.GradientTransformationExtraArgs):
         return made
 
     @property
-    def rule(self) -> TreeRule:
+    def rule(self) -> AnyRule:
         return TREE_RULES[self.lift.name]
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.models import is_module
 from jaxsgd.paths import is_function
 from jaxsgd.progress import Bar
-from jaxsgd.registry import RULES, Rule
+from jaxsgd.registry import AnyRule, all_rules
 from jaxsgd.report import Column, Report, Table, number, span
 from jaxsgd.tuning.race import LEAST_STEPS, Plan, Race, Sources, plan, plans
 from jaxsgd.tuning.short_runs import checked_rule, usual_rate
@@ -193,7 +193,7 @@ def pick(
     init: Callable[[jax.Array], Any],
     data: Any,
     *,
-    candidates: Mapping[str, Any] | Iterable[str | Rule] | None = None,
+    candidates: Mapping[str, Any] | Iterable[str | AnyRule] | None = None,
     steps: int = 300,
     budget: int | None = None,
     seeds: int = 3,
@@ -305,18 +305,18 @@ def _candidates(given: Any, params: Any) -> dict[str, tuple[Callable[..., Any], 
     """Name -> rule and usual rate; ``params`` may be shapes."""
     if given is None:
         given = DEFAULT
-    if isinstance(given, str | Rule) or not isinstance(given, Iterable):
+    if isinstance(given, str | AnyRule) or not isinstance(given, Iterable):
         raise TypeError(f"candidates={given!r}: a list of rules, or a dict of them by name, is needed")
     if not isinstance(given, Mapping):
-        listed = [RULES[rule] if isinstance(rule, str) else rule for rule in given]
-        if not all(isinstance(rule, Rule) for rule in listed):
+        listed = [all_rules()[rule] if isinstance(rule, str) else rule for rule in given]
+        if not all(isinstance(rule, AnyRule) for rule in listed):
             raise TypeError("candidates: functions need names: give a dict {name: function of the learning rate}")
         given = {rule.name: rule for rule in listed}
     if len(given) < 2:
         raise ValueError(f"candidates={list(given)}: at least two different ones are needed to compare")
     out = {}
     for name, rule in given.items():
-        rule, rate = rule if type(rule) is tuple else (RULES[rule] if isinstance(rule, str) else rule, None)
+        rule, rate = rule if type(rule) is tuple else (all_rules()[rule] if isinstance(rule, str) else rule, None)
         rule = checked_rule(rule)
         rate = usual_rate(rule, params)[0] if rate is None else rate
         if not 0 < rate < math.inf:

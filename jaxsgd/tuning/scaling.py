@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsgd.registry import RULES, Rule
+from jaxsgd.registry import AnyRule, all_rules
 from jaxsgd.report import Column, Report, Table, number, plus_minus, span
 
 __all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
@@ -182,7 +182,7 @@ def scale_learning_rate(
     learning_rate: float,
     batch_size: float,
     new_batch_size: float,
-    rule: str | Rule = "linear",
+    rule: str | AnyRule = "linear",
     *,
     noise_scale: float | NoiseScale | None = None,
 ) -> float:
@@ -230,11 +230,11 @@ def scale_learning_rate(
 
 
 def _way(rule: Any, learning_rate: float) -> str:
-    if not isinstance(rule, Rule | str):
+    if not isinstance(rule, AnyRule | str):
         raise TypeError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
-    if isinstance(rule, str) and rule not in RULES:
+    if isinstance(rule, str) and rule not in all_rules():
         raise ValueError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
-    known = RULES[rule] if isinstance(rule, str) else rule
+    known = all_rules()[rule] if isinstance(rule, str) else rule
     if known.batch_scaling is None:
         raise ValueError(
             f"rule={known.name!r}: no scaling of its learning rate with the batch size is published. Use jaxsgd.probe "

@@ -19,7 +19,7 @@ from jaxsgd.ensemble.population import Population
 from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.numerics import as_key
 from jaxsgd.progress import Bar
-from jaxsgd.registry import RULES, Rule
+from jaxsgd.registry import RULES, AnyRule
 from jaxsgd.state import find_states
 from jaxsgd.train import make_step
 from jaxsgd.train_state import TrainState
@@ -68,7 +68,7 @@ def usual_rate(rule: Any, params: Any = None) -> tuple[float, str]:
     """
     rules = (
         [rule]
-        if isinstance(rule, Rule)
+        if isinstance(rule, AnyRule)
         else rules_in(rule(1e-3), {"w": jnp.ones((2, 2))} if params is None else params)
     )
     named = getattr(rule, "__name__", "")
@@ -79,7 +79,7 @@ def usual_rate(rule: Any, params: Any = None) -> tuple[float, str]:
 
 def sets_rate(rule: Any, params: Any) -> tuple[str, float] | None:
     """The name of a rule that sets its own step size, such as Prodigy, and the rate to leave it at; or None."""
-    if isinstance(rule, Rule):
+    if isinstance(rule, AnyRule):
         return (rule.name, rule.usual_rate or 1.0) if rule.module == OWN_RATE else None
     try:
         tx = rule(1.0)

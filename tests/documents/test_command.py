@@ -167,7 +167,7 @@ def test_no_such_target(run, script):
 
 def test_rules(run):
     code, out, _ = run("rules")
-    assert code == 0 and all(f"\n{name} " in out for name in jaxsgd.RULES)
+    assert code == 0 and all(f"\n{name} " in out for name in {**jaxsgd.RULES, **jaxsgd.TREE_RULES})
     assert max(map(len, out.splitlines())) <= 80
     code, out, _ = run("rules", "--like", "muon")
     listed = [line.split()[0] for line in out.splitlines()[2:] if line[:1].strip()]
@@ -178,11 +178,24 @@ def test_rules(run):
     assert code == 2 and "unrecognized arguments: --liek adam" in err
 
 
+@pytest.mark.parametrize("name", sorted(jaxsgd.TREE_RULES))
+def test_every_second_order_rule_has_a_card(run, name):
+    code, out, err = run("rule", name)
+    rule = jaxsgd.TREE_RULES[name]
+    assert code == 0, err
+    assert f"jaxsgd.{name}: {rule.title.split(' (')[0]}" in out and " at 0x" not in out
+    assert "jaxsgd.make_step supplies" in out and f"related: {', '.join(sorted({*jaxsgd.TREE_RULES} - {name}))}" in out
+    for argument in rule.defaults:
+        assert f"\n{argument} " in out
+    code, out, _ = run("rules", "--like", name)
+    assert code == 0 and set(jaxsgd.TREE_RULES) <= {line.split()[0] for line in out.splitlines() if line[:1].strip()}
+
+
 @pytest.mark.parametrize("name", sorted(jaxsgd.RULES))
 def test_every_rule_has_a_card(run, name):
     code, out, err = run("rule", name)
     assert code == 0, err
-    assert jaxsgd.RULES[name].title.split(" (")[0] in out and "not measured" not in out
+    assert jaxsgd.RULES[name].title.split(" (")[0] in out and "\nagreement after" in out
     for slot in jaxsgd.RULES[name].slots:
         assert f"\n  {slot}: " in out
     for argument in jaxsgd.RULES[name].hyper:
@@ -192,6 +205,8 @@ def test_every_rule_has_a_card(run, name):
 def test_an_unknown_rule(run):
     code, _, err = run("rule", "adamm")
     assert code == 2 and err == "jaxsgd rule: error: unknown rule 'adamm'; did you mean 'adam'?\n"
+    code, _, err = run("rule", "newton-cg")
+    assert code == 2 and err == "jaxsgd rule: error: unknown rule 'newton-cg'; did you mean 'newton_cg'?\n"
 
 
 def test_it_is_installed():

@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 
 import jaxsgd
 from jaxsgd import RULES
+from jaxsgd.registry import all_rules
 from jaxsgd.testing import LAWS, check_rule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -138,9 +139,9 @@ def test_table_and_page_of_rules_are_current(tmp_path, capsys):
     assert catalog.main([]) == 0 and "[`adam`](#adam) | Adam |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rule", jaxsgd.RULES.values(), ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", all_rules().values(), ids=lambda rule: rule.name)
 def test_a_rule_says_when_to_use_it_and_when_not(rule):
-    last = " ".join(rule.doc.split("\n\n")[-1].split())
+    last = " ".join(rule.doc.split("\n\nArgs:")[0].split("\n\n")[-1].split())
     use, avoid = re.fullmatch(r"Use it when (.+)\. Avoid it (?:when|in) (.+)\.", last).groups()
     assert len(use) > 15 and len(avoid) > 15
     assert set(re.findall(r"`(\w+)`", last)) <= {*jaxsgd.__all__, *re.findall(r"``(\w+)``", last)}

@@ -14,10 +14,13 @@ from jax.sharding import PartitionSpec as P
 import jaxsgd
 from jaxsgd import TrainState, make_step
 from jaxsgd.numerics import wide, widest
+from jaxsgd.registry import TREE_RULES, UnknownRule, all_rules
 from jaxsgd.second_order.curvature import conjugate_gradients
-from jaxsgd.second_order.rules import TREE_RULES, gauss_newton, lbfgs, newton, newton_cg, split_loss
+from jaxsgd.second_order.rules import gauss_newton, lbfgs, newton, newton_cg, split_loss
 from jaxsgd.testing import laws_broken
 from jaxsgd.testing.laws import LAWS
+from jaxsgd.tuning.pick import _candidates
+from jaxsgd.tuning.short_runs import UNKNOWN
 
 MATRIX_FREE = {"newton_cg": newton_cg, "gauss_newton": gauss_newton}
 KNOWN = {
@@ -207,6 +210,21 @@ def test_every_hyperparameter_changes_the_trajectory(name):
     assert len({float(np.abs(second(warm)).sum()) for warm in (0.0, 0.5, 1.0)}) == 3
     # Far too long a step is halved, or not taken.
     assert not np.array_equal(end(learning_rate=1e4), end(learning_rate=1e4, backtracking_steps=0))
+
+
+@pytest.mark.parametrize("name", sorted(TREE_RULES))
+def test_the_tools_take_the_rule_and_its_name(name):
+    rule, params = TREE_RULES[name], {"w": jnp.ones((2, 2))}
+    assert all_rules()[name] is rule and all_rules()["adamw"] is jaxsgd.adamw
+    for given in (name, rule):
+        found = _candidates([given, "adamw"], params)
+        assert found == {name: (rule, rule.usual_rate or UNKNOWN), "adamw": (jaxsgd.adamw, 1e-3)}
+        assert "too slow" in str(jaxsgd.diagnose(np.linspace(2, 1, 100), rule=given))
+        with pytest.raises(ValueError, match=f"rule='{name}': no scaling"):
+            jaxsgd.scale_learning_rate(1.0, 32, 64, given)
+    for tool in (lambda: jaxsgd.diagnose(np.ones(100), rule=name + "x"), lambda: _candidates([name + "x"], params)):
+        with pytest.raises(UnknownRule, match=f"did you mean '{name}'"):
+            tool()
 
 
 @pytest.mark.parametrize("name", [*MATRIX_FREE, "newton"])
