@@ -16,6 +16,7 @@ __all__ = ["BFGS", "ConjugateGradient"]
 
 class _Inverse(NamedTuple):
     h: jax.Array
+    gamma: Any
     count: Any
 
 
@@ -25,7 +26,7 @@ class BFGS:
     curvature = 0.9
 
     def init(self, x: Vector) -> _Inverse:
-        return _Inverse(jnp.eye(x[0].size, dtype=x[0].dtype), jnp.zeros((), jnp.int32))
+        return _Inverse(jnp.eye(x[0].size, dtype=x[0].dtype), jnp.ones((), x[0].dtype), jnp.zeros((), jnp.int32))
 
     def advance(self, memory: _Inverse, move: Move) -> tuple[_Inverse, Vector, Any, Any, Any]:
         (s,), (y,), (g,) = move.s, move.y, move.g
@@ -33,18 +34,21 @@ class BFGS:
         sy, yy = jnp.vdot(s, y), jnp.vdot(y, y)
         good = move.took & (sy > jnp.finfo(g.dtype).eps * norm(move.s) * norm(move.y)) & (yy > 0)
         sy, yy = jnp.where(good, sy, 1), jnp.where(good, yy, 1)
+        gamma = jnp.where(good, sy / yy, memory.gamma)
         # The first pair sets the scale (6.20).
-        h = jnp.where(good & (memory.count == 0), sy / yy * eye, memory.h)
+        h = jnp.where(good & (memory.count == 0), gamma * eye, memory.h)
         hy = jnp.matmul(h, y, precision="highest")
         updated = h + jnp.outer(s, s) * ((1 + jnp.vdot(y, hy) / sy) / sy) - (jnp.outer(hy, s) + jnp.outer(s, hy)) / sy
         h = jnp.where(good, updated, h)
         # Along a straight slope there is no pair: the next step is as long as the last.
         straight = move.took & ~good & (memory.count == 0)
-        plain = plain_scale(move, straight) * eye
-        h = jnp.where(move.first | straight, plain, jnp.where(move.reset, jnp.trace(h) / g.size * eye, h))
-        count = jnp.where(move.reset, 0, memory.count + good)
-        p = -jnp.matmul(h, g, precision="highest")
-        return _Inverse(h, count), [p], jnp.ones_like(sy), count > 0, jnp.zeros((), bool)
+        gamma = jnp.where(move.first | straight, plain_scale(move, straight), gamma)
+        hg = jnp.matmul(h, g, precision="highest")
+        # Rounding can leave the matrix indefinite: then all is forgotten but the scale.
+        plain = move.first | straight | move.reset | ~(jnp.vdot(hg, g) > 0)
+        h, p = jnp.where(plain, gamma * eye, h), jnp.where(plain, -gamma * g, -hg)
+        count = jnp.where(plain, 0, memory.count + good)
+        return _Inverse(h, gamma, count), [p], jnp.ones_like(sy), count > 0, jnp.zeros((), bool)
 
 
 class _Last(NamedTuple):

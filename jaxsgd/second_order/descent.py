@@ -16,7 +16,7 @@ from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, times, unit
 
-__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "plain_scale"]
+__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "plain_scale", "report"]
 
 
 class Setting(NamedTuple):
@@ -155,6 +155,17 @@ def _room(x: Vector, p: Vector, limits: Limits | None) -> jax.Array | None:
     return jnp.maximum(out, 0)
 
 
+def report(callback: Callable[..., None] | None, stepped: jax.Array, *news: Any) -> None:
+    """Call ``callback(stepped, *news)`` on the host where there was a step.
+
+    Under `jax.vmap` it is called for all members: then ``stepped`` tells which of them have news.
+    """
+    if callback is None:
+        return
+    told = callback
+    jax.lax.cond(stepped, lambda: jax.debug.callback(told, stepped, *news, ordered=False), lambda: None)
+
+
 def descend(
     value_and_grad: Callable[[Vector, jax.Array], tuple[jax.Array, Vector]],
     x: Vector,
@@ -171,7 +182,7 @@ def descend(
       model: gives the directions.
       setting: tolerance and limits.
       limits: bounds, or None.
-      callback: called with ``(iteration, x, f, gradient norm)`` after every step.
+      callback: called with ``(stepped, iteration, x, f, gradient norm)``, see `report`.
     """
     dtype = x[0].dtype
     eps = float(jnp.finfo(dtype).eps)
@@ -187,9 +198,14 @@ def descend(
         by_gradient |= now.grad_norm == 0
         unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
         still = jnp.where(unmoved, c.still + 1, 0)
-        by_value = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
-        by_value |= (still >= 10) & (now.grad_norm <= jnp.sqrt(setting.tol) * now.g_first)
-        code = jnp.where(by_value, Status.CONVERGED_VALUE, Status.RUNNING)
+        quiet = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
+        share = now.grad_norm / jnp.where(now.g_first > 0, now.g_first, 1)
+        fallen = share <= jnp.sqrt(setting.tol)
+        # At a kink the steps shrink to nothing and the gradient stays large. Near a minimum the decreases that are left
+        # go with the squares of gradients.
+        smooth = fallen | (share**2 * (now.f_first - now.f) <= eps**0.5 * jnp.abs(now.f))
+        code = jnp.where(quiet, jnp.where(smooth, Status.CONVERGED_VALUE, Status.LINE_SEARCH_FAILED), Status.RUNNING)
+        code = jnp.where((still >= 10) & fallen, Status.CONVERGED_VALUE, code)
         code = jnp.where(by_gradient, jnp.where(bent, Status.SADDLE_POINT, Status.CONVERGED_GRADIENT), code)
         return jnp.where(took, code, Status.RUNNING), jnp.where(took, still, c.still)
 
@@ -253,13 +269,7 @@ def descend(
         over = now.evaluations >= setting.max_evaluations
         code = jnp.where((code == 0) & over, Status.EVALUATION_LIMIT, code)
         code = jnp.where((code == 0) & took & (now.iterations >= setting.max_iterations), Status.ITERATION_LIMIT, code)
-        if callback is not None:
-            told = callback
-
-            def call() -> None:
-                jax.debug.callback(told, now.iterations, x, f / scale, now.grad_norm / scale, ordered=False)
-
-            jax.lax.cond(took & ~first, call, lambda: None)
+        report(callback, took & ~first & (c.code == 0), now.iterations, x, f / scale, now.grad_norm / scale)
         return now._replace(
             p=select(turn, p, c.p),
             line=line,

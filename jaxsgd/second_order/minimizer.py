@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.hyper import WholeFrom
 from jaxsgd.numerics import widest
 from jaxsgd.paths import nearest
 from jaxsgd.second_order.bfgs import BFGS, ConjugateGradient
@@ -107,9 +109,10 @@ def minimize(
       ended. It is the best point that was accepted, and never NaN if the start is finite.
 
     Raises:
-      TypeError: ``fun`` is no function or returns no scalar; a parameter is no real floating-point array.
-      ValueError: unknown method; a start that is not finite; bounds crossed or of another structure; a dense matrix
-        for too many parameters.
+      TypeError: ``fun`` is no function or returns no scalar; a parameter is no real floating-point array; a limit is
+        no whole number, a bound no real number.
+      ValueError: unknown method; a start that is not finite or has no number; bounds crossed or of another structure;
+        a limit or tolerance out of its range; a dense matrix for too many parameters.
 
     Source: Nocedal & Wright 2006, Numerical Optimization, chapters 3 to 7; Byrd, Lu, Nocedal & Zhu 1995,
     doi:10.1137/0916069.
@@ -121,7 +124,7 @@ def minimize(
     >>> result.success, bool(jnp.allclose(result.params, 1, atol=1e-2))
     (True, True)
     """
-    check_fun(fun)
+    check_fun(fun, "(params, *args) -> value")
     method = _method(method, bounds)
     params = check_start(params)
     limits = None if bounds is None else check_bounds(bounds, params)
@@ -130,25 +133,31 @@ def minimize(
     size = sum(x.size for x in jax.tree.leaves(params))
     if method in DENSE and size > LARGEST:
         _refuse_size(method, size, widest(x.dtype for x in jax.tree.leaves(params)))
+    if memory is None:
+        memory = 30 if size <= 10_000 else 10
     for name, number in (("max_iterations", max_iterations), ("max_evaluations", max_evaluations), ("memory", memory)):
-        if isinstance(number, int) and number < 1:
-            raise ValueError(f"{name}={number}: a positive whole number is needed. Use {name}=100")
-    if isinstance(tol, int | float) and not tol >= 0:
-        raise ValueError(f"tol={tol}: a tolerance of 0 or more is needed. Use tol=1e-6, or None for the default")
+        if name != "max_evaluations" or number is not None:
+            WholeFrom(1).check(f"{name}={number!r}", number)
     if not isinstance(args, tuple):
         raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(data,)")
     if callback is not None:
-        check_fun(callback)
+        check_fun(callback, "(iteration, params, value, grad_norm)", "callback")
     dtype = widest(x.dtype for x in jax.tree.leaves(params))
     if tol is None:
         tol = 1e-6 if dtype == jnp.float64 else 1e-5
+    elif not isinstance(tol, jax.Array) and (not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0):
+        raise ValueError(f"tol={tol!r}: a tolerance of 0 or more is needed. Use tol=1e-6, or None for the default")
     limit = 3 * max_iterations + 100 if max_evaluations is None else max_evaluations
-    number = jnp.asarray if isinstance(tol, jax.Array) else np.asarray
-    setting = Setting(number(tol, dtype), np.asarray(max_iterations, np.int32), np.asarray(limit, np.int32))
-    if memory is None:
-        memory = 30 if size <= 10_000 else 10
+    setting = Setting(_scalar(tol, dtype), _scalar(max_iterations, jnp.int32), _scalar(limit, jnp.int32))
     split = method in ("lbfgs", "cg") and is_split(params)
-    return _run(fun, _Plan(method, has_aux, split, memory, callback), params, limits, args, setting)
+    return _run(fun, _Plan(method, has_aux, split, int(memory), callback), params, limits, args, setting)
+
+
+def _scalar(x: Any, dtype: Any) -> Any:
+    """A number as an array of ``dtype``; a whole number beyond its range as the largest."""
+    if isinstance(x, jax.Array):
+        return x.astype(dtype)
+    return np.asarray(x if jnp.issubdtype(dtype, jnp.floating) else min(x, jnp.iinfo(dtype).max), dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -179,9 +188,10 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
 def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, limits: Limits | None) -> End:
     callback: Any = plan.callback
 
-    def tell(iteration: Any, x: Any, f: Any, grad_norm: Any) -> None:
+    def tell(stepped: Any, iteration: Any, x: Any, f: Any, grad_norm: Any) -> None:
         # In NumPy, for the host's thread may be without float64.
-        callback(int(iteration), space.tree(jax.tree.map(np.asarray, x)), float(f), float(grad_norm))
+        if stepped:
+            callback(int(iteration), space.tree(jax.tree.map(np.asarray, x)), float(f), float(grad_norm))
 
     told = None if callback is None else tell
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.matrices import eigenvectors
-from jaxsgd.second_order.descent import End, Move, Setting
+from jaxsgd.second_order.descent import End, Move, Setting, report
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import unit
@@ -176,7 +176,7 @@ def trust_region(
       x: the start, one flat array.
       setting: tolerance and limits.
       exact: solve for each step exactly, by eigenvalues. Otherwise by conjugate gradients.
-      callback: called with ``(iteration, x, f, gradient norm)`` after every step.
+      callback: called with ``(stepped, iteration, x, f, gradient norm)``, see `report`.
     """
     dtype, size = x[0].dtype, x[0].size
     eps = float(jnp.finfo(dtype).eps)
@@ -244,13 +244,7 @@ def trust_region(
         code = jnp.where((code == 0) & (evaluations >= setting.max_evaluations), Status.EVALUATION_LIMIT, code)
         over = took & (iterations >= setting.max_iterations)
         code = jnp.where((code == 0) & over, Status.ITERATION_LIMIT, code)
-        if callback is not None:
-            told = callback
-
-            def call() -> None:
-                jax.debug.callback(told, iterations, [x], f / scale, top / scale, ordered=False)
-
-            jax.lax.cond(took & ~first, call, lambda: None)
+        report(callback, took & ~first & (c.code == 0), iterations, [x], f / scale, top / scale)
         code = code.astype(jnp.int32)
         return _Carry(x, f, g, scale, model, step, radius, f_first, g_first, iterations, evaluations, code)
 
@@ -262,5 +256,6 @@ def trust_region(
     one = jnp.ones((), dtype)
     carry = _Carry(x[0], far, zero, one, model, step, one, far, far, none, none, none)
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
-    top = jnp.max(jnp.abs(out.g)) / out.scale
+    # Without a finite start there is no gradient.
+    top = jnp.where(out.f == jnp.inf, out.f, jnp.max(jnp.abs(out.g))) / out.scale
     return End([out.x], out.f / out.scale, top, out.iterations, out.evaluations, out.code)

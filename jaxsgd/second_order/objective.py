@@ -20,20 +20,25 @@ Vector = list[jax.Array]
 """A point or direction: one flat array, or for sharded parameters one array a leaf."""
 
 
-def check_fun(fun: Any) -> None:
+def check_fun(fun: Any, form: str, name: str = "fun") -> None:
     """Check that ``fun`` can be called and hashed, for programs are kept by function.
+
+    Args:
+      fun: the function.
+      form: its form, for the message.
+      name: the name of the argument. Default: ``"fun"``.
 
     Raises:
       TypeError: it is no function, or has no hash.
     """
     if not callable(fun):
-        raise TypeError(f"fun={fun!r}: it is no function. Use a function (params, *args) -> value")
+        raise TypeError(f"{name}={fun!r}: it is no function. Use a function {form}")
     try:
         hash(fun)
     except TypeError:
         raise TypeError(
-            f"fun is a {type(fun).__name__} without a hash, so its compiled program cannot be found again. "
-            "Use a function, and pass its data in args"
+            f"{name} is a {type(fun).__name__} without a hash, so its compiled program cannot be found again. "
+            f"Use a function {form}"
         ) from None
 
 
@@ -58,12 +63,12 @@ def check_start(params: Any) -> Any:
 
     Raises:
       TypeError: a leaf is no array of real floating-point numbers.
-      ValueError: there is no leaf, or a concrete leaf is not finite.
+      ValueError: there is no number, or a concrete leaf is not finite.
     """
     check_params(params)
     leaves, treedef = jax.tree.flatten(params)
-    if not leaves:
-        raise ValueError("params has no array: there is nothing to minimize over. Use a pytree of float arrays")
+    if not any(np.size(leaf) for leaf in leaves):
+        raise ValueError("params has no number: there is nothing to minimize over. Use a pytree of float arrays")
     out = []
     for i, leaf in enumerate(leaves):
         array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, float if isinstance(leaf, float) else None)
@@ -90,6 +95,7 @@ def check_bounds(bounds: Any, params: Any) -> tuple[Any, Any]:
       params: a pytree of floating-point arrays.
 
     Raises:
+      TypeError: a bound is no real number.
       ValueError: bounds crossed, NaN, or of another structure or shape.
     """
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
@@ -108,11 +114,20 @@ def check_bounds(bounds: Any, params: Any) -> tuple[Any, Any]:
                     f"bounds{where}: lower {float(low[at]):.6g} is above upper {float(high[at]):.6g}. "
                     "Use bounds=(lower, upper) with lower <= upper"
                 )
+            if bool(jnp.any((low == jnp.inf) | (high == -jnp.inf))):
+                raise ValueError(
+                    f"bounds{where}: a lower bound of inf or an upper one of -inf leaves no number. "
+                    "Use -inf for no lower and inf for no upper bound"
+                )
     return lower, upper
 
 
 def _side(side: Any, params: Any, name: str, missing: float) -> Any:
     side = missing if side is None else side
+    for leaf in jax.tree.leaves(side):
+        dtype = getattr(leaf, "dtype", np.dtype(type(leaf)))
+        if not any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer)):
+            raise TypeError(f"bounds: the {name} bound has {leaf!r}. Use real numbers, None or a tree like params")
     if np.ndim(side) == 0 and len(jax.tree.leaves(side)) == 1 and jax.tree.structure(side) == jax.tree.structure(0):
         return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(side, x.dtype), x.shape), params)
     if jax.tree.structure(side) != jax.tree.structure(params):
@@ -152,7 +167,8 @@ def hoist(fun: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list
     treedef = jax.tree.structure(shape)
 
     def pure(consts: list[Any], *args: Any) -> Any:
-        return treedef.unflatten(jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves(args)))
+        # A number of Python that ``fun`` returns is no array yet.
+        return treedef.unflatten(map(jnp.asarray, jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves(args))))
 
     return pure, list(closed.consts)
 

@@ -11,6 +11,7 @@ import pytest
 import scipy.optimize
 
 from jaxsgd.second_order import Result, Status, minimize
+from jaxsgd.second_order.bfgs import BFGS
 from jaxsgd.second_order.descent import Move
 from jaxsgd.second_order.limited_memory import biggs_factor
 from jaxsgd.second_order.minimizer import METHODS
@@ -237,6 +238,40 @@ def test_flat_start_is_no_success():
 # -- jit, vmap, scan, derivatives ------------------------------------------------------------------
 
 
+DATA = np.random.default_rng(3).normal(size=(40, 4))
+LABELS = DATA @ np.array([1.0, -2, 0, 0.5]) + np.random.default_rng(4).standard_t(2, size=40)
+KINKS = {
+    "least absolute deviations": lambda x: jnp.mean(jnp.abs(DATA @ x - LABELS)),
+    "lasso": lambda x: jnp.mean((DATA @ x - LABELS) ** 2) + 0.5 * jnp.sum(jnp.abs(x)),
+    "hinge": lambda x: jnp.mean(jnp.maximum(0, 1 - np.sign(LABELS) * (DATA @ x))) + 0.01 * x @ x,
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("method", ["lbfgs", "bfgs", "cg", "lbfgsb"])
+def test_no_success_at_a_kink(name, method):
+    result = minimize(KINKS[name], np.zeros(4), method=method)
+    assert not result.success or result.grad_norm < 1e-5, str(result)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "bfgs", "cg", "newton"])
+def test_a_start_at_the_precision_of_the_value_is_a_success(method):
+    fun = lambda x: 1e4 + 1e4 * jnp.sum((x - 2) ** 2)  # noqa: E731
+    start = np.full(3, 2.0001, np.float32)
+    assert minimize(fun, start, method=method).success
+
+
+def test_bfgs_forgets_a_matrix_that_rounding_made_indefinite():
+    model, x = BFGS(), [jnp.array([1.0, 2.0])]
+    at = model.init(x)._replace(h=-jnp.eye(2), gamma=jnp.asarray(0.5), count=jnp.int32(4))
+    no, zero = jnp.zeros((), bool), [jnp.zeros(2)]
+    g = [jax.random.normal(jax.random.key(0), (2,))]
+    move = Move(x, jnp.ones(()), g, 1.0, zero, zero, jnp.zeros(()), no, no, no, jnp.ones(()), zero)
+    memory, (p,), *_ = model.advance(at, move)
+    np.testing.assert_allclose(p, -0.5 * g[0])
+    np.testing.assert_allclose(memory.h, 0.5 * jnp.eye(2))
+
+
 def test_vmap_equals_single_runs():
     starts = jax.random.uniform(jax.random.key(0), (40, 2), minval=-2, maxval=2)
 
@@ -340,6 +375,40 @@ def test_callback_sees_each_step():
     assert last[2:] == pytest.approx((float(result.value), float(result.grad_norm)), rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["lbfgs", "trust_region"])
+def test_callback_sees_only_the_steps_of_each_member(method):
+    seen = []
+
+    def solve(power):
+        tell = lambda i, p, f, g: seen.append((i, f))  # noqa: E731
+        return minimize(lambda x: jnp.sum(jnp.abs(x - 1) ** power), X, method=method, callback=tell)
+
+    results = jax.vmap(solve)(jnp.array([2.0, 4.0]))
+    jax.effects_barrier()
+    assert all(np.isfinite(f) for _, f in seen)
+    assert sorted(i for i, _ in seen) == sorted(i + 1 for most in results.iterations for i in range(int(most)))
+
+
+def test_limits_may_be_traced():
+    @jax.jit
+    def solve(most):
+        return minimize(tree_fun, START, max_iterations=most, max_evaluations=most, tol=0.0)
+
+    assert int(solve(4).evaluations) == 4
+    assert minimize(tree_fun, START, max_iterations=10**12).success
+
+
+def test_a_python_number_is_a_value():
+    assert float(minimize(lambda x: 3.0, X).value) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_gradient_without_a_finite_start(method):
+    result = minimize(lambda x: jnp.sum(jnp.log(x)), X - 1, method=method)
+    assert result.status is Status.NOT_FINITE_START
+    assert result.grad_norm == np.inf
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 X = np.zeros(2)
@@ -356,7 +425,8 @@ X = np.zeros(2)
         (lambda: minimize(jnp.sum, X, has_aux=True), TypeError, "has_aux=False"),
         (lambda: minimize(jnp.sum, np.zeros(2, int)), TypeError, "int64"),
         (lambda: minimize(jnp.sum, {"a": np.zeros(2, complex)}), TypeError, "'a' is complex128"),
-        (lambda: minimize(jnp.sum, {}), ValueError, "no array"),
+        (lambda: minimize(jnp.sum, {}), ValueError, "no number"),
+        (lambda: minimize(jnp.sum, np.zeros((0, 3)), method="newton"), ValueError, "no number"),
         (lambda: minimize(jnp.sum, {"a": np.array([1, np.nan])}), ValueError, "'a' is not finite"),
         (lambda: minimize(jnp.sum, X, method="l-bfgs"), ValueError, "did you mean 'lbfgs'"),
         (lambda: minimize(jnp.sum, X, method="bfgs", bounds=(0, 1)), ValueError, "method='lbfgsb'"),
@@ -366,7 +436,17 @@ X = np.zeros(2)
         (lambda: minimize(jnp.sum, X, bounds=3), ValueError, r"bounds=\(lower, upper\)"),
         (lambda: minimize(jnp.sum, X, bounds=(np.nan, None)), ValueError, "NaN"),
         (lambda: minimize(jnp.sum, X, max_iterations=0), ValueError, "max_iterations=0"),
+        (lambda: minimize(jnp.sum, X, max_iterations=1.5), TypeError, "max_iterations=1.5: a whole number"),
+        (lambda: minimize(jnp.sum, X, max_iterations="5"), TypeError, "max_iterations='5'"),
+        (lambda: minimize(jnp.sum, X, max_evaluations=2.0), TypeError, "max_evaluations=2.0"),
+        (lambda: minimize(jnp.sum, X, memory=2.5), TypeError, "memory=2.5"),
         (lambda: minimize(jnp.sum, X, tol=-1.0), ValueError, "tol=-1"),
+        (lambda: minimize(jnp.sum, X, tol=np.float32(-1)), ValueError, "tol"),
+        (lambda: minimize(jnp.sum, X, tol="small"), ValueError, "tol='small'"),
+        (lambda: minimize(jnp.sum, X, callback=3), TypeError, "callback=3"),
+        (lambda: minimize(jnp.sum, X, bounds=("0", 1)), TypeError, "'0'"),
+        (lambda: minimize(jnp.sum, X, bounds=(0, 1j)), TypeError, "upper bound has 1j"),
+        (lambda: minimize(jnp.sum, X, bounds=(np.inf, None)), ValueError, "leaves no number"),
         (lambda: minimize(jnp.sum, X, args=3), TypeError, "tuple"),
         (
             lambda: minimize(jnp.sum, np.zeros(1_000_000, np.float32), method="newton"),
