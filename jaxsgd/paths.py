@@ -22,6 +22,7 @@ __all__ = [
     "aligned",
     "check_optimizer",
     "check_params",
+    "compiled",
     "find_nodes",
     "is_function",
     "leaf_names",
@@ -237,31 +238,47 @@ class Text(str):
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'adam'?"`` where a similar name exists, else the list of names.
 
-    If names are equally similar, up to three that begin alike are listed: ``v5e`` or ``v5p`` for ``v5x``, not ``v7x``.
+    Capitals do not count. If names are equally similar, up to three that begin alike are listed: ``v5e`` or ``v5p``
+    for ``v5x``, not ``v7x``.
     """
-    known = sorted(names)
+    known, low = sorted(names), name.lower()
+    folded = {other.lower(): other for other in known}
 
     def likeness(other: str) -> tuple[float, int]:
-        return difflib.SequenceMatcher(None, name, other).ratio(), len(os.path.commonprefix([name, other]))
+        return difflib.SequenceMatcher(None, low, other).ratio(), len(os.path.commonprefix([low, other]))
 
-    close = {other: likeness(other) for other in difflib.get_close_matches(name, known, n=9, cutoff=0.5)}
-    best = [repr(other) for other in close if close[other] == max(close.values())][:3]
+    close = {other: likeness(other) for other in difflib.get_close_matches(low, folded, n=9, cutoff=0.5)}
+    best = [repr(folded[other]) for other in close if close[other] == max(close.values())][:3]
     return f"; did you mean {' or '.join(sorted(best))}?" if best else f"; known: {', '.join(known)}"
 
 
 # -- groups ----------------------------------------------------------------------------------------
 
 
+def compiled(what: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression that the argument ``what`` has.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: the pattern {pattern!r} is no regular expression: {error}") from None
+
+
 def resolve_groups(groups: Groups, names: Sequence[str], leaves: Sequence[Any]) -> list[dict]:
     """The overrides of each leaf, merged in the order of ``groups``.
 
     Raises:
-      ValueError: a pattern that matches no leaf (a tree without leaves is not checked).
+      ValueError: a pattern that is no regular expression, or that matches no leaf (a tree without leaves is not
+        checked).
     """
     settings: list[dict] = [{} for _ in names]
     for pattern, overrides in groups:
         if isinstance(pattern, str):
-            hits = [re.search(pattern, name) is not None for name in names]
+            search = compiled("groups", pattern).search
+            hits = [search(name) is not None for name in names]
         else:
             hits = [bool(pattern(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
         if names and not any(hits):

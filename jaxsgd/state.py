@@ -6,7 +6,6 @@ Everything here finds `State` wherever it is: inside `optax.chain`, `optax.parti
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxsgd.paths import find_nodes, nearest
+from jaxsgd.paths import compiled, find_nodes, nearest
 
 __all__ = ["State", "find_states", "metrics", "plain", "unpinned", "with_hyper"]
 
@@ -123,20 +122,22 @@ def with_hyper(state: Any, *, at: str | None = None, **values: Any) -> Any:
       **values: names and values; scalars, or arrays to `jax.vmap` over.
 
     Raises:
+      TypeError: a value is text.
       ValueError: no rule in ``state`` has the hyperparameter as a runtime value, or several have it and
         ``at`` does not say which; a value below 0 or NaN; None for one that follows no schedule.
     """
-    found = [(p, s) for p, s in find_nodes(state, State) if at is None or re.search(at, p)]
+    search = compiled("at", at or "").search
+    found = [(p, s) for p, s in find_nodes(state, State) if search(p)]
     for name, value in values.items():
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{name}={value}: a hyperparameter must be 0 or more")
+        if isinstance(value, str | bytes):
+            raise TypeError(f"{name}={value!r}: a number, an array or None is needed")
         holders = [path for path, node in found if name in node.hyper]
         if not holders:
             known = {k for _, node in found for k in node.hyper}
-            raise ValueError(
-                f"{name}: not a runtime value of this state{nearest(name, known)} "
-                f"(name it in dynamic=({name!r},) when calling the rule)"
-            )
+            hint = f"{nearest(name, known)} (name it in dynamic=({name!r},) when calling the rule)"
+            raise ValueError(f"{name}: not a runtime value of this state{hint if known else ', which has none'}")
         if len(holders) > 1 and at is None:
             raise ValueError(f"{name}: several rules have it, say which with at=: {holders}")
     chosen = {id(node) for _, node in found}

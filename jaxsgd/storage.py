@@ -161,9 +161,12 @@ def cast(dtype: DTypeLike, *, stochastic: bool = False) -> Storage:
         so every replica draws the same.
 
     Raises:
-      ValueError: ``dtype`` is not a floating dtype, or ``stochastic`` with other than bfloat16.
+      ValueError: ``dtype`` is no floating dtype, or ``stochastic`` with other than bfloat16.
     """
-    resolved = jnp.dtype(dtype)
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype={dtype!r}: it is no dtype. Use 'bfloat16'") from None
     if jnp.issubdtype(resolved, jnp.complexfloating):
         resolved = real_dtype(resolved)
     if not jnp.issubdtype(resolved, jnp.floating):

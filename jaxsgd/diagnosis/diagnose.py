@@ -312,7 +312,8 @@ def _not_finite(steps: np.ndarray, raw: np.ndarray, finite: np.ndarray, knobs: K
         return Finding(Verdict.DIVERGED, text, numbers, "look at the data and the loss itself: no rate is at fault yet")
     top = float(np.max(raw[finite]))
     numbers["highest"] = top
-    text = f"the loss is not finite from step {first:.0f} on; it began at {number(start)} and rose to {number(top)}"
+    way = f"rose to {number(top)}" if top > start else f"fell to {number(float(np.min(raw[finite])))}"
+    text = f"the loss is not finite from step {first:.0f} on; it began at {number(start)} and {way}"
     advice = f"lower the learning rate 10x{knobs.rate(0.1)}, or warm up and clip"
     return Finding(Verdict.DIVERGED, text, numbers, advice)
 

@@ -16,6 +16,7 @@ from jaxsgd.curvature.rule_response import rules_in
 from jaxsgd.ensemble.feed import Feed, stacked
 from jaxsgd.ensemble.losses import apart
 from jaxsgd.ensemble.population import Population
+from jaxsgd.hyper import WholeFrom
 from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.numerics import as_key
 from jaxsgd.progress import Bar
@@ -171,8 +172,10 @@ def budget(steps: int, share: float, least: int) -> int:
     """The steps to spend: ``share`` of ``steps``.
 
     Raises:
+      TypeError: ``steps`` is no whole number.
       ValueError: fewer than ``least``; a share that is not above 0.
     """
+    WholeFrom(1).check(f"steps={steps!r}", steps)
     if not 0 < share < math.inf:
         raise ValueError(f"share={share}: a number of runs is needed, above 0. Use 1 for the cost of one")
     spend = int(share * steps)

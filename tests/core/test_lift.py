@@ -111,6 +111,12 @@ def test_with_hyper_in_words():
     ]:
         with pytest.raises(ValueError, match=message):
             with_hyper(state, **values)
+    with pytest.raises(TypeError, match="learning_rate='0.1': a number"):
+        with_hyper(state, learning_rate="0.1")
+    with pytest.raises(ValueError, match=r"at: the pattern '\(' is no regular expression"):
+        with_hyper(state, at="(", learning_rate=0.1)
+    with pytest.raises(ValueError, match="learning_rate: not a runtime value of this state, which has none$"):
+        with_hyper(jaxsgd.lbfgs().init(PARAMS), learning_rate=0.1)
     both = optax.partition({"a": jaxsgd.sgd(0.1), "b": jaxsgd.adam(0.2)}, {"encoder": "a", "head": "b"})
     state = both.init(PARAMS)
     with pytest.raises(ValueError, match="several rules have it"):
@@ -266,6 +272,8 @@ def test_storage_in_words():
         jaxsgd.adam(0.1, storage="bfloat16")
     with pytest.raises(TypeError, match=r"storage\['nu'\]=<class"):
         jaxsgd.adam(0.1, storage={"nu": jnp.bfloat16})
+    with pytest.raises(ValueError, match="dtype='float17': it is no dtype"):
+        cast("float17")
     with pytest.raises(ValueError, match="dtype=int8: a slot is stored in a floating dtype"):
         cast("int8")
     with pytest.raises(ValueError, match="stochastic=True rounds to bfloat16; got dtype=float16"):
@@ -318,6 +326,7 @@ def test_groups_give_storage():
 def test_groups_in_words():
     for groups, message in [
         ([("zzz", {"lr_mult": 1.0})], "the pattern 'zzz' matches no parameter; the parameters are: encoder/bias"),
+        ([("(", {"lr_mult": 1.0})], r"groups: the pattern '\(' is no regular expression: missing \)"),
         ([(".", {"lr_mul": 1.0})], "unknown key 'lr_mul'; did you mean 'lr_mult'"),
         ([(".", {"lr_mult": -1.0})], "lr_mult=-1.0: it must be 0 or more"),
         ([(".", {"b1": 1.5})], r"b1=1.5: it is the decay of an average, in \[0, 1\)"),

@@ -207,6 +207,7 @@ def test_an_unknown_rule(run):
     assert code == 2 and err == "jaxsgd rule: error: unknown rule 'adamm'; did you mean 'adam'?\n"
     code, _, err = run("rule", "newton-cg")
     assert code == 2 and err == "jaxsgd rule: error: unknown rule 'newton-cg'; did you mean 'newton_cg'?\n"
+    assert "did you mean 'adamw'?" in run("rule", "AdamW")[2]
 
 
 def test_it_is_installed():

@@ -268,6 +268,7 @@ def test_what_is_not_finite():
     said = diagnose(y, learning_rate=0.1)
     assert said.verdict == "diverged" and said.findings[0].numbers["first_not_finite"] == 151
     assert "0.01" in said.advice
+    assert "and fell to" in said.findings[0].text and "rose" not in said.findings[0].text
     y = SHAPES["good"].copy()
     y[[50, 90]] = np.inf  # came back: a guard skipped those steps
     said = diagnose(y)
