@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.numerics import hashed, wide
+from jaxsgd.numerics import check_count, hashed, wide
 from jaxsgd.storage import Storage
 
 __all__ = [
@@ -640,7 +640,7 @@ def fp8(
 
 
 def _check(block: int, min_size: int) -> None:
-    if block < 1 or block & (block - 1):
+    check_count("block", block)
+    if block & (block - 1):
         raise ValueError(f"block={block}: a power of two is needed, such as 128 or 256")
-    if min_size < 0:
-        raise ValueError(f"min_size={min_size}: it must be 0 or more")
+    check_count("min_size", min_size, 0)

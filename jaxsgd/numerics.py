@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
     "as_key",
+    "check_count",
     "compensated",
     "conjugated",
     "debias",
@@ -72,6 +73,18 @@ def as_key(key: Any) -> jax.Array:
     if not whole or isinstance(key, bool) or ndim:
         raise TypeError(f"key={key!r}: a seed or a key is needed. Use a whole number or jax.random.key(0)")
     return jax.random.key(key)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Check an argument that counts steps, examples or the like.
+
+    Raises:
+      ValueError: it is no whole number, or below ``least``.
+
+    >>> check_count("every", 10)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number is needed, at least {least}")
 
 
 def wide(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsgd.numerics import check_count
 from jaxsgd.paths import named_leaves
 
 __all__ = ["Recorder"]
@@ -37,8 +38,7 @@ class Recorder:
 
     def __init__(self, every: int = 20) -> None:
         """Raises ValueError for ``every`` below 1."""
-        if every < 1:
-            raise ValueError(f"every={every}: at least 1 step is needed")
+        check_count("every", every)
         self.every = every
         self.records = []
         self._waiting: list[dict[str, jax.Array]] = []

@@ -21,7 +21,7 @@ from jaxsgd.loss import call_loss, is_stateful, with_all_arguments
 from jaxsgd.memory import on_host
 from jaxsgd.meshes import auto_sharding, in_mesh, is_explicit, on_auto_axes
 from jaxsgd.models import carried_state, merge_model
-from jaxsgd.numerics import conjugated, differentiable, global_norm, is_key, root_of
+from jaxsgd.numerics import check_count, conjugated, differentiable, global_norm, is_key, root_of
 from jaxsgd.paths import check_optimizer, leaf_names, named_leaves, owners
 from jaxsgd.placement import brought_home, compiled_for, with_slots_on_device
 from jaxsgd.second_order.batch_loss import SplitLoss, mean_loss, split_mean_loss, taken_by
@@ -158,8 +158,7 @@ class Step:
         accumulate: int,
         weight: Any,
     ) -> None:
-        if accumulate < 1:
-            raise ValueError(f"accumulate={accumulate}: at least one microbatch is needed")
+        check_count("accumulate", accumulate)
         if mesh is not None and axis_name is not None:
             raise ValueError(
                 f"axis_name={axis_name!r}: a step on a mesh needs no axis name; leave out axis_name or mesh"

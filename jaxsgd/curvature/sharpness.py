@@ -20,7 +20,7 @@ from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.memory import in_device_memory
-from jaxsgd.numerics import as_key
+from jaxsgd.numerics import as_key, check_count
 from jaxsgd.paths import is_function, leaf_names
 from jaxsgd.progress import Bar
 from jaxsgd.report import Column, Report, Table, number, span
@@ -234,8 +234,7 @@ def sharpness(
         preconditioner, or whose state has seen no gradient; a loss without a finite Hessian.
     """
     for name, value in (("eigenvalues", eigenvalues), ("iterations", iterations), ("microbatches", microbatches)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+        check_count(name, value)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance}: a share between 0 and 1 is needed")
     if tx is None and opt_state is not None:

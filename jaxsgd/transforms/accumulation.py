@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxsgd.batches import as_arrays, batch_size, check_divides
 from jaxsgd.loss import call_loss, with_all_arguments
-from jaxsgd.numerics import differentiable, is_float0, is_key, wide, widest, zeros
+from jaxsgd.numerics import check_count, differentiable, is_float0, is_key, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, check_params
 from jaxsgd.state import plain
 from jaxsgd.transforms.clip import AxisName, varying_over
@@ -79,8 +79,7 @@ def accumulate_gradients(
       ValueError: ``steps`` below 1; the batch cannot be split (the error names the nearest sizes); the loss is no
         scalar; aux lacks the weight.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: at least one microbatch is needed")
+    check_count("steps", steps)
 
     def run(params: Any, batch: Any, key: Any = None, model_state: Any = None) -> tuple[tuple[jax.Array, Any], Any]:
         batch = as_arrays(batch)
@@ -311,8 +310,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
     Raises:
       ValueError: ``every`` below 1; in the update, a state that was made for parameters of other shapes.
     """
-    if every < 1:
-        raise ValueError(f"every={every}: at least one step is needed")
+    check_count("every", every)
     return Accumulate(tx, every)
 
 

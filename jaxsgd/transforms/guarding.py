@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsgd.numerics import is_float0, widest
+from jaxsgd.numerics import check_count, is_float0, widest
 from jaxsgd.paths import check_optimizer
 from jaxsgd.transforms.clip import AxisName, norm_across
 from jaxsgd.transforms.trees import find, keep_types, or_zeros, scalar, select
@@ -91,12 +91,10 @@ def guard(
       ValueError: ``max_consecutive`` below 1, ``z_score`` not above 0, ``window`` below 2; in the update, a
         ``value`` that is no real scalar, or a state that was made for parameters of other shapes.
     """
-    if max_consecutive < 1:
-        raise ValueError(f"max_consecutive={max_consecutive}: at least 1 is needed")
+    check_count("max_consecutive", max_consecutive)
+    check_count("window", window, 2)
     if z_score is not None and not z_score > 0:
         raise ValueError(f"z_score={z_score}: a number above 0 is needed, or None")
-    if window < 2:
-        raise ValueError(f"window={window}: at least 2 steps are needed")
     check_optimizer(tx)
     inner = optax.with_extra_args_support(tx)
     log_decay = math.log((window - 1) / (window + 1))  # the mean age of a value is that of a flat window

@@ -16,7 +16,7 @@ import scipy
 from jaxsgd.batches import as_arrays, batch_size
 from jaxsgd.ensemble.feed import Feed, is_one_batch
 from jaxsgd.ensemble.losses import pure_loss, takes
-from jaxsgd.numerics import as_key, differentiable, sq, wide, widest, zeros
+from jaxsgd.numerics import as_key, check_count, differentiable, sq, wide, widest, zeros
 from jaxsgd.paths import check_optimizer, is_function
 from jaxsgd.progress import Bar
 from jaxsgd.transforms.moving import moving
@@ -103,8 +103,8 @@ def noise_scale(
     taken, sizes = _taken(batches, count, taking)
     if small is None:
         small = _usual(sizes)
-    elif isinstance(small, bool) or not isinstance(small, int) or small < 1:
-        raise ValueError(f"small={small!r}: a whole number of examples is needed, at least 1")
+    else:
+        check_count("small", small)
     for index, size in enumerate(sizes):
         if size % small:
             raise ValueError(f"small={small}: batch {index} has {size} examples, which do not divide by it")
@@ -237,8 +237,8 @@ def _fieller(above: float, below: float, covariance: np.ndarray, t: float) -> tu
 
 def _taken(batches: Any, count: int | None, taking: Callable[[Any], bool]) -> tuple[list[Any], list[int]]:
     """The batches in a list, since they are needed twice, and their sizes."""
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"count={count!r}: a whole number of batches is needed, at least 1")
+    if count is not None:
+        check_count("count", count)
     one = is_one_batch(batches, taking) and not is_function(batches)
     if one:
         taken = [batches]

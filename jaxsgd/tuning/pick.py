@@ -22,6 +22,7 @@ from jaxsgd.ensemble.feed import is_one_batch
 from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.models import is_module
+from jaxsgd.numerics import check_count
 from jaxsgd.paths import is_function
 from jaxsgd.progress import Bar
 from jaxsgd.registry import AnyRule, all_rules
@@ -248,8 +249,7 @@ def pick(
     loss_fn, shapes = _looked_at(loss_fn, init)
     entrants = _candidates(candidates, shapes)
     for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: a whole number is needed, at least {least}")
+        check_count(name, value, least)
     if window is not None and not 1 <= window <= steps:
         raise ValueError(f"window={window}: from 1 to {steps} steps are needed")
     possible = plans(steps, seeds)

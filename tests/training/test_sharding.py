@@ -347,7 +347,7 @@ def test_errors_name_what_is_wrong(mesh):
         make_step(loss_fn, tx, mesh=Mesh(jax.devices(), ("data",), axis_types=(AxisType.Manual,)))
     with pytest.raises(ValueError, match="axis_name='data': a step on a mesh needs no axis name"):
         make_step(loss_fn, tx, mesh=mesh, axis_name="data")
-    with pytest.raises(ValueError, match="accumulate=0: at least one microbatch"):
+    with pytest.raises(ValueError, match="accumulate=0: a whole number is needed, at least 1"):
         make_step(loss_fn, tx, accumulate=0)
     odd = jax.tree.map(lambda x: x[:20], batch)
     with pytest.raises(ValueError, match="batch: 'x' has 20 examples, not divisible by 8 devices; nearest: 16 or 24"):

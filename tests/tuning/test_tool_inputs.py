@@ -605,3 +605,23 @@ def test_two_optimizers_in_one_loss():
     wanted = losses_of(both, params, make(longest.learning_rate), regression, longest.steps)
     np.testing.assert_allclose(found.losses[found.rates.index(longest)][: longest.steps], wanted, rtol=1e-4)
     assert jaxsgd.range_test(both, params, regression, make, steps=10).steps == 10
+
+
+COUNTS = {
+    "accumulate": ("every", lambda n: jaxsgd.accumulate(jaxsgd.sgd(0.1), n)),
+    "make_step": ("accumulate", lambda n: jaxsgd.make_step(lambda p, b: p, jaxsgd.sgd(0.1), accumulate=n)),
+    "Recorder": ("every", lambda n: jaxsgd.Recorder(every=n)),
+    "guard": ("max_consecutive", lambda n: jaxsgd.guard(jaxsgd.sgd(0.1), max_consecutive=n)),
+    "int8": ("min_size", lambda n: jaxsgd.int8(min_size=n)),
+    "sharpness": ("iterations", lambda n: jaxsgd.sharpness(lambda p, b: p, 1.0, np.ones(2), iterations=n)),
+    "noise_scale": ("small", lambda n: jaxsgd.noise_scale(lambda p, b: p * b.mean(), 1.0, [np.ones(2)] * 2, small=n)),
+    "pick": ("steps", lambda n: jaxsgd.pick(lambda p, b: p * b.mean(), lambda key: 1.0, [np.ones(2)] * 2, steps=n)),
+}
+
+
+@pytest.mark.parametrize("count", [1.5, "2", True, -1], ids=repr)
+@pytest.mark.parametrize("tool", COUNTS)
+def test_a_count_is_a_whole_number(tool, count):
+    name, call = COUNTS[tool]
+    with pytest.raises(ValueError, match=f"{name}={count!r}: a whole number is needed, at least"):
+        call(count)
