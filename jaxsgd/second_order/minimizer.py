@@ -69,6 +69,7 @@ def minimize(
     It works inside `jax.jit`, `jax.vmap` (each member stops on its own) and `jax.lax.scan`. A program is compiled once
     for a function, a method and shapes: pass the same function object again, and data in ``args``. The result has
     derivatives, forward and reverse, with respect to ``args`` and closed-over arrays, by the implicit function theorem.
+    Inside `jax.shard_map` it needs ``check_vma=False``.
 
     ============  ================================================  ============================
     method        direction                                         cost of a step beside ``fun``
