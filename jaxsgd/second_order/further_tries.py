@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -39,29 +38,30 @@ def best_end(fit: Fit, most: int) -> State:
         return begin(fit, x, r, scaled, jnp.asarray([share for _, share in tries], x.dtype)[i])
 
     def another(carry: Any) -> Any:
-        i, best, left, trials, iterations = carry
+        i, best, moved, left, trials, iterations = carry
         x, r = fit.x, fit.r
         if fit.tall:
             # From a saddle point every region leads back, if the start is symmetric.
             way = jnp.where(best.code == Status.SADDLE_POINT, 2, jnp.where(i < len(TRIES), 0, 1))
-            roads = [lambda s: (fit.x, fit.r), functools.partial(revived, fit), functools.partial(downhill, fit)]
-            x, r = jax.lax.switch(way, roads, best)
-        s = named(fit, search(fit, start(i, x, r), left))
+            roads = [lambda: (fit.x, fit.r), lambda: revived(fit, best, moved), lambda: downhill(fit, best)]
+            x, r = jax.lax.switch(way, roads)
+        s, after = named(fit, search(fit, start(i, x, r), left))
         level = jnp.where(best.code <= Status.CONVERGED_STEP, 0.999 * best.norm, best.norm)
         better = (i == 0) | (s.norm < level) | ((s.norm == level) & (s.code <= Status.CONVERGED_STEP))
-        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), s, best)
+        best, moved = jax.tree.map(lambda a, b: jnp.where(better, a, b), (s, after), (best, moved))
         # The tries after the first share as many steps as the first may take.
         left = jnp.where(i == 0, left, left - s.trials)
-        return i + 1, best, left, trials + s.trials, iterations + s.iterations
+        return i + 1, best, moved, left, trials + s.trials, iterations + s.iterations
 
     def goes_on(carry: Any) -> jax.Array:
-        i, best, left, _, _ = carry
+        i, best, _, left, _, _ = carry
         return (i == 0) | ((i < (len(tries) if fit.shrinks else 1)) & (left > 0) & _doubtful(fit, i, best))
 
     zero = jnp.zeros((), jnp.int32)
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(start, zero, fit.x, fit.r))
-    carry = jax.lax.while_loop(goes_on, another, (zero, blank, jnp.asarray(most, jnp.int32), zero, zero))
-    s = carry[1]._replace(trials=carry[3], iterations=carry[4])
+    begun = (zero, blank, fit.x, jnp.asarray(most, jnp.int32), zero, zero)
+    _, s, _, _, trials, iterations = jax.lax.while_loop(goes_on, another, begun)
+    s = s._replace(trials=trials, iterations=iterations)
     return checked(fit, s) if fit.tall else s
 
 
@@ -71,7 +71,9 @@ def _doubtful(fit: Fit, i: jax.Array, s: State) -> jax.Array:
     lost &= (s.norm > fit.eps**0.5 * norm([fit.r])) & (i == 1)
     failed = (s.code > Status.CONVERGED_STEP) & (s.code != Status.NOT_FINITE_START)
     idle = jnp.any(dead(fit, s))
-    return jnp.where(i < len(TRIES), failed | lost | idle, idle | (s.code == Status.SADDLE_POINT))
+    return jnp.where(
+        i < len(TRIES), failed | lost | idle, idle | (s.code == Status.SADDLE_POINT) | (s.code == Status.FLAT)
+    )
 
 
 def _deficient(fit: Fit, s: State) -> jax.Array:

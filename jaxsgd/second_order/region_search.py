@@ -58,9 +58,13 @@ class Fit:
         """The rounding unit."""
         return jnp.finfo(self.x.dtype).eps
 
+    def jacobian(self, x: jax.Array) -> jax.Array:
+        """J, by columns or by rows, whichever are fewer."""
+        return (jax.jacfwd if self.tall else jax.jacrev)(self.residuals)(x)
+
     def factored(self, x: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """R of ``[J | r]``, the norms of J's columns, and whether both are finite."""
-        j = (jax.jacfwd if self.tall else jax.jacrev)(self.residuals)(x)
+        j = self.jacobian(x)
         good = jnp.all(jnp.isfinite(j)) & jnp.all(jnp.isfinite(r))
         # A decomposition of a matrix with an inf may never return.
         both = jnp.where(good, jnp.concatenate([j, r[:, None]], axis=1), 0)

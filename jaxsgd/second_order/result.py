@@ -64,8 +64,8 @@ SENTENCES = {
     Status.NOT_FINITE: "No finite value was found next to the best point.",
     Status.UNBOUNDED: "The value fell to minus infinity: the function has no minimum.",
     Status.SADDLE_POINT: "The gradient is zero, but the curvature is negative: the point is no minimum.",
-    Status.FLAT: "The value is flat: a parameter has no effect near the best point, but has one elsewhere. "
-    "Another start may find a lower value.",
+    Status.FLAT: "The value is flat: parameters, single ones or several together, have no effect near the best point, "
+    "but have one elsewhere. Another start may find a lower value.",
 }
 
 

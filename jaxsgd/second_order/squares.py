@@ -45,9 +45,9 @@ def least_squares(
     Every method factors the Jacobian by QR and never forms its square, which would lose half the digits. Parameters
     are scaled by the norms of the Jacobian's columns, so that their units do not matter. A trust region is tried up to
     three times more from the start, without scales or with a smaller region. That happens where it ends without
-    convergence or with a Jacobian that has lost its rank or the effect of a parameter. Where a parameter has no effect
-    at the best end, up to two more tries begin there. They bring that parameter back to where it has one. From a saddle
-    point, to which symmetric starts lead, tries go on along its negative curvature. The best end counts, and
+    convergence or with a Jacobian that has lost its rank or the effect of a parameter. Where parameters have no effect
+    at the best end, up to two more tries begin there. They bring those parameters back to where they have one. From a
+    saddle point, to which symmetric starts lead, tries go on along its negative curvature. The best end counts, and
     ``evaluations`` counts the residuals of all steps.
 
     - ``"lm"``: Levenberg-Marquardt in a trust region (Moré 1978, doi:10.1007/BFb0067700).
@@ -58,11 +58,12 @@ def least_squares(
     out stays at its bound, and the others are solved for again. A step along the projected gradient replaces it where
     that predicts a larger decrease. Every residual is computed inside the bounds.
 
-    Where the gradient is zero, the solver checks the curvature. The directions are the singular vectors of the
+    Where a search converges, the solver checks the curvature. The directions are the singular vectors of the
     Jacobian, single parameters, and sums of all with signs by chance. If it is negative and no further try finds a way
     down, the status is ``SADDLE_POINT``, which is no success. The check needs at least as many residuals as parameters.
-    If a parameter has no effect at the end, but has one elsewhere, the status is ``FLAT``. That is no success either:
-    the search may have left the data behind.
+    If parameters have no effect at the end, single ones or several together, but have one elsewhere, the status is
+    ``FLAT``. That is no success either: the search may have left the data behind, or spent several parameters on one
+    residual.
 
     Under `jax.vmap` each member stops on its own. Derivatives with respect to ``args`` and to closed-over arrays follow
     from the implicit function theorem; they hold at a minimum.

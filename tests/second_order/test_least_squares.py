@@ -314,6 +314,50 @@ def test_a_minimum_is_a_success(name, x64):
     np.testing.assert_allclose(fit.value, value, rtol=1e-7, atol=1e-14)
 
 
+def narrow(x):
+    return x[0] * jnp.exp(-(((T - x[1]) / x[2]) ** 2)) - 2 * np.exp(-(((T - 1.7) / 0.6) ** 2)) - 0.01 * np.sin(9 * T)
+
+
+def lorentz(x):
+    readings = 3 / (1 + ((T - 1.7) / 0.3) ** 2) + 0.1 * T + 0.01 * np.sin(9 * T)
+    return x[0] / (1 + ((T - x[1]) / x[2]) ** 2) + x[3] * T - readings
+
+
+def two_peaks(x):
+    readings = 2 * np.exp(-(((T - 1) / 0.4) ** 2)) + np.exp(-(((T - 3) / 0.3) ** 2)) + 0.01 * np.sin(9 * T)
+    peaks = x[::3, None] * jnp.exp(-(((T - x[1::3, None]) / x[2::3, None]) ** 2))
+    return jnp.sum(peaks, axis=0) - readings
+
+
+TOGETHER = {
+    "a peak of one reading": (narrow, [1.0, 3.5, 0.01], [2.0, 1.7, 0.6]),
+    "a peak that runs off": (lorentz, [30.0, 20.0, 3.0, 1.0], [3.0, 1.7, 0.3, 0.1]),
+    "sizes that overflow": (two_peaks, [8.3, 6.7, 0.1, 10.9, 1.1, 7.6], [2.0, 1.0, 0.4, 1.0, 3.0, 0.3]),
+}
+ENDS = [
+    *(("a peak of one reading", method, None) for method in METHODS),
+    ("a peak of one reading", "lm", (-1e4, 1e4)),
+    *((name, method, None) for name in list(TOGETHER)[1:] for method in ("lm", "dogleg")),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "bounds"), ENDS)
+def test_a_success_is_no_end_where_parameters_lose_their_effect_together(name, method, bounds, x64):
+    """The readings are a curve and a small sine: the minimum is below the sine's value."""
+    fn, start, truth = TOGETHER[name]
+    fit = least_squares(fn, np.array(start), method=method, bounds=bounds)
+    assert not fit.success or fit.value <= jnp.sum(fn(jnp.array(truth)) ** 2) / 2, str(fit)
+    if name == "a peak of one reading":
+        # One method has no further tries.
+        assert fit.status is Status.FLAT if method == "gauss_newton" else fit.success
+
+
+def test_ends_are_the_same_in_a_batch(x64):
+    starts = np.array([TOGETHER["a peak of one reading"][1], [1.5, 1.5, 0.5]])
+    fits = jax.jit(jax.vmap(lambda x: least_squares(narrow, x, method="gauss_newton")))(starts)
+    assert [Status(int(code)) for code in fits.code] == [Status.FLAT, Status.CONVERGED_GRADIENT]
+
+
 def box(x):
     t = jnp.arange(1, 11) / 10
     return jnp.exp(-t * x[0]) - jnp.exp(-t * x[1]) - x[2] * (jnp.exp(-t) - jnp.exp(-10 * t))
