@@ -1,6 +1,6 @@
 """Solvers of unconstrained and boxed minimization beside each other, in float64, with 2,000 evaluations each.
 
-    python benchmarks/minimise.py [--quick] [--method lbfgs] [--boxed] [--squares] [--details]
+    python benchmarks/minimise.py [--quick] [--method lbfgs] [--boxed] [--squares] [--held-out first] [--details]
 
 A problem counts as solved if the value is within 1e-6 of the best that any solver found, in units of the best value
 or 1; or if the point is a local minimum by its gradient and exact Hessian, whatever the solver says. A success that
@@ -8,7 +8,8 @@ is none is a point that the solver calls a success and this test does not. Evalu
 gradient; their median is over the problems that both solve.
 
 ``--squares`` puts `least_squares` beside SciPy's lm and trf and optimistix. There a problem counts as solved if the
-value is within 1e-6 of the best of all, relative to it; or if the point is a strict local minimum.
+value is within 1e-6 of the best of all, relative to it; or if the point is a strict local minimum. ``--held-out``
+takes the problems of ``held_out.py`` instead, which did not serve to choose the tries of `least_squares`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import held_out
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,7 @@ from problems import Problem
 from jaxsgd.second_order import least_squares, minimize
 
 MOST = 2000
+UNSEEN = {"first": held_out.first, "second": held_out.second}
 OURS = ("lbfgs", "newton", "trust_region", "newton_cg", "bfgs", "cg", "lbfgsb")
 
 
@@ -297,7 +300,13 @@ class Table:
         return statistics.median(self.outcomes[p][name].evaluations for p in rows) if rows else float("nan")
 
 
-def run(names: list[str] | None = None, boxed: bool = False, every: int = 1, squares: bool = False) -> Table:
+def run(
+    names: list[str] | None = None,
+    boxed: bool = False,
+    every: int = 1,
+    squares: bool = False,
+    unseen: Sequence[str] = (),
+) -> Table:
     """Run solvers on the problems.
 
     Args:
@@ -305,10 +314,14 @@ def run(names: list[str] | None = None, boxed: bool = False, every: int = 1, squ
       boxed: problems with bounds. Default: without.
       every: take one of so many problems. Default: 1.
       squares: problems of least squares, with bounds and without. Default: of minimization.
+      unseen: ``"first"`` and ``"second"``, the sets of `held_out` that replace those of least squares. Default: none.
     """
     table = Table({}, {})
     chosen = {name: solve for name, solve in solvers(boxed, squares).items() if names is None or name in names}
-    every_one = problems.residuals() if squares else problems.boxed() if boxed else problems.unconstrained()
+    if squares:
+        every_one = [p for name in unseen for p in UNSEEN[name]()] if unseen else problems.residuals()
+    else:
+        every_one = problems.boxed() if boxed else problems.unconstrained()
     compiled: dict[str, Any] = {}
     last: Any = None
     for problem in every_one[::every]:
@@ -357,11 +370,14 @@ def main() -> None:
     parser.add_argument("--method", nargs="*", help="names of solvers; default: all")
     parser.add_argument("--boxed", action="store_true", help="problems with bounds")
     parser.add_argument("--squares", action="store_true", help="least_squares beside SciPy and optimistix")
+    parser.add_argument("--held-out", nargs="+", choices=UNSEEN, default=[], help="its sets of least squares instead")
     parser.add_argument("--details", action="store_true", help="evaluations of each solver on each problem")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     begin = time.perf_counter()
-    table = run(options.method, options.boxed, 5 if options.quick else 1, options.squares)
+    if options.held_out and not options.squares:
+        parser.error("--held-out is of least squares. Use it with --squares")
+    table = run(options.method, options.boxed, 5 if options.quick else 1, options.squares, options.held_out)
     show(table, next(iter(next(iter(table.outcomes.values())))), options.details)
     print(f"\n{time.perf_counter() - begin:.0f} s")
 

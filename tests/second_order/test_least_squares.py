@@ -455,3 +455,27 @@ def test_float32_and_shapes():
 def test_bad_input_is_refused_by_name(call, error, words):
     with pytest.raises(error, match="(?s)" + words.replace("(", r"\(")):
         call()
+
+
+# -- the held-out problems -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "count"), [("first", 140), ("second", 151)])
+def test_held_out_problems_are_well_formed(name, count, x64):
+    import held_out
+
+    problems = getattr(held_out, name)()
+    assert len(problems) == count == len({problem.name for problem in problems})
+    for problem in problems:
+        residuals = problem.residual(jnp.asarray(problem.start))
+        assert residuals.ndim == 1 and residuals.size >= problem.start.size, problem.name
+        np.testing.assert_allclose(problem.fun(jnp.asarray(problem.start)), jnp.sum(residuals**2), rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_no_success_is_false_on_held_out_problems():
+    import minimise
+
+    table = minimise.run(["lm", "dogleg", "SciPy lm", "SciPy trf"], squares=True, unseen=["first"])
+    assert not table.false("lm") and not table.false("dogleg")
+    assert table.count("lm") >= max(table.count("SciPy lm"), table.count("SciPy trf"))
