@@ -13,7 +13,7 @@ from jaxsgd.second_order.region_search import Fit, State, free_part
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import norm
 
-__all__ = ["checked", "dead", "downhill", "named", "revived"]
+__all__ = ["checked", "dead", "downhill", "named", "revived", "suspicions"]
 
 BENT = -1e-3
 """A negative curvature, as a share of its positive part and the length of the second derivative."""
@@ -53,6 +53,19 @@ def _derivatives(fit: Fit, x: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.A
     return jax.jvp(lambda x: jax.jvp(fit.residuals, (x,), (v,))[1], (x,), (v,))
 
 
+def suspicions(fit: Fit, s: State) -> tuple[jax.Array, jax.Array]:
+    """Whether a success is a saddle point; if not, whether the Jacobian leaves out directions there."""
+    no = jnp.zeros((), bool)
+    if not fit.tall:
+        return no, no  # J may come from a function with reverse mode alone, and there are many directions
+    ended = (s.code >= Status.CONVERGED_GRADIENT) & (s.code <= Status.CONVERGED_STEP)
+    known = s.norm > fit.eps**0.5 * norm([fit.r])
+    saddle = jax.lax.cond(
+        (s.code == Status.CONVERGED_GRADIENT) | (ended & known), lambda: jnp.any(_curved(fit, s)[1] < BENT), lambda: no
+    )
+    return saddle, ended & known & ~saddle & jnp.any(_unseen(fit, s)[1])
+
+
 def named(fit: Fit, s: State) -> tuple[State, jax.Array]:
     """The end of a try, with the name of a saddle point or of a flat place where it is one.
 
@@ -61,13 +74,9 @@ def named(fit: Fit, s: State) -> tuple[State, jax.Array]:
       are elsewhere there.
     """
     if not fit.tall:
-        return s, s.x  # J may come from a function with reverse mode alone, and there are many directions
+        return s, s.x
     no = jnp.zeros((), bool)
-    ended = (s.code >= Status.CONVERGED_GRADIENT) & (s.code <= Status.CONVERGED_STEP)
-    known = s.norm > fit.eps**0.5 * norm([fit.r])
-    saddle = jax.lax.cond(
-        (s.code == Status.CONVERGED_GRADIENT) | (ended & known), lambda: jnp.any(_curved(fit, s)[1] < BENT), lambda: no
-    )
+    saddle, blind = suspicions(fit, s)
     ways, which = _unseen(fit, s)
 
     def body(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -75,8 +84,7 @@ def named(fit: Fit, s: State) -> tuple[State, jax.Array]:
         return no, jnp.any(_straight(fit, s, ways)) & elsewhere, moved
 
     # A loop of one turn at most, which a batch enters only if one of its members does.
-    suspect = ended & known & ~saddle & jnp.any(which)
-    _, lost, moved = jax.lax.while_loop(lambda carry: carry[0], body, (suspect, no, s.x))
+    _, lost, moved = jax.lax.while_loop(lambda carry: carry[0], body, (blind, no, s.x))
     code = jnp.where(saddle, Status.SADDLE_POINT, jnp.where(lost, Status.FLAT, s.code))
     return s._replace(code=code.astype(jnp.int32)), moved
 

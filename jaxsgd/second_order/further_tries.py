@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order.ends import checked, dead, downhill, named, revived
+from jaxsgd.second_order.ends import checked, dead, downhill, named, revived, suspicions
 from jaxsgd.second_order.linear_model import linear_model
 from jaxsgd.second_order.region_search import Fit, State, begin, search
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import norm
 
-__all__ = ["best_end"]
+__all__ = ["best_end", "first_end"]
 
 TRIES = ((True, 100.0), (False, 1.0), (False, 0.1), (True, 0.1))
 """``(scaled, radius)`` of each try: whether columns of the Jacobian scale the parameters, and the first radius in
@@ -24,6 +24,26 @@ LOST = 1e-3
 """A parameter has lost its effect where its column of the Jacobian is below this share of its largest norm."""
 
 
+def first_end(fit: Fit, most: int) -> tuple[State, jax.Array]:
+    """The end of the first try, and whether it is that of `best_end` for certain.
+
+    The program is about half as large. Its end counts unless it failed, is a saddle point, or leaves out a parameter.
+    """
+    s = search(fit, _begun(fit, jnp.zeros((), jnp.int32), fit.x, fit.r), jnp.asarray(most, jnp.int32))
+    saddle, blind = suspicions(fit, s)
+    return s, ~(_doubtful(fit, jnp.ones((), jnp.int32), s) | saddle | blind)
+
+
+def _tries(fit: Fit) -> tuple[tuple[bool, float], ...]:
+    return TRIES + REVIVALS if fit.tall else TRIES
+
+
+def _begun(fit: Fit, i: jax.Array, x: jax.Array, r: jax.Array) -> State:
+    """Try ``i`` at its start."""
+    scaled, share = zip(*_tries(fit), strict=True)
+    return begin(fit, x, r, jnp.asarray(scaled)[i], jnp.asarray(share, x.dtype)[i])
+
+
 def best_end(fit: Fit, most: int) -> State:
     """The best end of all tries; its counts are of all.
 
@@ -31,11 +51,6 @@ def best_end(fit: Fit, most: int) -> State:
       fit: the problem.
       most: the largest number of trial steps of the first try, and of all others together.
     """
-    tries = TRIES + REVIVALS if fit.tall else TRIES
-
-    def start(i: jax.Array, x: jax.Array, r: jax.Array) -> State:
-        scaled = jnp.asarray([scaled for scaled, _ in tries])[i]
-        return begin(fit, x, r, scaled, jnp.asarray([share for _, share in tries], x.dtype)[i])
 
     def another(carry: Any) -> Any:
         i, best, moved, left, trials, iterations = carry
@@ -45,7 +60,7 @@ def best_end(fit: Fit, most: int) -> State:
             way = jnp.where(best.code == Status.SADDLE_POINT, 2, jnp.where(i < len(TRIES), 0, 1))
             roads = [lambda: (fit.x, fit.r), lambda: revived(fit, best, moved), lambda: downhill(fit, best)]
             x, r = jax.lax.switch(way, roads)
-        s, after = named(fit, search(fit, start(i, x, r), left))
+        s, after = named(fit, search(fit, _begun(fit, i, x, r), left))
         level = jnp.where(best.code <= Status.CONVERGED_STEP, 0.999 * best.norm, best.norm)
         better = (i == 0) | (s.norm < level) | ((s.norm == level) & (s.code <= Status.CONVERGED_STEP))
         best, moved = jax.tree.map(lambda a, b: jnp.where(better, a, b), (s, after), (best, moved))
@@ -55,10 +70,11 @@ def best_end(fit: Fit, most: int) -> State:
 
     def goes_on(carry: Any) -> jax.Array:
         i, best, _, left, _, _ = carry
-        return (i == 0) | ((i < (len(tries) if fit.shrinks else 1)) & (left > 0) & _doubtful(fit, i, best))
+        return (i == 0) | ((i < (len(_tries(fit)) if fit.shrinks else 1)) & (left > 0) & _doubtful(fit, i, best))
 
     zero = jnp.zeros((), jnp.int32)
-    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(start, zero, fit.x, fit.r))
+    shapes = jax.eval_shape(lambda: _begun(fit, zero, fit.x, fit.r))
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     begun = (zero, blank, fit.x, jnp.asarray(most, jnp.int32), zero, zero)
     _, s, _, _, trials, iterations = jax.lax.while_loop(goes_on, another, begun)
     s = s._replace(trials=trials, iterations=iterations)

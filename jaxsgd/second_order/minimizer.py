@@ -23,6 +23,7 @@ from jaxsgd.second_order.newton_methods import Newton, trust_region
 from jaxsgd.second_order.objective import (
     Space,
     Vector,
+    check_args,
     check_bounds,
     check_fun,
     check_start,
@@ -139,8 +140,7 @@ def minimize(
     for name, number in (("max_iterations", max_iterations), ("max_evaluations", max_evaluations), ("memory", memory)):
         if name != "max_evaluations" or number is not None:
             WholeFrom(1).check(f"{name}={number!r}", number)
-    if not isinstance(args, tuple):
-        raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(data,)")
+    check_args(args)
     if callback is not None:
         check_fun(callback, "(iteration, params, value, grad_norm)", "callback")
     dtype = widest(x.dtype for x in jax.tree.leaves(params))

@@ -14,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxsgd.numerics import widest
 from jaxsgd.paths import check_params, leaf_names
 
-__all__ = ["Space", "check_bounds", "check_fun", "check_start", "hoist", "is_concrete", "is_split"]
+__all__ = ["Space", "check_args", "check_bounds", "check_fun", "check_start", "hoist", "is_concrete", "is_split"]
 
 Vector = list[jax.Array]
 """A point or direction: one flat array, or for sharded parameters one array a leaf."""
@@ -56,6 +56,22 @@ def is_split(params: Any) -> bool:
         and not x.is_fully_replicated
         for x in jax.tree.leaves(params)
     )
+
+
+def check_args(args: Any) -> None:
+    """Check the further arguments of a function.
+
+    Raises:
+      TypeError: they are no tuple, or hold something that is no array and no number.
+    """
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(data,)")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            where = f"args{jax.tree_util.keystr(path)}={leaf!r}"
+            raise TypeError(f"{where}: it is no array and no number. Use it inside the function instead") from None
 
 
 def check_start(params: Any) -> Any:

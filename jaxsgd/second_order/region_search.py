@@ -84,6 +84,8 @@ class State(NamedTuple):
       iterations, trials: accepted steps and trial steps.
       code: the status.
       failed: whether the last trial was not finite.
+      explained: the share of r that J explains.
+      cosine: the largest cosine of r and a column of J.
     """
 
     x: jax.Array
@@ -98,6 +100,8 @@ class State(NamedTuple):
     trials: jax.Array
     code: jax.Array
     failed: jax.Array
+    explained: jax.Array
+    cosine: jax.Array
 
     @property
     def columns(self) -> jax.Array:
@@ -126,8 +130,9 @@ def begin(fit: Fit, x: jax.Array, r: jax.Array, scaled: jax.Array, share: jax.Ar
     far = norm([scale * x])
     radius = share * jnp.where(far > 0, far, 1) if fit.shrinks else jnp.ones((), x.dtype)
     zero = jnp.zeros((), jnp.int32)
-    s = State(x, r, size, factor, scale, columns, scaled, radius, zero, zero, zero, jnp.zeros((), bool))
-    return s._replace(code=jnp.where(good, _code(fit, s), Status.NOT_FINITE_START).astype(jnp.int32))
+    no, none = jnp.zeros((), bool), jnp.zeros_like(size)
+    s = _judged(fit, State(x, r, size, factor, scale, columns, scaled, radius, zero, zero, zero, no, none, none))
+    return s._replace(code=jnp.where(good, s.code, Status.NOT_FINITE_START).astype(jnp.int32))
 
 
 def search(fit: Fit, s: State, most: jax.Array) -> State:
@@ -171,8 +176,8 @@ def _angles(fit: Fit, s: State) -> tuple[Model, jax.Array, jax.Array]:
     return model, norm([jnp.where(model.s > 0, model.c, 0)]) / size, cosine
 
 
-def _code(fit: Fit, s: State) -> jax.Array:
-    """The status at a new point, from the unconstrained step."""
+def _judged(fit: Fit, s: State) -> State:
+    """A new point with its status, from the unconstrained step."""
     eps = fit.eps
     model, explained, cosine = _angles(fit, s)
     columns = column_norms(free_part(fit, s)[:, :-1])
@@ -182,7 +187,8 @@ def _code(fit: Fit, s: State) -> jax.Array:
     zero = s.norm <= eps * jnp.minimum(norm([fit.r]), 1 / fit.unit)
     code = jnp.where(zero, Status.CONVERGED_VALUE, code)
     flat = ((explained <= fit.tol) & (cosine <= jnp.sqrt(fit.tol))) | (cosine <= 10 * eps)
-    return jnp.where(flat, Status.CONVERGED_GRADIENT, code).astype(jnp.int32)
+    code = jnp.where(flat, Status.CONVERGED_GRADIENT, code).astype(jnp.int32)
+    return s._replace(code=code, explained=explained, cosine=cosine)
 
 
 # -- a step ----------------------------------------------------------------------------------------
@@ -248,28 +254,24 @@ def _trial(fit: Fit, s: State) -> State:
         s.trials + 1,
         s.code,
         ~jnp.isfinite(size) | (wanted & ~good),
+        s.explained,
+        s.cosine,
     )
-    new = new._replace(code=jnp.where(taken, _code(fit, new), _stuck(fit, s, new, actual)).astype(jnp.int32))
+    stays = new._replace(code=_stuck(fit, new, actual).astype(jnp.int32))
+    new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), _judged(fit, new), stays)
     if fit.callback is not None:
         jax.debug.callback(fit.callback, result_of(fit, new))
     return new
 
 
-def _stuck(fit: Fit, s: State, new: State, actual: jax.Array) -> jax.Array:
-    """The status after a step that was not taken.
-
-    Args:
-      fit: the problem.
-      s, new: the search before and after the step.
-      actual: the relative decrease of the sum of squares.
-    """
+def _stuck(fit: Fit, s: State, actual: jax.Array) -> jax.Array:
+    """The status after a step that was not taken; ``actual``: the relative decrease of the sum of squares."""
     eps = fit.eps
-    _, explained, cosine = _angles(fit, s)
     # The linear model predicts next to nothing: rounding hides what is left to gain.
-    level = (explained <= eps**0.375) & (cosine <= eps**0.25) | (cosine <= eps**0.375)
-    level &= ~new.failed
+    level = (s.explained <= eps**0.375) & (s.cosine <= eps**0.25) | (s.cosine <= eps**0.375)
+    level &= ~s.failed
     least = eps * norm([s.scale * s.x]) if fit.shrinks else eps
-    ends = (new.radius <= least) | (level & (jnp.abs(actual) <= 10 * eps))
-    code = jnp.where(new.failed, Status.NOT_FINITE, Status.STEP_TOO_SMALL)
+    ends = (s.radius <= least) | (level & (jnp.abs(actual) <= 10 * eps))
+    code = jnp.where(s.failed, Status.NOT_FINITE, Status.STEP_TOO_SMALL)
     code = jnp.where(level, Status.CONVERGED_VALUE, code)
     return jnp.where(ends, code, Status.RUNNING)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,11 +15,19 @@ import numpy as np
 
 from jaxsgd.numerics import widest
 from jaxsgd.paths import nearest
-from jaxsgd.second_order.further_tries import best_end
+from jaxsgd.second_order.further_tries import best_end, first_end
 from jaxsgd.second_order.implicit import differentiable
 from jaxsgd.second_order.linear_model import Box
-from jaxsgd.second_order.objective import Space, check_bounds, check_start, hoist, is_concrete
-from jaxsgd.second_order.region_search import Fit, result_of
+from jaxsgd.second_order.objective import (
+    Space,
+    check_args,
+    check_bounds,
+    check_fun,
+    check_start,
+    hoist,
+    is_concrete,
+)
+from jaxsgd.second_order.region_search import Fit, State, result_of
 from jaxsgd.second_order.result import Result
 from jaxsgd.second_order.vectors import norm, power_of_two
 
@@ -104,8 +113,9 @@ def least_squares(
         raise TypeError(f"residual={residual!r}: it is no function. Use a function (params, *args) -> residuals")
     if method not in METHODS:
         raise ValueError(f"method={method!r}: known are {', '.join(METHODS)}{nearest(str(method), METHODS)}")
-    if not isinstance(args, tuple):
-        raise TypeError(f"args is a {type(args).__name__}. Use a tuple: args=(x, y)")
+    check_args(args)
+    if callback is not None:
+        check_fun(callback, "(result)", "callback")
     start = check_start(params)
     limits = None if bounds is None else check_bounds(bounds, start)
     if limits is not None:
@@ -115,18 +125,24 @@ def least_squares(
         max_iterations = max(200, 100 * (space.size + 1))
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int | np.integer) or max_iterations < 0:
         raise ValueError(f"max_iterations={max_iterations!r}: a whole number from 0 is needed")
-    if tol is not None and is_concrete(tol) and not 0 <= float(tol) < 1:
+    known = tol is not None and is_concrete(tol)
+    if known and (not isinstance(tol, Real | jax.Array) or isinstance(tol, bool) or not 0 <= float(tol) < 1):
         raise ValueError(f"tol={tol!r}: it must lie in [0, 1)")
     eps = float(jnp.finfo(space.dtype).eps)
     tolerance = jnp.asarray(eps**0.5 if tol is None else tol, space.dtype)
     arrays = jax.tree.map(jnp.asarray, args)
-    options = _Options(method, int(max_iterations), bool(has_aux), callback)
+    options = _Options(method, min(int(max_iterations), np.iinfo(np.int32).max), bool(has_aux), callback)
 
     pure = functools.partial(_residual, residual, has_aux)
     traced = not is_concrete((start, limits, arrays, tolerance))
     if traced or not _is_closed(residual, pure, start, arrays):
         fun, consts = hoist(pure, start, arrays)
         return _solve(fun, options, tolerance, start, limits, arrays, consts)
+    if callback is None:
+        # Most fits end here. The program with all further tries compiles for twice as long.
+        result, certain = _first_try(residual, options, tolerance, start, limits, arrays)
+        if certain:
+            return result
     return _compiled(residual, options, tolerance, start, limits, arrays)
 
 
@@ -184,6 +200,20 @@ def _compiled(residual: Any, options: _Options, tol: jax.Array, start: Any, limi
     return _solve(fun, options, tol, start, limits, arrays, consts)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_try(
+    residual: Any, options: _Options, tol: jax.Array, start: Any, limits: Any, arrays: Any
+) -> tuple[Result, jax.Array]:
+    """The result of the first try alone, and whether it is that of all tries."""
+
+    def fun(params: Any) -> tuple[jax.Array, Any]:
+        return _residual(residual, options.has_aux, params, arrays)
+
+    fit = _fit(fun, options, tol, start, limits)
+    s, certain = first_end(fit, options.max_iterations)
+    return _result(fun, fit, s), certain
+
+
 def _solve(
     fun: Callable[..., Any], options: _Options, tol: jax.Array, start: Any, limits: Any, arrays: Any, consts: Any
 ) -> Result:
@@ -191,7 +221,12 @@ def _solve(
 
     def solver(start: Any, bounds: Any, data: Any) -> Result:
         arrays, consts, tol = data
-        return _search(lambda p: fun(consts, p, arrays), options, tol, start, bounds)
+
+        def own(params: Any) -> tuple[jax.Array, Any]:
+            return fun(consts, params, arrays)
+
+        fit = _fit(own, options, tol, start, bounds)
+        return _result(own, fit, best_end(fit, options.max_iterations))
 
     def value(params: Any, data: Any) -> tuple[jax.Array, Any]:
         arrays, consts, _ = data
@@ -201,9 +236,10 @@ def _solve(
     return differentiable(solver, value, has_aux=True)(start, limits, (arrays, consts, tol))
 
 
-def _search(
+def _fit(
     fun: Callable[[Any], tuple[jax.Array, Any]], options: _Options, tol: jax.Array, start: Any, bounds: Any
-) -> Result:
+) -> Fit:
+    """The problem of one call."""
     space = Space(start)
     (x,) = space.vector(start)
     box = None if bounds is None else Box(*(space.vector(side)[0] for side in bounds))
@@ -214,6 +250,10 @@ def _search(
     def residuals(x: jax.Array) -> jax.Array:
         return fun(space.tree([x]))[0].astype(x.dtype) / unit
 
-    fit = Fit(residuals, x, r / unit, space, unit, box, options.method, tol, options.callback)
-    result = result_of(fit, best_end(fit, options.max_iterations))
+    return Fit(residuals, x, r / unit, space, unit, box, options.method, tol, options.callback)
+
+
+def _result(fun: Callable[[Any], tuple[jax.Array, Any]], fit: Fit, s: State) -> Result:
+    """The result with its aux."""
+    result = result_of(fit, s)
     return dataclasses.replace(result, aux=fun(result.params)[1])

@@ -464,6 +464,7 @@ X = np.zeros(2)
         (lambda: minimize(jnp.sum, X, tol=np.float32(-1)), ValueError, "tol"),
         (lambda: minimize(jnp.sum, X, tol="small"), ValueError, "tol='small'"),
         (lambda: minimize(jnp.sum, X, callback=3), TypeError, "callback=3"),
+        (lambda: minimize(jnp.sum, X, args=([1.0, "a"],)), TypeError, r"args\[0\]\[1\]='a': it is no array"),
         (lambda: minimize(jnp.sum, X, bounds=("0", 1)), TypeError, "'0'"),
         (lambda: minimize(jnp.sum, X, bounds=(0, 1j)), TypeError, "upper bound has 1j"),
         (lambda: minimize(jnp.sum, X, bounds=(np.inf, None)), ValueError, "leaves no number"),
