@@ -56,6 +56,7 @@ def test_the_guide_runs_from_top_to_bottom(forget_rules, tmp_path, monkeypatch):
     assert float(names["metrics"]["loss"]) < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_first_hour_runs_from_top_to_bottom(tmp_path):
     """Its files are saved under their titles, and its commands run; all but make, which needs an environment."""

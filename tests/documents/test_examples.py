@@ -56,7 +56,14 @@ def test_digits_reaches_its_accuracy(name, tmp_path, capsys):
     assert "test accuracy 0.9" in out and "compile" in out and "train" in out
 
 
-@pytest.mark.parametrize("name", ["torch_nadam", "adadelta", "muon", "prodigy", "polyak_sgd", "soap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "muon",
+        "polyak_sgd",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch_nadam", "adadelta", "prodigy", "soap")),
+    ],
+)
 def test_digits_takes_rules_of_every_kind(name, tmp_path):
     takes(name, tmp_path)
 

@@ -10,9 +10,19 @@ from laws import LAWS
 
 from jaxsgd import RULES
 
+LONG = {"kron", "soap", "shampoo", "apollo", "apollo_mini", "galore"}
+"""Rules that decompose matrices: their programs compile longest."""
+LATER = ("2_transformations", "4_neighbours", "8_hyperparameters")
 
-@pytest.mark.parametrize("name", sorted(RULES))
-@pytest.mark.parametrize("law", LAWS)
+
+@pytest.mark.parametrize(
+    ("law", "name"),
+    [
+        pytest.param(law, name, marks=[pytest.mark.slow] * (name in LONG and law in LATER))
+        for law in LAWS
+        for name in sorted(RULES)
+    ],
+)
 def test_law(name, law):
     LAWS[law](RULES[name])
 

@@ -201,8 +201,14 @@ BOXED = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[pytest.mark.slow] * (method != "lm" and name != next(iter(BOXED))))
+        for name in BOXED
+        for method in METHODS
+    ],
+)
 def test_bounds_hold_and_the_end_is_scipys(name, method, x64):
     fn, start, low, high = BOXED[name]
     low, high = np.array(low), np.array(high)

@@ -44,6 +44,7 @@ def test_two_processes_are_one(unbroken, tmp_path):
         np.testing.assert_allclose(x, alone[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_others_and_the_run_goes_on(unbroken, tmp_path):
     arguments = ["--processes", 2, "--devices", 2, "--steps", 20, "--checkpoint", tmp_path / "run",
                  "--checkpoint-every", 5, "--out", tmp_path / "params.npz"]  # fmt: skip
