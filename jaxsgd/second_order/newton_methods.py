@@ -224,18 +224,11 @@ def trust_region(
         size_f = jnp.maximum(jnp.abs(f), jnp.minimum(scale, jnp.abs(f_first)))
         size_g = jnp.minimum(scale, jnp.maximum(jnp.abs(f), g_first))
         small = top <= setting.tol * size_g
-
-        def settled(step: Step) -> jax.Array:
-            # Along a direction of no curvature rounding sends the step to the border. What it predicts, carried on to
-            # the size of the point, tells a curvature that rounding made from one that counts.
-            reach = jnp.maximum(1, jnp.linalg.norm(x)) / jnp.linalg.norm(step.p)
-            return step.inside | (step.predicted * reach**2 <= setting.tol * size_f)
-
-        done = took & small & settled(step) & (step.predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f)
+        done = took & small & step.inside & (step.predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f)
         bent = (top == 0) & ~step.inside
         code = jnp.where(done, Status.CONVERGED_GRADIENT, Status.RUNNING)
         # A step that was refused although it was to gain no more than rounding: there is nothing left to gain.
-        spent = ~took & ~first & (predicted <= 4 * eps * jnp.abs(f)) & settled(c.step) & fine
+        spent = ~took & ~first & (predicted <= 4 * eps * jnp.abs(f)) & c.step.inside & fine
         spent &= top <= jnp.sqrt(setting.tol) * g_first
         code = jnp.where((code == 0) & spent, Status.CONVERGED_VALUE, code)
         small_radius = radius <= eps * eps * jnp.maximum(jnp.linalg.norm(x), eps)

@@ -261,26 +261,6 @@ def test_a_start_at_the_precision_of_the_value_is_a_success(method):
     assert minimize(fun, start, method=method).success
 
 
-def redundant(w):
-    """Logits that do not change with the mean of their weights: a minimum along three directions."""
-    labels = np.argmax(DATA[:, :3] + DATA[::-1, 1:], axis=1)
-    return -jnp.mean(jax.nn.log_softmax(DATA.astype(w.dtype) @ w.reshape(4, 3))[np.arange(40), labels])
-
-
-def factors(w):
-    """Two factors of a matrix, which may be scaled and rotated against each other."""
-    return jnp.sum((w[:16].reshape(8, 2) @ w[16:].reshape(2, 6) - DATA[:8] @ DATA[:4, :1] @ np.ones((1, 6))) ** 2) + 1
-
-
-@pytest.mark.parametrize("method", ["newton_cg", "trust_region"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("fun", "size"), [(redundant, 12), (factors, 28)])
-def test_a_minimum_along_a_line_is_a_success(fun, size, dtype, method):
-    for seed in range(4):
-        start = np.random.default_rng(seed).normal(size=size).astype(dtype)
-        assert minimize(fun, start, method=method).success
-
-
 def test_bfgs_forgets_a_matrix_that_rounding_made_indefinite():
     model, x = BFGS(), [jnp.array([1.0, 2.0])]
     at = model.init(x)._replace(h=-jnp.eye(2), gamma=jnp.asarray(0.5), count=jnp.int32(4))
