@@ -237,7 +237,8 @@ def is_minimum(problem: Problem, compiled: Any, x: np.ndarray) -> bool:
             return True
     values, vectors = np.linalg.eigh(hessian)
     size = np.maximum(np.abs(values), 1e-14 * np.max(np.abs(values)) + 1e-300)
-    gain = np.sum((grad @ vectors) ** 2 / size) / 2
+    with np.errstate(over="ignore", invalid="ignore"):  # where parameters ran off: such a gain is no small one
+        gain = np.sum((grad @ vectors) ** 2 / size) / 2
     start = abs(float(compiled["both"](problem.start)[0]))
     return bool(gain <= 1e-6 * max(abs(float(value)), min(1, start)) and values[0] >= -1e-6 * np.max(np.abs(values)))
 
