@@ -482,7 +482,7 @@ def test_held_out_problems_are_well_formed(name, count, x64):
 
 
 @pytest.mark.slow
-def test_no_success_is_false_on_held_out_problems():
+def test_no_success_is_false_on_held_out_problems(x64):
     import minimise
 
     table = minimise.run(["lm", "dogleg", "SciPy lm", "SciPy trf"], squares=True, unseen=["first"])
