@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsgd.numerics import widest
+from jaxsgd.numerics import check_count, widest
 from jaxsgd.paths import nearest
 from jaxsgd.second_order.further_tries import best_end, first_end
 from jaxsgd.second_order.implicit import differentiable
@@ -123,8 +123,7 @@ def least_squares(
     space = Space(start)
     if max_iterations is None:
         max_iterations = max(200, 100 * (space.size + 1))
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int | np.integer) or max_iterations < 0:
-        raise ValueError(f"max_iterations={max_iterations!r}: a whole number from 0 is needed")
+    check_count("max_iterations", max_iterations, 0)
     known = tol is not None and is_concrete(tol)
     if known and (not isinstance(tol, Real | jax.Array) or isinstance(tol, bool) or not 0 <= float(tol) < 1):
         raise ValueError(f"tol={tol!r}: it must lie in [0, 1)")

@@ -235,9 +235,6 @@ def test_flat_start_is_no_success():
     assert not result.success or float(result.value) < 1e-8
 
 
-# -- jit, vmap, scan, derivatives ------------------------------------------------------------------
-
-
 DATA = np.random.default_rng(3).normal(size=(40, 4))
 LABELS = DATA @ np.array([1.0, -2, 0, 0.5]) + np.random.default_rng(4).standard_t(2, size=40)
 KINKS = {
@@ -256,9 +253,8 @@ def test_no_success_at_a_kink(name, method):
 
 @pytest.mark.parametrize("method", ["lbfgs", "bfgs", "cg", "newton"])
 def test_a_start_at_the_precision_of_the_value_is_a_success(method):
-    fun = lambda x: 1e4 + 1e4 * jnp.sum((x - 2) ** 2)  # noqa: E731
     start = np.full(3, 2.0001, np.float32)
-    assert minimize(fun, start, method=method).success
+    assert minimize(lambda x: 1e4 + 1e4 * jnp.sum((x - 2) ** 2), start, method=method).success
 
 
 def test_bfgs_forgets_a_matrix_that_rounding_made_indefinite():
@@ -270,6 +266,9 @@ def test_bfgs_forgets_a_matrix_that_rounding_made_indefinite():
     memory, (p,), *_ = model.advance(at, move)
     np.testing.assert_allclose(p, -0.5 * g[0])
     np.testing.assert_allclose(memory.h, 0.5 * jnp.eye(2))
+
+
+# -- jit, vmap, scan, derivatives ------------------------------------------------------------------
 
 
 def test_vmap_equals_single_runs():
@@ -379,8 +378,10 @@ def test_callback_sees_each_step():
 def test_callback_sees_only_the_steps_of_each_member(method):
     seen = []
 
+    def tell(i, p, f, g):
+        seen.append((i, f))
+
     def solve(power):
-        tell = lambda i, p, f, g: seen.append((i, f))  # noqa: E731
         return minimize(lambda x: jnp.sum(jnp.abs(x - 1) ** power), X, method=method, callback=tell)
 
     results = jax.vmap(solve)(jnp.array([2.0, 4.0]))
