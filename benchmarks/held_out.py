@@ -44,7 +44,7 @@ FIRST: dict[str, Model] = {
     "logs": (lambda p: p[0] * jnp.log(jnp.abs(p[1] + T) + 1e-3) + p[2] * T, [2, 1, 0.3]),
     "step": (lambda p: p[0] + p[1] * jnp.arctan(p[2] * (T - p[3])), [1, 2, 3, 4]),
     "dose": (lambda p: p[3] + (p[0] - p[3]) / (1 + (T / p[1]) ** p[2]), [5, 3, 3, 1]),
-}  # fmt: skip
+}
 
 CENTRED = np.linspace(-2, 2, 50)
 NEAR = np.linspace(0.8, 6, 50)

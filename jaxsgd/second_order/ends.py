@@ -59,11 +59,11 @@ def suspicions(fit: Fit, s: State) -> tuple[jax.Array, jax.Array]:
     if not fit.tall:
         return no, no  # J may come from a function with reverse mode alone, and there are many directions
     ended = (s.code >= Status.CONVERGED_GRADIENT) & (s.code <= Status.CONVERGED_STEP)
-    known = s.norm > fit.eps**0.5 * norm([fit.r])
+    missed = ended & fit.misses(s)
     saddle = jax.lax.cond(
-        (s.code == Status.CONVERGED_GRADIENT) | (ended & known), lambda: jnp.any(_curved(fit, s)[1] < BENT), lambda: no
+        (s.code == Status.CONVERGED_GRADIENT) | missed, lambda: jnp.any(_curved(fit, s)[1] < BENT), lambda: no
     )
-    return saddle, ended & known & ~saddle & jnp.any(_unseen(fit, s)[1])
+    return saddle, missed & ~saddle & jnp.any(_unseen(fit, s)[1])
 
 
 def named(fit: Fit, s: State) -> tuple[State, jax.Array]:
@@ -114,8 +114,7 @@ def _sizes(fit: Fit, s: State) -> jax.Array:
 
 def dead(fit: Fit, s: State) -> jax.Array:
     """Parameters that could double without an effect on the residuals, by the Jacobian."""
-    root = fit.eps**0.5
-    return (s.columns * _sizes(fit, s) <= root * s.norm) & (s.norm > root * norm([fit.r]))
+    return (s.columns * _sizes(fit, s) <= fit.eps**0.5 * s.norm) & fit.misses(s)
 
 
 def _elsewhere(fit: Fit, s: State, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

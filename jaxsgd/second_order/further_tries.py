@@ -11,7 +11,6 @@ from jaxsgd.second_order.ends import checked, dead, downhill, named, revived, su
 from jaxsgd.second_order.linear_model import linear_model
 from jaxsgd.second_order.region_search import Fit, State, begin, search
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import norm
 
 __all__ = ["best_end", "first_end"]
 
@@ -84,7 +83,7 @@ def best_end(fit: Fit, most: int) -> State:
 def _doubtful(fit: Fit, i: jax.Array, s: State) -> jax.Array:
     """Whether another try may find a better end than the best of ``i`` tries."""
     lost = jnp.any(s.columns <= LOST * jnp.where(s.peak > 0, s.peak, 1)) | _deficient(fit, s)
-    lost &= (s.norm > fit.eps**0.5 * norm([fit.r])) & (i == 1)
+    lost &= fit.misses(s) & (i == 1)
     failed = (s.code > Status.CONVERGED_STEP) & (s.code != Status.NOT_FINITE_START)
     idle = jnp.any(dead(fit, s))
     return jnp.where(

@@ -62,6 +62,10 @@ class Fit:
         """J, by columns or by rows, whichever are fewer."""
         return (jax.jacfwd if self.tall else jax.jacrev)(self.residuals)(x)
 
+    def misses(self, s: State) -> jax.Array:
+        """Whether more is left of the first residuals than rounding leaves."""
+        return s.norm > self.eps**0.5 * norm([self.r])
+
     def factored(self, x: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """R of ``[J | r]``, the norms of J's columns, and whether both are finite."""
         j = self.jacobian(x)
