@@ -1,7 +1,8 @@
 r"""Matrices in, matrices out: the parts of rules on whole matrices.
 
 Every function works on the last two axes and is batched over all before them. No decomposition sees a matrix that is
-not finite, for `jnp.linalg.svd` on CPU may never return from one; its values are NaN then.
+not finite, for `jnp.linalg.svd` on CPU may never return from one; its values are NaN then. And none sees more than one
+matrix at a time on CPU: see `singly`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = [
     "eigenbasis",
     "frobenius",
     "gathered",
+    "inverse",
     "inverse_root",
     "known",
     "matrix_shape",
@@ -124,6 +126,43 @@ def frobenius(x: jax.Array) -> jax.Array:
 # -- decompositions ------------------------------------------------------------------------------
 
 
+def singly(decompose: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of matrices that takes them one by one on CPU, in a batch of `jax.vmap` too.
+
+    On CPU, jaxlib before 0.11 shares a batch out to the threads that run the program, and waits for them in one of
+    these. If all of them wait for a batch, the program never ends; with two cores, two batches are enough.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def one(*matrices: jax.Array) -> Any:
+        return decompose(*matrices)
+
+    def on_cpu(*matrices: jax.Array) -> Any:
+        mapped = one
+        for _ in range(matrices[0].ndim - 2):
+            mapped = jax.vmap(mapped)
+        return mapped(*matrices)
+
+    @jax.custom_jvp
+    def call(*matrices: jax.Array) -> Any:
+        return jax.lax.platform_dependent(*matrices, cpu=on_cpu, default=decompose)
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(decompose, primals, tangents)
+
+    return call
+
+
+_eigh = singly(lambda x: tuple(jnp.linalg.eigh(x)))
+_svd = singly(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
+_qr = singly(lambda x: tuple(jnp.linalg.qr(x)))
+_r = singly(lambda x: jnp.linalg.qr(x, mode="r"))
+_cholesky = singly(jnp.linalg.cholesky)
+_inverse = singly(jnp.linalg.inv)
+_largest = singly(lambda x: jnp.linalg.norm(x, ord=2, axis=(-2, -1), keepdims=True))
+
+
 def finite(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> tuple[jax.Array, jax.Array]:
     """Whether each matrix is finite, with shape ``(..., 1)``, and ``x`` with ``instead`` in place of the others.
 
@@ -142,36 +181,41 @@ def eigenvectors(x: jax.Array, witness: jax.Array | None = None) -> tuple[jax.Ar
     A matrix that is not finite has the values NaN, and the vectors of a zero matrix. ``witness`` as in `finite`.
     """
     whole, known = finite(x, witness)
-    values, vectors = jnp.linalg.eigh(known)
+    values, vectors = _eigh(known)
     return jnp.where(whole, values, jnp.nan), vectors
 
 
 def singular_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The reduced singular value decomposition $U, s, V^*$; where ``x`` is not finite, of zeros with NaN for $s$."""
     whole, known = finite(x)
-    left, values, right = jnp.linalg.svd(known, full_matrices=False)
+    left, values, right = _svd(known)
     return left, jnp.where(whole, values, jnp.nan), right
 
 
 def orthonormal(x: jax.Array, witness: jax.Array | None = None, instead: Any = 0) -> tuple[jax.Array, jax.Array]:
     """The reduced QR decomposition; where ``x`` is not finite, that of ``instead``. ``witness`` as in `finite`."""
-    return jnp.linalg.qr(finite(x, witness, instead)[1])
+    return _qr(finite(x, witness, instead)[1])
 
 
 def triangle(x: jax.Array) -> jax.Array:
     """R of the QR decomposition; where ``x`` is not finite, that of zeros."""
-    return jnp.linalg.qr(finite(x)[1], mode="r")
+    return _r(finite(x)[1])
 
 
 def cholesky(x: jax.Array) -> jax.Array:
     """The lower Cholesky factor; NaN where ``x`` is not positive definite or not finite."""
-    return jnp.linalg.cholesky(finite(x)[1])
+    return _cholesky(finite(x)[1])
+
+
+def inverse(x: jax.Array) -> jax.Array:
+    """The inverse; not finite where ``x`` is singular or not finite."""
+    return _inverse(x)
 
 
 def spectral(x: jax.Array) -> jax.Array:
     """The largest singular value, with shape ``(..., 1, 1)``."""
     whole, known = finite(x)
-    return jnp.where(whole[..., None], jnp.linalg.norm(known, ord=2, axis=(-2, -1), keepdims=True), jnp.nan)
+    return jnp.where(whole[..., None], _largest(known), jnp.nan)
 
 
 # -- Newton-Schulz -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsgd.matrices import inverse
 from jaxsgd.second_order.descent import Limits, Move
 from jaxsgd.second_order.limited_memory import Pairs, empty, remember
 from jaxsgd.second_order.objective import Vector
@@ -17,7 +18,7 @@ __all__ = ["LBFGSB"]
 def _inverse(matrix: jax.Array, sizes: jax.Array) -> jax.Array:
     """The inverse of a small indefinite matrix, scaled by the sizes of its diagonal, which has many orders."""
     scale = 1 / jnp.sqrt(jnp.maximum(sizes, jnp.finfo(matrix.dtype).tiny))
-    return scale[:, None] * jnp.linalg.inv(scale[:, None] * matrix * scale) * scale
+    return scale[:, None] * inverse(scale[:, None] * matrix * scale) * scale
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
-"""No decomposition sees a number that is not finite: inf and NaN never hang, at any step, and stay in their matrix.
+"""No decomposition hangs: none sees a number that is not finite, and none a batch on CPU.
 
-`jnp.linalg.svd` on CPU never returns for a small matrix with an inf, so the steps run in a process with a time limit.
+`jnp.linalg.svd` on CPU never returns for a small matrix with an inf, so the steps run in a process with a time limit;
+and inf and NaN stay in their matrix, at any step. Batches at the same time wait for each other: see `matrices.singly`.
 """
 
 import functools
+import inspect
 import pathlib
 import re
 import subprocess
@@ -14,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.test_util import check_grads
 
 import jaxsgd
 from jaxsgd import RULES, GaLoreDimensionNumbers, galore, kron, low_rank, muon
-from jaxsgd.matrices import eigenvectors, orthonormal, singular_vectors, spectral
+from jaxsgd.matrices import cholesky, eigenvectors, inverse, orthonormal, singular_vectors, spectral, triangle
 from jaxsgd.testing import loss_of
 
 LIMIT = 900
@@ -143,10 +146,84 @@ def test_a_matrix_that_overflows_when_added_to_its_transpose_has_no_eigenvalues(
 
 
 def test_decompositions_are_called_in_one_place():
-    called = re.compile(r"\b(jnp|jax|jsp|lax)(\.\w+)?\.linalg\.(?!norm\b|inv\b|\w*solve\w*\b)\w+")
+    called = re.compile(r"\b(jnp|jax|jsp|lax)(\.\w+)?\.linalg\.(?!norm\b|cho_solve\b|triangular_solve\b)\w+")
     package = pathlib.Path(jaxsgd.__file__).parent
     files = {path.name for path in package.rglob("*.py") if called.search(path.read_text())}
     assert files == {"matrices.py"}, "use jaxsgd.matrices, which passes finite matrices only"
+
+
+def batches(f, *args):
+    """The decompositions by LAPACK in a program for CPU, and those of them with several matrices."""
+    program = jax.jit(f).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
+    calls = re.findall(r"@lapack_(?!\w+trsm)\w+_ffi\(.*?: \((.*?)\) ->", program)
+    shapes = [[int(n) for n in re.findall(r"(\d+)x", kinds.split(", ")[0])] for kinds in calls]
+    assert all(len(shape) >= 2 for shape in shapes)
+    return shapes, [shape for shape in shapes if np.prod(shape[:-2]) > 1]
+
+
+def decomposing():
+    """The transformations whose rule is in a file that takes parts from `jaxsgd.matrices`, where decompositions are."""
+    files = {name: inspect.getsource(inspect.getmodule(rule.fn)) for name, rule in RULES.items()}
+    return [name for name in transformations() if "jaxsgd.matrices" in files.get(name, "jaxsgd.matrices")]
+
+
+@pytest.mark.parametrize("name", decomposing())
+def test_rules_decompose_one_matrix_at_a_time_on_cpu(name):
+    tx, p = transformations()[name](), params()
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), p)
+    for f, args in (
+        (lambda grads: stepper(tx)(grads, tx.init(p), p), p),
+        (jax.vmap(lambda grads: stepper(tx)(grads, tx.init(p), p)), two),
+    ):
+        calls, several = batches(f, args)
+        assert bool(calls) == decomposes(tx) and not several
+
+
+BOX = (-jnp.ones(3), jnp.ones(3))
+
+
+@pytest.mark.parametrize("bounds", [None, BOX], ids=["free", "bounded"])
+@pytest.mark.parametrize("method", ["lm", "dogleg", "gauss_newton"])
+def test_fits_decompose_one_matrix_at_a_time_on_cpu(method, bounds):
+    def fit(start):
+        return jaxsgd.least_squares(
+            lambda p: jnp.cos(p * jnp.arange(8.0)[:, None]).sum(1), start, method=method, bounds=bounds
+        )
+
+    calls, several = batches(jax.vmap(fit), 0.1 * jnp.ones((2, 3)))
+    assert calls and not several
+
+
+@pytest.mark.parametrize("method", ["newton", "trust_region", "lbfgsb"])
+def test_minimizations_decompose_one_matrix_at_a_time_on_cpu(method):
+    def end(start):
+        bounds = BOX if method == "lbfgsb" else None
+        return jaxsgd.minimize(lambda p: jnp.sum(jnp.cos(p)), start, method=method, bounds=bounds)
+
+    calls, several = batches(jax.vmap(end), 0.1 * jnp.ones((2, 3)))
+    assert calls and not several
+
+
+@pytest.mark.parametrize(
+    "decompose", [singular_vectors, orthonormal, eigenvectors, spectral, cholesky, triangle, inverse]
+)
+def test_a_batch_is_decomposed_as_its_matrices_are(decompose):
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 3, 4, 4)), jnp.float32)
+    x = x @ jnp.swapaxes(x, -1, -2)
+    whole, mapped = decompose(x), jax.vmap(jax.vmap(decompose))(x)
+    single = jax.tree.map(
+        lambda *parts: jnp.stack(parts).reshape(2, 3, *parts[0].shape), *map(decompose, x.reshape(6, 4, 4))
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, single)
+    jax.tree.map(np.testing.assert_array_equal, mapped, single)
+
+
+@pytest.mark.parametrize("decompose", [orthonormal, eigenvectors, cholesky, inverse])
+@pytest.mark.usefixtures("x64")
+def test_a_decomposition_has_both_derivatives(decompose):
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 3, 3)), jnp.float64)
+    x = x @ jnp.swapaxes(x, -1, -2)
+    check_grads(lambda x: jax.tree.map(jnp.abs, decompose(x)), (x,), 1, ["fwd", "rev"])
 
 
 if __name__ == "__main__":
