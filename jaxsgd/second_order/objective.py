@@ -96,7 +96,8 @@ def check_start(params: Any) -> Any:
         if not isinstance(array, Tracer):
             # NumPy looks at an array on the host faster than a compiled program does.
             local = all(device.platform == "cpu" for device in array.devices()) and len(array.devices()) == 1
-            fine = np.all(np.isfinite(np.asarray(array))) if local else jnp.all(jnp.isfinite(array))
+            with jax.ensure_compile_time_eval():  # in a program that is being traced too
+                fine = bool(np.all(np.isfinite(np.asarray(array))) if local else jnp.all(jnp.isfinite(array)))
             if not fine:
                 raise ValueError(f"{_where(params, i)} is not finite at the start. Use a finite start")
         out.append(array)
@@ -116,26 +117,32 @@ def check_bounds(bounds: Any, params: Any) -> tuple[Any, Any]:
     """
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"bounds={bounds!r}: two parts are needed. Use bounds=(lower, upper)")
-    lower = _side(bounds[0], params, "lower", -np.inf)
-    upper = _side(bounds[1], params, "upper", np.inf)
-    if is_concrete((lower, upper)):
-        rows = zip(leaf_names(params), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
-        for name, low, high in rows:
-            where = f" of {name!r}" if name else ""
-            if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
-                raise ValueError(f"bounds{where}: a bound is NaN. Use -inf and inf for no bound")
-            if bool(jnp.any(low > high)):
-                at = np.unravel_index(int(jnp.argmax(low - high)), low.shape)
-                raise ValueError(
-                    f"bounds{where}: lower {float(low[at]):.6g} is above upper {float(high[at]):.6g}. "
-                    "Use bounds=(lower, upper) with lower <= upper"
-                )
-            if bool(jnp.any((low == jnp.inf) | (high == -jnp.inf))):
-                raise ValueError(
-                    f"bounds{where}: a lower bound of inf or an upper one of -inf leaves no number. "
-                    "Use -inf for no lower and inf for no upper bound"
-                )
+    with jax.ensure_compile_time_eval():  # what is known is checked in a program that is being traced too
+        lower = _side(bounds[0], params, "lower", -np.inf)
+        upper = _side(bounds[1], params, "upper", np.inf)
+        if is_concrete((lower, upper)):
+            _check_order(params, lower, upper)
     return lower, upper
+
+
+def _check_order(params: Any, lower: Any, upper: Any) -> None:
+    """Refuses bounds that are NaN, crossed, or leave no number."""
+    rows = zip(leaf_names(params), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
+    for name, low, high in rows:
+        where = f" of {name!r}" if name else ""
+        if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
+            raise ValueError(f"bounds{where}: a bound is NaN. Use -inf and inf for no bound")
+        if bool(jnp.any(low > high)):
+            at = np.unravel_index(int(jnp.argmax(low - high)), low.shape)
+            raise ValueError(
+                f"bounds{where}: lower {float(low[at]):.6g} is above upper {float(high[at]):.6g}. "
+                "Use bounds=(lower, upper) with lower <= upper"
+            )
+        if bool(jnp.any((low == jnp.inf) | (high == -jnp.inf))):
+            raise ValueError(
+                f"bounds{where}: a lower bound of inf or an upper one of -inf leaves no number. "
+                "Use -inf for no lower and inf for no upper bound"
+            )
 
 
 def _side(side: Any, params: Any, name: str, missing: float) -> Any:

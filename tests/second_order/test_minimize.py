@@ -432,6 +432,8 @@ X = np.zeros(2)
         (lambda: minimize(jnp.sum, X, method="l-bfgs"), ValueError, "did you mean 'lbfgs'"),
         (lambda: minimize(jnp.sum, X, method="bfgs", bounds=(0, 1)), ValueError, "method='lbfgsb'"),
         (lambda: minimize(jnp.sum, X, bounds=(1, 0)), ValueError, "lower 1 is above upper 0"),
+        (lambda: jax.jit(lambda x: minimize(jnp.sum, x, bounds=(1, 0)))(X), ValueError, "lower 1 is above upper 0"),
+        (lambda: jax.jit(lambda x: minimize(jnp.sum, x, bounds=(X, X - 1)))(X), ValueError, "is above upper"),
         (lambda: minimize(jnp.sum, X, bounds=({"a": X}, None)), ValueError, "lower bound"),
         (lambda: minimize(jnp.sum, X, bounds=(np.zeros(3), None)), ValueError, "shape"),
         (lambda: minimize(jnp.sum, X, bounds=3), ValueError, r"bounds=\(lower, upper\)"),
