@@ -16,7 +16,19 @@ from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, times, unit
 
-__all__ = ["End", "Limits", "Model", "Move", "Setting", "descend", "plain_scale", "report"]
+__all__ = [
+    "End",
+    "Limits",
+    "Model",
+    "Move",
+    "Setting",
+    "Shown",
+    "clipped",
+    "descend",
+    "plain_scale",
+    "projected",
+    "report",
+]
 
 
 class Setting(NamedTuple):
@@ -32,6 +44,10 @@ class Limits(NamedTuple):
 
     lower: Vector
     upper: Vector
+
+
+Shown = Callable[[Vector, Vector], tuple[Vector, jax.Array]]
+"""``(x, gradient) -> (x, norm of the gradient)``, from the units of a search to those of the parameters."""
 
 
 class End(NamedTuple):
@@ -138,7 +154,8 @@ def projected(x: Vector, g: Vector, limits: Limits) -> jax.Array:
     return largest([jnp.clip(g, x - high, x - low) for x, g, low, high in rows])
 
 
-def _clipped(x: Vector, limits: Limits | None) -> Vector:
+def clipped(x: Vector, limits: Limits | None) -> Vector:
+    """``x``, moved into the bounds."""
     if limits is None:
         return x
     return [jnp.clip(x, low, high) for x, low, high in zip(x, limits.lower, limits.upper, strict=True)]
@@ -155,15 +172,12 @@ def _room(x: Vector, p: Vector, limits: Limits | None) -> jax.Array | None:
     return jnp.maximum(out, 0)
 
 
-def report(callback: Callable[..., None] | None, stepped: jax.Array, *news: Any) -> None:
+def report(callback: Callable[..., None], stepped: jax.Array, *news: Any) -> None:
     """Call ``callback(stepped, *news)`` on the host where there was a step.
 
     Under `jax.vmap` it is called for all members: then ``stepped`` tells which of them have news.
     """
-    if callback is None:
-        return
-    told = callback
-    jax.lax.cond(stepped, lambda: jax.debug.callback(told, stepped, *news, ordered=False), lambda: None)
+    jax.lax.cond(stepped, lambda: jax.debug.callback(callback, stepped, *news, ordered=False), lambda: None)
 
 
 def descend(
@@ -171,6 +185,7 @@ def descend(
     x: Vector,
     model: Model,
     setting: Setting,
+    shown: Shown,
     limits: Limits | None = None,
     callback: Callable[..., None] | None = None,
 ) -> End:
@@ -181,6 +196,7 @@ def descend(
       x: the start; with bounds, inside them.
       model: gives the directions.
       setting: tolerance and limits.
+      shown: gives the point and the norm that a result has.
       limits: bounds, or None.
       callback: called with ``(stepped, iteration, x, f, gradient norm)``, see `report`.
     """
@@ -211,7 +227,7 @@ def descend(
 
     def body(c: _Carry) -> _Carry:
         first = c.f == jnp.inf
-        xt = _clipped(axpy(c.line.a, c.p, c.x), limits)
+        xt = clipped(axpy(c.line.a, c.p, c.x), limits)
         ft, gt = value_and_grad(xt, c.scale)
         top = largest(gt)
         fine = jnp.isfinite(ft) & jnp.isfinite(top)
@@ -236,7 +252,7 @@ def descend(
 
         def downhill() -> tuple[Vector, jax.Array]:
             plain = (norm(s) + eps * norm(x)) / jnp.where(norm(g) > 0, norm(g), 1)
-            down = axpy(-1, x, _clipped(axpy(-plain, g, x), limits))
+            down = axpy(-1, x, clipped(axpy(-plain, g, x), limits))
             return down, dot(g, down)
 
         p, slope = jax.lax.cond(usable, lambda: (p, slope), downhill)
@@ -269,7 +285,9 @@ def descend(
         over = now.evaluations >= setting.max_evaluations
         code = jnp.where((code == 0) & over, Status.EVALUATION_LIMIT, code)
         code = jnp.where((code == 0) & took & (now.iterations >= setting.max_iterations), Status.ITERATION_LIMIT, code)
-        report(callback, took & ~first & (c.code == 0), now.iterations, x, f / scale, now.grad_norm / scale)
+        if callback is not None:
+            point, slope = shown(x, times(1 / scale, g))
+            report(callback, took & ~first & (c.code == 0), now.iterations, point, f / scale, slope)
         return now._replace(
             p=select(turn, p, c.p),
             line=line,
@@ -285,4 +303,7 @@ def descend(
         x, far, nothing, jnp.ones((), dtype), nothing, line, model.init(x), yes, none, far, far, far, none, none, none
     )
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
-    return End(out.x, out.f / out.scale, out.grad_norm / out.scale, out.iterations, out.evaluations, out.code)
+    x, slope = shown(out.x, times(1 / out.scale, out.g))
+    # Without a finite start there is no gradient.
+    slope = jnp.where(jnp.isfinite(out.grad_norm), slope, out.grad_norm)
+    return End(x, out.f / out.scale, slope, out.iterations, out.evaluations, out.code)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxsgd.matrices import eigenvectors
 from jaxsgd.second_order.objective import Space
 from jaxsgd.second_order.result import Result
+from jaxsgd.second_order.vectors import divided, far_units, multiplied
 
 __all__ = ["differentiable"]
 
@@ -70,19 +71,24 @@ def differentiable(
         (start, bounds, data), (_, dbounds, ddata) = primals, tangents
         result = call(start, bounds, data)
         space = Space(result.params)
-        x = space.vector(result.params)[0]
+        x = space.vector(result.params)
+        units = far_units(x)  # the Hessian of large parameters is small
         limits = None if bounds is None else tuple(space.vector(side)[0] for side in bounds)
-        free = _free(x, limits)
+        free = _free(x[0], limits)
+
+        def full(x: jax.Array, data: Any) -> Any:
+            return fun(space.tree(multiplied([x], units)), data)
 
         def value(x: jax.Array, data: Any) -> Any:
-            out = fun(space.tree([x]), data)
+            out = full(x, data)
             return (out[0] if has_aux else out).astype(x.dtype)
 
         gradient = jax.grad(value)
-        moved = jnp.zeros_like(x)
+        moved = jnp.zeros_like(x[0])
         if limits is not None:
             lower, upper = (space.vector(side)[0] for side in dbounds)
-            moved = jnp.where(free, 0, jnp.where(x <= limits[0], lower, upper))
+            moved = jnp.where(free, 0, jnp.where(x[0] <= limits[0], lower, upper))
+        [x], [moved] = divided(x, units), divided([moved], units)
         _, changed = jax.jvp(gradient, (x, data), (moved, ddata))
 
         def product(v: jax.Array) -> jax.Array:
@@ -95,9 +101,9 @@ def differentiable(
         slope = jax.jvp(value, (x, data), (dx, ddata))[1]
         daux = result.aux
         if has_aux:
-            _, (_, daux) = jax.jvp(lambda x, data: fun(space.tree([x]), data), (x, data), (dx, ddata))
+            _, (_, daux) = jax.jvp(full, (x, data), (dx, ddata))
         still = jax.tree.map(_zero, replace(result, params=None, value=None, aux=None))
-        dparams = space.tree([dx])
+        dparams = space.tree(multiplied([dx], units))
         return result, replace(still, params=dparams, value=slope.astype(result.value.dtype), aux=daux)
 
     return call

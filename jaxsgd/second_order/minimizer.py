@@ -15,7 +15,7 @@ from jaxsgd.hyper import WholeFrom
 from jaxsgd.numerics import widest
 from jaxsgd.paths import nearest
 from jaxsgd.second_order.bfgs import BFGS, ConjugateGradient
-from jaxsgd.second_order.descent import End, Limits, Setting, descend
+from jaxsgd.second_order.descent import End, Limits, Setting, Shown, clipped, descend, projected
 from jaxsgd.second_order.implicit import differentiable
 from jaxsgd.second_order.lbfgsb import LBFGSB
 from jaxsgd.second_order.limited_memory import LBFGS
@@ -31,6 +31,7 @@ from jaxsgd.second_order.objective import (
     is_split,
 )
 from jaxsgd.second_order.result import Result
+from jaxsgd.second_order.vectors import divided, far_units, largest, multiplied
 
 __all__ = ["METHODS", "minimize"]
 
@@ -90,7 +91,8 @@ def minimize(
     Args:
       fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.
       params: the start, a pytree of real floating-point arrays. With bounds it is moved inside them. Narrow floats are
-        optimized in float32. Sharded arrays stay sharded with ``lbfgs`` and ``cg``.
+        optimized in float32. Sharded arrays stay sharded with ``lbfgs`` and ``cg``. A number above 65,536 in float32,
+        or 3e38 in float64, is measured in a power of two near it. ``tol`` is for its gradient in that unit.
       method: one of the above. Default: ``"lbfgs"``; with bounds ``"lbfgs"`` means ``"lbfgsb"``.
       args: further arguments of ``fun``: pytrees of arrays.
       has_aux: whether ``fun`` returns ``(value, aux)``. Default: False.
@@ -172,13 +174,21 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
 
     def solve(start: Any, bounds: Any, data: Any) -> Result:
         space = Space(start, plan.split)
+        x = space.vector(start)
+        units = far_units(x)
 
         def value(x: Vector) -> jax.Array:
-            out = valued(space.tree(x), data)
+            out = valued(space.tree(multiplied(x, units)), data)
             return (out[0] if plan.has_aux else out).astype(space.dtype)
 
-        limits = None if bounds is None else Limits(*map(space.vector, bounds))
-        end = _engine(plan, space, value, space.vector(start), data[2], limits)
+        plain = None if bounds is None else Limits(*map(space.vector, bounds))
+        limits = None if plain is None else Limits(*(divided(side, units) for side in plain))
+
+        def shown(x: Vector, g: Vector) -> tuple[Vector, jax.Array]:
+            x, g = clipped(multiplied(x, units), plain), divided(g, units)
+            return x, largest(g) if plain is None else projected(x, g, plain)
+
+        end = _engine(plan, space, value, divided(x, units), data[2], shown, limits)
         out = space.tree(end.x)
         aux = valued(out, data)[1] if plan.has_aux else None
         return Result(out, end.f, end.grad_norm, end.iterations, end.evaluations, end.code, aux)
@@ -186,7 +196,9 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
     return differentiable(solve, valued, plan.has_aux)(params, bounds, (consts, args, setting))
 
 
-def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, limits: Limits | None) -> End:
+def _engine(
+    plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, shown: Shown, limits: Limits | None
+) -> End:
     callback: Any = plan.callback
 
     def tell(stepped: Any, iteration: Any, x: Any, f: Any, grad_norm: Any) -> None:
@@ -202,7 +214,7 @@ def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, 
 
     match plan.method:
         case "trust_region" | "newton_cg":
-            return trust_region(value, x, setting, exact=plan.method == "trust_region", callback=told)
+            return trust_region(value, x, setting, shown, exact=plan.method == "trust_region", callback=told)
         case "lbfgs":
             model: Any = LBFGS(plan.memory)
         case "lbfgsb":
@@ -215,7 +227,7 @@ def _engine(plan: _Plan, space: Space, value: Any, x: Vector, setting: Setting, 
             model = ConjugateGradient()
         case _:
             model = Newton(value)
-    return descend(value_and_grad, x, model, setting, limits, told)
+    return descend(value_and_grad, x, model, setting, shown, limits, told)
 
 
 # -- bad input -------------------------------------------------------------------------------------

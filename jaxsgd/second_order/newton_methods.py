@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.matrices import eigenvectors
-from jaxsgd.second_order.descent import End, Move, Setting, report
+from jaxsgd.second_order.descent import End, Move, Setting, Shown, report
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import unit
@@ -165,6 +165,7 @@ def trust_region(
     value: Callable[[Vector], jax.Array],
     x: Vector,
     setting: Setting,
+    shown: Shown,
     *,
     exact: bool,
     callback: Callable[..., None] | None = None,
@@ -175,6 +176,7 @@ def trust_region(
       value: the function.
       x: the start, one flat array.
       setting: tolerance and limits.
+      shown: gives the point and the norm that a result has.
       exact: solve for each step exactly, by eigenvalues. Otherwise by conjugate gradients.
       callback: called with ``(stepped, iteration, x, f, gradient norm)``, see `report`.
     """
@@ -244,7 +246,9 @@ def trust_region(
         code = jnp.where((code == 0) & (evaluations >= setting.max_evaluations), Status.EVALUATION_LIMIT, code)
         over = took & (iterations >= setting.max_iterations)
         code = jnp.where((code == 0) & over, Status.ITERATION_LIMIT, code)
-        report(callback, took & ~first & (c.code == 0), iterations, [x], f / scale, top / scale)
+        if callback is not None:
+            point, slope = shown([x], [g / scale])
+            report(callback, took & ~first & (c.code == 0), iterations, point, f / scale, slope)
         code = code.astype(jnp.int32)
         return _Carry(x, f, g, scale, model, step, radius, f_first, g_first, iterations, evaluations, code)
 
@@ -256,6 +260,7 @@ def trust_region(
     one = jnp.ones((), dtype)
     carry = _Carry(x[0], far, zero, one, model, step, one, far, far, none, none, none)
     out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
+    point, slope = shown([out.x], [out.g / out.scale])
     # Without a finite start there is no gradient.
-    top = jnp.where(out.f == jnp.inf, out.f, jnp.max(jnp.abs(out.g))) / out.scale
-    return End([out.x], out.f / out.scale, top, out.iterations, out.evaluations, out.code)
+    slope = jnp.where(out.f == jnp.inf, out.f, slope)
+    return End(point, out.f / out.scale, slope, out.iterations, out.evaluations, out.code)

@@ -9,7 +9,20 @@ import jax.numpy as jnp
 
 from jaxsgd.second_order.objective import Vector
 
-__all__ = ["axpy", "dot", "largest", "norm", "power_of_two", "select", "times", "total", "unit"]
+__all__ = [
+    "axpy",
+    "divided",
+    "dot",
+    "far_units",
+    "largest",
+    "multiplied",
+    "norm",
+    "power_of_two",
+    "select",
+    "times",
+    "total",
+    "unit",
+]
 
 
 def total(parts: list[jax.Array]) -> jax.Array:
@@ -52,6 +65,16 @@ def times(a: Any, xs: Vector) -> Vector:
     return [a * x for x in xs]
 
 
+def multiplied(xs: Vector, ys: Vector) -> Vector:
+    """``xs * ys``, entry by entry."""
+    return [x * y for x, y in zip(xs, ys, strict=True)]
+
+
+def divided(xs: Vector, ys: Vector) -> Vector:
+    """``xs / ys``, entry by entry."""
+    return [x / y for x, y in zip(xs, ys, strict=True)]
+
+
 def power_of_two(x: jax.Array) -> jax.Array:
     """A power of two near ``x``, and far from overflow; 1 where ``x`` is 0 or not finite. To divide by it is exact."""
     info = jnp.finfo(x.dtype)
@@ -67,6 +90,15 @@ def unit(size: jax.Array) -> jax.Array:
     out, near = (jnp.ldexp(jnp.ones_like(size), jnp.finfo(size.dtype).maxexp // part) for part in (4, 8))
     inside = (1 / out <= size) & (size <= out)
     return jnp.where(inside, 1, power_of_two(jnp.clip(size, 1 / near, near)) / power_of_two(size))
+
+
+def far_units(xs: Vector) -> Vector:
+    """For each entry a power of two near it if it is so large that products of slopes lose their range; else 1.
+
+    1 up to 65536 in float32, and up to 3e38 in float64. Small entries have 1 too: a start near zero says nothing about
+    the size of a parameter.
+    """
+    return [jnp.where(jnp.abs(x) > 2.0 ** (jnp.finfo(x.dtype).maxexp // 8), power_of_two(jnp.abs(x)), 1) for x in xs]
 
 
 def select(condition: jax.Array, xs: Any, ys: Any) -> Any:

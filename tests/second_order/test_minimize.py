@@ -286,6 +286,59 @@ def test_vmap_equals_single_runs():
     assert np.all(np.asarray(batch.success))
 
 
+def far_rosenbrock(x, size):
+    """Rosenbrock's function in other units of its parameters."""
+    return rosenbrock(x / size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sizes", [(1e6, 1e6), (1e10, 1e10), (1e15, 1.0), (1.0, 1e15), (1e30, 1e12)], ids=str)
+def test_parameters_may_be_large(method, sizes):
+    """In float32, products of two slopes are 0 for parameters of 1e25, and a slope of 1e-10 is no small one."""
+    size = np.asarray(sizes, np.float32)
+    start = size * np.array([-1.2, 1.0], np.float32)
+    seen = []
+    result = minimize(far_rosenbrock, start, method=method, args=(size,), callback=lambda *news: seen.append(news))
+    assert result.success and result.value < 1e-7, str(result)
+    plain = minimize(far_rosenbrock, start / size, method=method, args=(np.ones(2, np.float32),))
+    assert int(result.evaluations) <= 3 * int(plain.evaluations), (str(result), str(plain))
+    gradient = np.abs(jax.grad(far_rosenbrock)(result.params, size)).max()
+    np.testing.assert_allclose(result.grad_norm, gradient, rtol=1e-3, atol=1e-6 / size.max())
+    jax.effects_barrier()
+    _, params, value, grad_norm = seen[-1]
+    np.testing.assert_array_equal(params, result.params)
+    assert (value, grad_norm) == (float(result.value), float(result.grad_norm))
+
+
+def test_large_parameters_stay_inside_their_bounds():
+    size = np.asarray([1e15, 1e15], np.float32)
+    box = (np.array([-2e15, -1.0], np.float32), np.array([5e14, 1e30], np.float32))
+    result = minimize(far_rosenbrock, np.float32([-1.2e15, 1e15]), bounds=box, args=(size,))
+    np.testing.assert_allclose(result.params, [5e14, 2.5e14], rtol=1e-3)
+    assert result.success and result.params[0] == box[1][0]
+
+
+def test_members_of_a_batch_have_their_own_sizes():
+    sizes = np.float32([1, 1e8, 1e20])
+    ends = jax.vmap(lambda size: minimize(far_rosenbrock, size * np.float32([-1.2, 1.0]), args=(size,)))(sizes)
+    np.testing.assert_allclose(ends.params / sizes[:, None], np.ones((3, 2)), rtol=1e-3)
+    assert ends.success.all()
+
+
+@pytest.mark.parametrize("bounds", [None, (-np.inf, np.inf)], ids=["free", "bounded"])
+def test_derivatives_of_large_parameters(bounds):
+    """In float32 the Hessian of parameters of 1e25 is 0. In reverse, two such parameters are multiplied."""
+
+    def end(shift, size):
+        start = np.float32([3 * size, 2.0])
+        size = np.float32([size, 1.0])
+        return minimize(lambda x, k: jnp.sum((x / size - k) ** 2), start, args=(shift,), bounds=bounds).params
+
+    shift = np.float32([1.0, 2.0])
+    np.testing.assert_allclose(jax.jacfwd(end)(shift, 1e25), np.diag([1e25, 1.0]), rtol=1e-5)
+    np.testing.assert_allclose(jax.jacrev(end)(shift, 1e15), np.diag([1e15, 1.0]), rtol=1e-5)
+
+
 def test_scan_and_jit():
     def body(x, shift):
         result = minimize(lambda x: jnp.sum((x - shift) ** 2), x)
