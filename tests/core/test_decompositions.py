@@ -21,6 +21,7 @@ from jax.test_util import check_grads
 import jaxsgd
 from jaxsgd import RULES, GaLoreDimensionNumbers, galore, kron, low_rank, muon
 from jaxsgd.matrices import cholesky, eigenvectors, inverse, orthonormal, singular_vectors, spectral, triangle
+from jaxsgd.second_order.squares import METHODS as SQUARES
 from jaxsgd.testing import loss_of
 
 LIMIT = 900
@@ -182,8 +183,14 @@ def test_rules_decompose_one_matrix_at_a_time_on_cpu(name):
 BOX = (-jnp.ones(3), jnp.ones(3))
 
 
-@pytest.mark.parametrize("bounds", [None, BOX], ids=["free", "bounded"])
-@pytest.mark.parametrize("method", ["lm", "dogleg", "gauss_newton"])
+FITS = {f"{method}, {kind}": (method, box) for method in SQUARES for kind, box in (("free", None), ("bounded", BOX))}
+SOON = ("lm, free", "gauss_newton, bounded")
+
+
+@pytest.mark.parametrize(
+    ("method", "bounds"),
+    [pytest.param(*how, marks=[pytest.mark.slow] * (name not in SOON), id=name) for name, how in FITS.items()],
+)
 def test_fits_decompose_one_matrix_at_a_time_on_cpu(method, bounds):
     def fit(start):
         return jaxsgd.least_squares(

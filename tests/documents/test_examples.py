@@ -38,10 +38,7 @@ MAIN = {
 """The rates of the README's table."""
 
 
-TWO = ("adamw", "schedule_free_adamw")  # a training takes ten seconds
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in TWO)) for name in MAIN])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "adamw")) for name in MAIN])
 def test_digits_reaches_its_accuracy(name, tmp_path, capsys):
     bar = 0.975 if name == "adamw" else 0.95
     assert digits.main(["--rule", name, "--learning-rate", MAIN[name], "--out", str(tmp_path)]) >= bar
