@@ -31,6 +31,7 @@ __all__ = [
     "cholesky",
     "completed",
     "eigenbasis",
+    "eigenvectors",
     "frobenius",
     "gathered",
     "inverse",
@@ -44,7 +45,9 @@ __all__ = [
     "rotated",
     "rotated_back",
     "singular_vectors",
+    "spectral",
     "table_of",
+    "triangle",
 ]
 
 Triple = tuple[float, float, float]
