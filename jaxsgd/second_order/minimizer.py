@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxsgd.hyper import WholeFrom
 from jaxsgd.numerics import widest
@@ -31,7 +32,7 @@ from jaxsgd.second_order.objective import (
     is_split,
 )
 from jaxsgd.second_order.result import Result
-from jaxsgd.second_order.vectors import divided, far_units, largest, multiplied
+from jaxsgd.second_order.vectors import divided, is_far, largest, multiplied, start_units
 
 __all__ = ["METHODS", "minimize"]
 
@@ -49,6 +50,7 @@ class _Plan(NamedTuple):
     has_aux: bool
     split: bool
     memory: int
+    far: bool
     callback: Hashable
 
 
@@ -91,8 +93,9 @@ def minimize(
     Args:
       fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.
       params: the start, a pytree of real floating-point arrays. With bounds it is moved inside them. Narrow floats are
-        optimized in float32. Sharded arrays stay sharded with ``lbfgs`` and ``cg``. A number above 65,536 in float32,
-        or 3e38 in float64, is measured in a power of two near it. ``tol`` is for its gradient in that unit.
+        optimized in float32. Sharded arrays stay sharded with ``lbfgs`` and ``cg``. If an entry is above 2e7 in
+        float32, or 9e15 in float64, a step of 1 is lost in its rounding. Then entries above 1 are measured in powers of
+        two near their scales at the start, and ``tol`` is for gradients in these units.
       method: one of the above. Default: ``"lbfgs"``; with bounds ``"lbfgs"`` means ``"lbfgsb"``.
       args: further arguments of ``fun``: pytrees of arrays.
       has_aux: whether ``fun`` returns ``(value, aux)``. Default: False.
@@ -153,7 +156,9 @@ def minimize(
     limit = 3 * max_iterations + 100 if max_evaluations is None else max_evaluations
     setting = Setting(_scalar(tol, dtype), _scalar(max_iterations, jnp.int32), _scalar(limit, jnp.int32))
     split = method in ("lbfgs", "cg") and is_split(params)
-    return _run(fun, _Plan(method, has_aux, split, int(memory), callback), params, limits, args, setting)
+    return _run(
+        fun, _Plan(method, has_aux, split, int(memory), _may_be_far(params), callback), params, limits, args, setting
+    )
 
 
 def _scalar(x: Any, dtype: Any) -> Any:
@@ -161,6 +166,12 @@ def _scalar(x: Any, dtype: Any) -> Any:
     if isinstance(x, jax.Array):
         return x.astype(dtype)
     return np.asarray(x if jnp.issubdtype(dtype, jnp.floating) else min(x, jnp.iinfo(dtype).max), dtype)
+
+
+def _may_be_far(params: Any) -> bool:
+    """Whether a parameter `is_far`, or is not known yet."""
+    with jax.ensure_compile_time_eval():
+        return any(isinstance(x, Tracer) or bool(jnp.any(is_far(x))) for x in jax.tree.leaves(params))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -175,11 +186,18 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
     def solve(start: Any, bounds: Any, data: Any) -> Result:
         space = Space(start, plan.split)
         x = space.vector(start)
-        units = far_units(x)
+
+        def plain_value(x: Vector) -> jax.Array:
+            out = valued(space.tree(x), data)
+            return (out[0] if plan.has_aux else out).astype(space.dtype)
+
+        units, extra = [jnp.ones_like(leaf) for leaf in x], 0
+        if plan.far:
+            far = extra = jnp.any(jnp.stack([jnp.any(is_far(leaf)) for leaf in x]))
+            units = jax.lax.cond(far, lambda: start_units(x, *jax.value_and_grad(plain_value)(x)), lambda: units)
 
         def value(x: Vector) -> jax.Array:
-            out = valued(space.tree(multiplied(x, units)), data)
-            return (out[0] if plan.has_aux else out).astype(space.dtype)
+            return plain_value(multiplied(x, units) if plan.far else x)
 
         plain = None if bounds is None else Limits(*map(space.vector, bounds))
         limits = None if plain is None else Limits(*(divided(side, units) for side in plain))
@@ -191,7 +209,7 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
         end = _engine(plan, space, value, divided(x, units), data[2], shown, limits)
         out = space.tree(end.x)
         aux = valued(out, data)[1] if plan.has_aux else None
-        return Result(out, end.f, end.grad_norm, end.iterations, end.evaluations, end.code, aux)
+        return Result(out, end.f, end.grad_norm, end.iterations, end.evaluations + extra, end.code, aux)
 
     return differentiable(solve, valued, plan.has_aux)(params, bounds, (consts, args, setting))
 

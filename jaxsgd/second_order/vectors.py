@@ -14,11 +14,13 @@ __all__ = [
     "divided",
     "dot",
     "far_units",
+    "is_far",
     "largest",
     "multiplied",
     "norm",
     "power_of_two",
     "select",
+    "start_units",
     "times",
     "total",
     "unit",
@@ -95,10 +97,31 @@ def unit(size: jax.Array) -> jax.Array:
 def far_units(xs: Vector) -> Vector:
     """For each entry a power of two near it if it is so large that products of slopes lose their range; else 1.
 
-    1 up to 65536 in float32, and up to 3e38 in float64. Small entries have 1 too: a start near zero says nothing about
-    the size of a parameter.
+    1 up to 4e9 in float32, and up to 1e77 in float64.
     """
-    return [jnp.where(jnp.abs(x) > 2.0 ** (jnp.finfo(x.dtype).maxexp // 8), power_of_two(jnp.abs(x)), 1) for x in xs]
+    return [jnp.where(jnp.abs(x) > 2.0 ** (jnp.finfo(x.dtype).maxexp // 4), power_of_two(jnp.abs(x)), 1) for x in xs]
+
+
+def is_far(x: Any) -> Any:
+    """Which entries are so large that a step of 1 is lost in rounding: above 2e7 in float32, and 9e15 in float64."""
+    return abs(x) > 2 / jnp.finfo(x.dtype).eps
+
+
+def start_units(xs: Vector, f: jax.Array, slopes: Vector) -> Vector:
+    """For each entry of a start a power of two near its scale, at least 1.
+
+    The scale is the distance over which the slope takes the value to zero, as a position far from zero may change by
+    little. It is at most the entry, for values may be far from zero too. Small entries have 1: a start near zero says
+    nothing about the size of a parameter.
+    """
+
+    def near(x: jax.Array, slope: jax.Array) -> jax.Array:
+        size = jnp.abs(x)
+        way = jnp.abs(f) / jnp.where(slope == 0, 1, jnp.abs(slope))
+        known = (slope != 0) & jnp.isfinite(way) & (way > 0)
+        return power_of_two(jnp.maximum(1, jnp.where(known, jnp.minimum(size, way), size)))
+
+    return [near(x, slope) for x, slope in zip(xs, slopes, strict=True)]
 
 
 def select(condition: jax.Array, xs: Any, ys: Any) -> Any:
