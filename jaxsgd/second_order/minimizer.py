@@ -24,6 +24,7 @@ from jaxsgd.second_order.newton_methods import Newton, trust_region
 from jaxsgd.second_order.objective import (
     Space,
     Vector,
+    at_hand,
     check_args,
     check_bounds,
     check_fun,
@@ -171,7 +172,7 @@ def _scalar(x: Any, dtype: Any) -> Any:
 def _may_be_far(params: Any) -> bool:
     """Whether a parameter `is_far`, or is not known yet."""
     with jax.ensure_compile_time_eval():
-        return any(isinstance(x, Tracer) or bool(jnp.any(is_far(x))) for x in jax.tree.leaves(params))
+        return any(isinstance(x, Tracer) or bool(is_far(at_hand(x)).any()) for x in jax.tree.leaves(params))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -14,7 +14,17 @@ from jax.extend.core import jaxpr_as_fun
 from jaxsgd.numerics import widest
 from jaxsgd.paths import check_params, leaf_names
 
-__all__ = ["Space", "check_args", "check_bounds", "check_fun", "check_start", "hoist", "is_concrete", "is_split"]
+__all__ = [
+    "Space",
+    "at_hand",
+    "check_args",
+    "check_bounds",
+    "check_fun",
+    "check_start",
+    "hoist",
+    "is_concrete",
+    "is_split",
+]
 
 Vector = list[jax.Array]
 """A point or direction: one flat array, or for sharded parameters one array a leaf."""
@@ -58,6 +68,12 @@ def is_split(params: Any) -> bool:
     )
 
 
+def at_hand(array: jax.Array) -> Any:
+    """The array in NumPy if it is on one CPU: NumPy looks at it in less time than a compiled program takes to start."""
+    devices = array.devices()
+    return np.asarray(array) if len(devices) == 1 and all(device.platform == "cpu" for device in devices) else array
+
+
 def check_args(args: Any) -> None:
     """Check the further arguments of a function.
 
@@ -94,10 +110,8 @@ def check_start(params: Any) -> Any:
                 kind = "Use floating-point numbers, such as jnp.float32"
             raise TypeError(f"{_where(params, i)} is {array.dtype}. {kind}")
         if not isinstance(array, Tracer):
-            # NumPy looks at an array on the host faster than a compiled program does.
-            local = all(device.platform == "cpu" for device in array.devices()) and len(array.devices()) == 1
             with jax.ensure_compile_time_eval():  # in a program that is being traced too
-                fine = bool(np.all(np.isfinite(np.asarray(array))) if local else jnp.all(jnp.isfinite(array)))
+                fine = bool((abs(at_hand(array)) < np.inf).all())
             if not fine:
                 raise ValueError(f"{_where(params, i)} is not finite at the start. Use a finite start")
         out.append(array)
