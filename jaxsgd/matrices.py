@@ -129,7 +129,7 @@ def frobenius(x: jax.Array) -> jax.Array:
 # -- decompositions ------------------------------------------------------------------------------
 
 
-def singly(decompose: Callable[..., Any]) -> Callable[..., Any]:
+def singly(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
     """A function of matrices that takes them one by one on CPU, in a batch of `jax.vmap` too.
 
     On CPU, jaxlib before 0.11 shares a batch out to the threads that run the program, and waits for them in one of
@@ -137,18 +137,18 @@ def singly(decompose: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @jax.custom_batching.sequential_vmap
-    def one(*matrices: jax.Array) -> Any:
-        return decompose(*matrices)
+    def one(x: jax.Array) -> Any:
+        return decompose(x)
 
-    def on_cpu(*matrices: jax.Array) -> Any:
+    def on_cpu(x: jax.Array) -> Any:
         mapped = one
-        for _ in range(matrices[0].ndim - 2):
+        for _ in range(x.ndim - 2):
             mapped = jax.vmap(mapped)
-        return mapped(*matrices)
+        return mapped(x)
 
     @jax.custom_jvp
-    def call(*matrices: jax.Array) -> Any:
-        return jax.lax.platform_dependent(*matrices, cpu=on_cpu, default=decompose)
+    def call(x: jax.Array) -> Any:
+        return jax.lax.platform_dependent(x, cpu=on_cpu, default=decompose)
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
