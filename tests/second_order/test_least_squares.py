@@ -64,20 +64,24 @@ PROBLEMS = {
 }
 
 
+TIGHT = {"ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": 2000}
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_it_solves_what_scipy_solves(name, x64):
     """From the usual start, and from starts ten and a hundred times as far."""
     fn, first, scales = PROBLEMS[name]
     residual, jacobian = jax.jit(fn), jax.jit(jax.jacfwd(fn))
+
+    def cost(start, **how):
+        fit = scipy.optimize.least_squares(
+            lambda x: np.asarray(residual(x)), start, jac=lambda x: np.asarray(jacobian(x)), **TIGHT, **how
+        )
+        return fit.cost
+
     for scale in scales:
         start = scale * np.asarray(first)
-        costs = [
-            scipy.optimize.least_squares(
-                lambda x: np.asarray(residual(x)), start, jac=lambda x: np.asarray(jacobian(x)), method=method,
-                x_scale=x_scale, ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=2000,
-            ).cost
-            for method, x_scale in (("lm", 1.0), ("trf", "jac"))
-        ]  # fmt: skip
+        costs = [cost(start, method="lm"), cost(start, method="trf", x_scale="jac")]
         result = least_squares(fn, start)
         assert result.success, (scale, str(result))
         # Where the minimum is 0, costs below 1e-14 are all alike.

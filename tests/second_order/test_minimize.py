@@ -299,7 +299,9 @@ def test_parameters_may_be_large(method, sizes):
     start = size * np.array([-1.2, 1.0], np.float32)
     seen = []
     result = minimize(far_rosenbrock, start, method=method, args=(size,), callback=lambda *news: seen.append(news))
+    # The value at a point that is rounded in its seventh digit.
     assert result.success and result.value < 1e-7, str(result)
+    # Not two: units are powers of two, so that the first region or step may be another.
     plain = minimize(far_rosenbrock, start / size, method=method, args=(np.ones(2, np.float32),))
     assert int(result.evaluations) <= 3 * int(plain.evaluations), (str(result), str(plain))
     gradient = np.abs(jax.grad(far_rosenbrock)(result.params, size)).max()
@@ -322,6 +324,7 @@ def test_a_position_far_from_zero_keeps_its_scale(at, width):
     loss = jax.jit(lambda p: jnp.mean((peak(p) - peak(truth)) ** 2))
     for method in ("lbfgs", "bfgs", "newton", "newton_cg", "trust_region"):
         result = minimize(loss, start, method=method)
+        # At 1e6 and 1e15 a position is rounded to about a thousandth of the width.
         assert loss(result.params) < 1e-4 * loss(start), (method, str(result))
 
 
