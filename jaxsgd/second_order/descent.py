@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.second_order.line_search import Line, judge_trial, step_from
+from jaxsgd.second_order.line_search import ROUNDING, Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, times, unit
@@ -29,6 +29,10 @@ __all__ = [
     "projected",
     "report",
 ]
+
+
+PROBES = 20
+"""The largest number of ends at which a change in the last place is tried."""
 
 
 class Setting(NamedTuple):
@@ -118,6 +122,9 @@ class _Carry(NamedTuple):
     memory: Any
     fresh: Any
     still: Any
+    promised: Any
+    probing: Any
+    probes: Any
     f_first: Any
     g_first: Any
     grad_norm: Any
@@ -172,6 +179,18 @@ def _room(x: Vector, p: Vector, limits: Limits | None) -> jax.Array | None:
     return jnp.maximum(out, 0)
 
 
+def _last_place(x: Vector, f: jax.Array, g: Vector, limits: Limits | None) -> Vector:
+    """A change in the last place against the gradient, of the entries where that shows in the value."""
+    eps = jnp.finfo(f.dtype).eps
+
+    def change(x: jax.Array, g: jax.Array) -> jax.Array:
+        by = eps * jnp.abs(x)
+        return jnp.where(jnp.abs(g) * by > ROUNDING * eps * jnp.abs(f), -jnp.sign(g) * by, 0)
+
+    step = [change(x, g) for x, g in zip(x, g, strict=True)]
+    return axpy(-1, x, clipped(axpy(1, x, step), limits))
+
+
 def report(callback: Callable[..., None], stepped: jax.Array, *news: Any) -> None:
     """Call ``callback(stepped, *news)`` on the host where there was a step.
 
@@ -188,6 +207,8 @@ def descend(
     shown: Shown,
     limits: Limits | None = None,
     callback: Callable[..., None] | None = None,
+    *,
+    probes: bool = False,
 ) -> End:
     """Minimize by steps along a model's directions.
 
@@ -199,11 +220,25 @@ def descend(
       shown: gives the point and the norm that a result has.
       limits: bounds, or None.
       callback: called with ``(stepped, iteration, x, f, gradient norm)``, see `report`.
+      probes: whether to try a change in the last place where a search without success, or for the value, ends. It takes
+        a tenth more time to compile.
     """
     dtype = x[0].dtype
     eps = float(jnp.finfo(dtype).eps)
     zero, far = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
     nothing, none = [jnp.zeros_like(leaf) for leaf in x], jnp.zeros((), jnp.int32)
+    yes = jnp.ones((), bool)
+
+    def share_left(now: _Carry) -> jax.Array:
+        """The gradient as a share of the first."""
+        return now.grad_norm / jnp.where(now.g_first > 0, now.g_first, 1)
+
+    def little_left(now: _Carry) -> jax.Array:
+        """Whether little is left to gain if decreases go with the squares of gradients, as they do near a minimum.
+
+        At a kink the steps shrink to nothing and the gradient stays large.
+        """
+        return share_left(now) ** 2 * (now.f_first - now.f) <= eps**0.5 * jnp.abs(now.f)
 
     def judge(c: _Carry, now: _Carry, took: Any, predicted: Any, known: Any, bent: Any) -> tuple[Any, Any]:
         """The status after an accepted step, and for how many steps the value has not moved."""
@@ -215,11 +250,8 @@ def descend(
         unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
         still = jnp.where(unmoved, c.still + 1, 0)
         quiet = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
-        share = now.grad_norm / jnp.where(now.g_first > 0, now.g_first, 1)
-        fallen = share <= jnp.sqrt(setting.tol)
-        # At a kink the steps shrink to nothing and the gradient stays large. Near a minimum the decreases that are left
-        # go with the squares of gradients.
-        smooth = fallen | (share**2 * (now.f_first - now.f) <= eps**0.5 * jnp.abs(now.f))
+        fallen = share_left(now) <= jnp.sqrt(setting.tol)
+        smooth = fallen | little_left(now)
         code = jnp.where(quiet, jnp.where(smooth, Status.CONVERGED_VALUE, Status.LINE_SEARCH_FAILED), Status.RUNNING)
         code = jnp.where((still >= 10) & fallen, Status.CONVERGED_VALUE, code)
         code = jnp.where(by_gradient, jnp.where(bent, Status.SADDLE_POINT, Status.CONVERGED_GRADIENT), code)
@@ -237,6 +269,8 @@ def descend(
         scale = jnp.where(again, scale, c.scale)
         size = top if limits is None else scale * projected(xt, times(1 / scale, gt), limits)
         line, accepted, failed = judge_trial(c.line, c.f, ft, dot(gt, c.p), fine, model.curvature)
+        # There is nothing to try below a change in the last place.
+        failed |= c.probing & ~accepted & (line.lo[0] == 0) & (line.hi[0] <= 1)
         took = jnp.where(first, fine & ~again, accepted)
         failed = failed & ~first
         s = select(took & ~first, axpy(-1, c.x, xt), nothing)
@@ -267,7 +301,8 @@ def descend(
             iterations=c.iterations + (took & ~first),
             evaluations=c.evaluations + 1,
         )
-        code, still = judge(c, now, took, -slope * a / 2, known, bent)
+        predicted = -slope * a / 2
+        code, still = judge(c, now, took, predicted, known, bent)
         turn = took | restart
         fresh = jnp.where(turn, ~known | restart | ~usable, c.fresh)
         line = select(turn, step_from(a, f, slope, _room(x, p, limits)), select(again, c.line, line))
@@ -294,15 +329,58 @@ def descend(
             memory=memory,
             fresh=fresh,
             still=still,
+            promised=jnp.where(took, predicted, jnp.where(restart, jnp.maximum(c.promised, predicted), c.promised)),
+            probing=c.probing & ~turn,
             code=code.astype(jnp.int32),
         )
 
-    line = step_from(zero, far, zero, None if limits is None else far)
-    yes = jnp.ones((), bool)
+    def probe(c: _Carry) -> _Carry:
+        """Continue from an end where rounding of the parameters hides more than rounding of the value does.
+
+        The model may not have seen some of them move, and a search may have failed for that rounding. A change in the
+        last place tells. If that fails too, and no model promised more than such changes, the search has settled.
+        """
+        settled = c.probing & (c.code == Status.LINE_SEARCH_FAILED)
+        settled &= little_left(c) & (c.promised <= -ROUNDING * c.line.d0)
+        done = jnp.where(settled, Status.CONVERGED_VALUE, c.code)
+        p = _last_place(c.x, c.f, c.g, limits)
+        slope = dot(c.g, p)
+        ends = (c.code == Status.CONVERGED_VALUE) | (c.code == Status.LINE_SEARCH_FAILED)
+        goes_on = ends & ~c.probing & (slope < 0) & (c.probes < PROBES) & (c.evaluations < setting.max_evaluations)
+        line = step_from(jnp.ones((), dtype), c.f, slope, None if limits is None else jnp.ones((), dtype))
+        return c._replace(
+            p=p,
+            line=line,
+            fresh=yes,
+            probing=yes,
+            probes=c.probes + 1,
+            code=jnp.where(goes_on, Status.RUNNING, done).astype(jnp.int32),
+        )
+
+    def search(c: _Carry) -> _Carry:
+        return jax.lax.while_loop(lambda c: c.code == 0, body, c)
+
     carry = _Carry(
-        x, far, nothing, jnp.ones((), dtype), nothing, line, model.init(x), yes, none, far, far, far, none, none, none
+        x=x,
+        f=far,
+        g=nothing,
+        scale=jnp.ones((), dtype),
+        p=nothing,
+        line=step_from(zero, far, zero, None if limits is None else far),
+        memory=model.init(x),
+        fresh=yes,
+        still=none,
+        promised=zero,
+        probing=~yes,
+        probes=none,
+        f_first=far,
+        g_first=far,
+        grad_norm=far,
+        iterations=none,
+        evaluations=none,
+        code=none,
     )
-    out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
+    out = jax.lax.while_loop(lambda c: c.code == 0, lambda c: probe(search(c)), carry) if probes else search(carry)
     x, slope = shown(out.x, times(1 / out.scale, out.g))
     # Without a finite start there is no gradient.
     slope = jnp.where(jnp.isfinite(out.grad_norm), slope, out.grad_norm)

@@ -33,7 +33,7 @@ from jaxsgd.second_order.objective import (
     is_split,
 )
 from jaxsgd.second_order.result import Result
-from jaxsgd.second_order.vectors import divided, is_far, largest, multiplied, start_units
+from jaxsgd.second_order.vectors import divided, is_far, is_large, largest, multiplied, start_units
 
 __all__ = ["METHODS", "minimize"]
 
@@ -51,6 +51,7 @@ class _Plan(NamedTuple):
     has_aux: bool
     split: bool
     memory: int
+    large: bool
     far: bool
     callback: Hashable
 
@@ -114,7 +115,9 @@ def minimize(
 
     Returns:
       A `Result`: ``params, value, grad_norm, iterations, evaluations, status, aux``. Its ``str`` says why the solver
-      ended. It is the best point that was accepted, and never NaN if the start is finite.
+      ended. It is the best point that was accepted, and never NaN if the start is finite. Rounding of large parameters
+      may hide the way down. So if an entry of the start is above 3e3 in float32, or 7e7 in float64, methods with a line
+      search try a change in the last place before they end.
 
     Raises:
       TypeError: ``fun`` is no function or returns no scalar; a parameter is no real floating-point array; a limit is
@@ -157,9 +160,8 @@ def minimize(
     limit = 3 * max_iterations + 100 if max_evaluations is None else max_evaluations
     setting = Setting(_scalar(tol, dtype), _scalar(max_iterations, jnp.int32), _scalar(limit, jnp.int32))
     split = method in ("lbfgs", "cg") and is_split(params)
-    return _run(
-        fun, _Plan(method, has_aux, split, int(memory), _may_be_far(params), callback), params, limits, args, setting
-    )
+    large, far = _may_have(is_large, params), _may_have(is_far, params)
+    return _run(fun, _Plan(method, has_aux, split, int(memory), large, far, callback), params, limits, args, setting)
 
 
 def _scalar(x: Any, dtype: Any) -> Any:
@@ -169,10 +171,10 @@ def _scalar(x: Any, dtype: Any) -> Any:
     return np.asarray(x if jnp.issubdtype(dtype, jnp.floating) else min(x, jnp.iinfo(dtype).max), dtype)
 
 
-def _may_be_far(params: Any) -> bool:
-    """Whether a parameter `is_far`, or is not known yet."""
+def _may_have(size: Callable[[Any], Any], params: Any) -> bool:
+    """Whether a parameter has this size, `is_large` or `is_far`, or is not known yet."""
     with jax.ensure_compile_time_eval():
-        return any(isinstance(x, Tracer) or bool(is_far(at_hand(x)).any()) for x in jax.tree.leaves(params))
+        return any(isinstance(x, Tracer) or bool(size(at_hand(x)).any()) for x in jax.tree.leaves(params))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -246,7 +248,7 @@ def _engine(
             model = ConjugateGradient()
         case _:
             model = Newton(value)
-    return descend(value_and_grad, x, model, setting, shown, limits, told)
+    return descend(value_and_grad, x, model, setting, shown, limits, told, probes=plan.large)
 
 
 # -- bad input -------------------------------------------------------------------------------------

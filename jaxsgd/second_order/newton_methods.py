@@ -203,7 +203,8 @@ def trust_region(
         again = (c.evaluations == 0) & fine & (scale != 1) & (setting.max_evaluations > 1)
         scale = jnp.where(again, scale, c.scale)
         predicted, length = c.step.predicted, jnp.linalg.norm(c.step.p)
-        noise = 8 * eps * jnp.abs(c.f)
+        blur = eps * jnp.sum(jnp.abs(c.g * c.x))  # what rounding of the point does to the value
+        noise = 8 * eps * jnp.abs(c.f) + blur
         gained = c.f - ft
         unclear = (jnp.abs(gained) <= noise) & (predicted <= noise)
         better = jnp.max(jnp.abs(gt)) < jnp.max(jnp.abs(c.g))
@@ -230,7 +231,7 @@ def trust_region(
         bent = (top == 0) & ~step.inside
         code = jnp.where(done, Status.CONVERGED_GRADIENT, Status.RUNNING)
         # A step that was refused although it was to gain no more than rounding: there is nothing left to gain.
-        spent = ~took & ~first & (predicted <= 4 * eps * jnp.abs(f)) & c.step.inside & fine
+        spent = ~took & ~first & (predicted <= 4 * eps * jnp.abs(f) + blur) & c.step.inside & fine
         spent &= top <= jnp.sqrt(setting.tol) * g_first
         code = jnp.where((code == 0) & spent, Status.CONVERGED_VALUE, code)
         small_radius = radius <= eps * eps * jnp.maximum(jnp.linalg.norm(x), eps)

@@ -15,6 +15,7 @@ __all__ = [
     "dot",
     "far_units",
     "is_far",
+    "is_large",
     "largest",
     "multiplied",
     "norm",
@@ -100,6 +101,14 @@ def far_units(xs: Vector) -> Vector:
     1 up to 4e9 in float32, and up to 1e77 in float64.
     """
     return [jnp.where(jnp.abs(x) > 2.0 ** (jnp.finfo(x.dtype).maxexp // 4), power_of_two(jnp.abs(x)), 1) for x in xs]
+
+
+def is_large(x: Any) -> Any:
+    """Which entries are so large that their rounding may hide more of a value than its own does.
+
+    Above 3e3 in float32, and 7e7 in float64.
+    """
+    return abs(x) > jnp.finfo(x.dtype).eps ** -0.5
 
 
 def is_far(x: Any) -> Any:
