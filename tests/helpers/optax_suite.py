@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -253,6 +254,10 @@ class Result:
         return next((part for part in ("update", "init") if part in self.calls), "call" if self.calls else "none")
 
 
+PROGRAMS = 60
+"""Tests after which compiled programs are dropped. With all of them in memory the later tests take twice as long."""
+
+
 class Recorder:
     """A pytest plugin that keeps the `Result` of every test."""
 
@@ -265,6 +270,10 @@ class Recorder:
             items[:] = [item for item in items if name_of(item.nodeid) in self.wanted]
 
     def pytest_runtest_setup(self, item: Any) -> None:
+        import jax
+
+        if len(self.results) % PROGRAMS == PROGRAMS - 1:
+            jax.clear_caches()
         self.results[name_of(item.nodeid)] = Result(label(item))
         self.tally.calls.clear()
 
@@ -313,6 +322,7 @@ def inside(job: Mapping[str, Any]) -> None:
     import optax
     import pytest
 
+    gc.set_threshold(200_000, 20, 100)  # as in conftest.py
     jax.__version__ = Version(jax.__version__)
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
