@@ -5,7 +5,7 @@
 #   make site    the documents as a site, in site/
 #   make slow    the tests that test leaves out
 #   make bench   speed beside optax, torch (if installed) and SciPy; writes docs/performance.md
-#   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB); CI runs all
+#   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB)
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -86,8 +86,7 @@ $(VENV)-compilers/.done: pyproject.toml constraints.txt
 compilers: $(VENV)-compilers/.done
 
 plans: compilers
-	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/planning \
-	  tests/core/test_kernels.py tests/core/test_stacking.py $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup -m compiler $(ARGS)
 
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .

@@ -12,6 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from jaxsgd.planning.targets import available
+
 # Traces are many small objects that live long: to look for cycles among them less often takes 5% off.
 gc.set_threshold(200_000, 20, 100)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -28,8 +30,11 @@ def x64():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all laws of one rule on one worker, where its compiled programs are."""
+    """Skip what needs a compiler that is missing; keep all laws of a rule on one worker, with its compiled programs."""
     for item in items:
+        for platform in {mark.args[0] for mark in item.iter_markers("compiler")}:
+            if not available(platform):
+                item.add_marker(pytest.mark.skip(reason=f"no {platform} compiler: pip install 'jaxsgd[compilers]'"))
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "name" in callspec.params:
             item.add_marker(pytest.mark.xdist_group(str(callspec.params["name"])))

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxsgd
 from jaxsgd import fp8, int8, leaf
-from jaxsgd.planning.targets import available, lookup
+from jaxsgd.planning.targets import lookup
 
 RULES = ("adamw", "lion", "momentum", "nesterov", "adagrad", "rmsprop", "yogi", "adan", "schedule_free_adamw")
 
@@ -120,7 +120,7 @@ def test_what_no_kernel_can_do_is_done_without(shape, storage, interpreted, requ
 @pytest.mark.parametrize(
     "topology",
     [
-        pytest.param(name, marks=pytest.mark.skipif(not available(platform), reason=f"no {platform} compiler"))
+        pytest.param(name, marks=pytest.mark.compiler(platform))
         for name, platform in {"v5e:1x1": "tpu", "h100:1": "cuda"}.items()
     ],
 )

@@ -15,7 +15,7 @@ import jaxsgd.stacking
 from jaxsgd.elementwise import divided
 from jaxsgd.matrices import JORDAN
 from jaxsgd.planning.reading import read
-from jaxsgd.planning.targets import available, lookup
+from jaxsgd.planning.targets import lookup
 from jaxsgd.stacking import LEAST, stacks
 
 SHAPES = {
@@ -99,7 +99,7 @@ def test_scalars_side_by_side_change_no_number(name, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, walked(jaxsgd.RULES[name](0.02, weight_decay=0.1)), expected)
 
 
-@pytest.mark.skipif(not available("cuda"), reason="the CUDA compiler is not installed: pip install 'jaxsgd[cuda]'")
+@pytest.mark.compiler("cuda")
 def test_small_leaves_of_one_shape_share_kernels_on_a_gpu():
     target = lookup("h100:1")
     there = NamedSharding(target.mesh(), PartitionSpec())

@@ -14,16 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsgd import RULES
 from jaxsgd.planning.plan import plan
-from jaxsgd.planning.targets import available, lookup
+from jaxsgd.planning.targets import lookup
 from jaxsgd.sharding import state_sharding
 
 TARGETS = {
-    topology: pytest.param(
-        topology,
-        marks=pytest.mark.skipif(
-            not available(platform), reason=f"the {platform} compiler is not installed: pip install 'jaxsgd[compilers]'"
-        ),
-    )
+    topology: pytest.param(topology, marks=pytest.mark.compiler(platform))
     for topology, platform in {"v5e:1x1": "tpu", "v5e:2x4": "tpu", "v5p:4x4x4": "tpu", "h100:8": "cuda"}.items()
 }
 PARAMS = {

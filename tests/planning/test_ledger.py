@@ -11,7 +11,6 @@ import pytest
 
 import jaxsgd
 from jaxsgd.planning.hlo import Program
-from jaxsgd.planning.targets import available
 
 ROOT = pathlib.Path(__file__).parents[2]
 JSON, PAGE, ADVICE = (ROOT / "docs" / name for name in ("ledger.json", "ledger.md", "choose_optimizer.md"))
@@ -131,10 +130,7 @@ def test_a_row_of_another_order_of_donation_is_dearer(on_cpu):
     assert straight == 0 < ledger_rows.kernels(Program(crossed.as_text()))["copies"]
 
 
-COMPILERS = {
-    "v5e": pytest.mark.skipif(not available("tpu"), reason="the TPU compiler is missing: pip install 'jaxsgd[tpu]'"),
-    "h100": pytest.mark.skipif(not available("cuda"), reason="CUDA's is missing: pip install 'jaxsgd[cuda]'"),
-}
+COMPILERS = {"v5e": pytest.mark.compiler("tpu"), "h100": pytest.mark.compiler("cuda")}
 
 
 @pytest.mark.parametrize("device", [pytest.param(device, marks=mark) for device, mark in COMPILERS.items()])

@@ -25,15 +25,12 @@ from jaxsgd.planning.devices import lookup as describe
 from jaxsgd.planning.hlo import Program
 from jaxsgd.planning.plan import compare, plan
 from jaxsgd.planning.reading import read, read_text
-from jaxsgd.planning.targets import DoesNotFit, _does_not_fit, available, lookup
+from jaxsgd.planning.targets import DoesNotFit, _does_not_fit, lookup
 
 GIB = 2**30
 adam = jaxsgd.adam(1e-3)
 
-tpu = pytest.mark.skipif(not available("tpu"), reason="the TPU compiler is missing: pip install 'jaxsgd[tpu]'")
-cuda = pytest.mark.skipif(
-    not available("cuda"), reason="the CUDA compiler is not installed: pip install 'jaxsgd[cuda]'"
-)
+tpu, cuda = pytest.mark.compiler("tpu"), pytest.mark.compiler("cuda")
 VENDORS = [pytest.param("v5e:2x4", marks=tpu), pytest.param("h100:8", marks=cuda)]
 
 
