@@ -18,6 +18,9 @@ FIRST := core/test_layers core/test_rooms core/test_numerics rules/test_momentum
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
 	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 
+# A worker that dies is not replaced: pytest-xdist 3.8 then waits without end if tests are in groups.
+TWO := -n 2 --dist loadgroup --max-worker-restart 0
+
 .PHONY: help train quick test slow packagers package sitemakers site compilers plans bench lint format tables clean
 
 help:
@@ -49,11 +52,11 @@ lint: $(VENV)/.test
 	$(RUN) tools/prose.py
 
 test: lint
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest $(TWO) -m "not slow" $(ARGS)
 
 quick: $(VENV)/.test
 	$(RUN) -m ruff check .
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow" $(FIRST:%=tests/%.py) $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest $(TWO) -m "not slow" $(FIRST:%=tests/%.py) $(ARGS)
 
 packagers: $(VENV)/.test
 	$(PIP) 'build>=1.2' 'twine>=6'
@@ -76,7 +79,7 @@ bench: $(VENV)/.test
 	$(RUN) benchmarks/all.py $(ARGS)
 
 slow: $(VENV)/.test
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(RUN) -m pytest $(TWO) -m slow $(ARGS)
 
 $(VENV)-compilers/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-compilers
@@ -86,7 +89,7 @@ $(VENV)-compilers/.done: pyproject.toml constraints.txt
 compilers: $(VENV)-compilers/.done
 
 plans: compilers
-	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest -n 2 --dist loadgroup -m compiler $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-compilers/bin/python -m pytest $(TWO) -m compiler $(ARGS)
 
 format: $(VENV)/.test
 	$(RUN) -m ruff check --fix .
