@@ -88,7 +88,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("kind", ["zero1", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_mesh_changes_nothing_but_where_it_runs(kind, single, tmp_path):
     steps, _, loss = run(tmp_path, "--steps", 20, *MESHES[kind])
     # Sums over devices and microbatches are taken in another order, in float32.
@@ -111,6 +111,7 @@ def test_the_mesh_splits_what_it_says():
     assert whole("blocks/mlp_norm/scale", jax.ShapeDtypeStruct((4, 32), np.float32)) == P(None, None)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     arguments = ["--steps", 20, "--dropout", 0.1, "--sample-every", 5, "--checkpoint-every", 6]
     unbroken = run(tmp_path / "a", *arguments)
@@ -180,6 +181,7 @@ def test_large_models_are_planned_without_an_array(scale, millions):
     assert built.batch["tokens"].shape == (config.batch_size, config.context + 1)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_and_arithmetic_learn(tmp_path):
     steps, _, loss = run(tmp_path, "--steps", 40, "--dtype", "bfloat16", "--param-dtype", "bfloat16")
     assert steps[0]["loss"] > 4 and steps[-1]["loss"] < 3.6 and loss < 3.2

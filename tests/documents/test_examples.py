@@ -57,8 +57,10 @@ def test_digits_reaches_its_accuracy(name, tmp_path, capsys):
     "name",
     [
         "muon",
-        "polyak_sgd",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch_nadam", "adadelta", "prodigy", "soap")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("polyak_sgd", "torch_nadam", "adadelta", "prodigy", "soap")
+        ),
     ],
 )
 def test_digits_takes_rules_of_every_kind(name, tmp_path):
@@ -90,6 +92,7 @@ def test_digits_takes_any_batch_size(size, steps, tmp_path):
     assert len(records(tmp_path)) == steps + 1
 
 
+@pytest.mark.slow
 def test_digits_schedules_differ_and_seeds_repeat(tmp_path):
     def curve(*arguments):
         digits.main(["--epochs", "1", "--out", str(tmp_path), *arguments])
@@ -204,6 +207,7 @@ def test_choose_lr_says_what_is_wrong(arguments, words, capsys):
     assert end.value.code == 2 and words in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_second_order_reaches_97_percent_on_digits(capsys):
     rows = second_order.main([])
     for name in ("newton_cg", "gauss_newton"):
@@ -214,6 +218,7 @@ def test_second_order_reaches_97_percent_on_digits(capsys):
         second_order.main(["--shorten", "0"])
 
 
+@pytest.mark.slow
 def test_fits_end_at_the_truth_and_the_penalty_improves(capsys):
     results, errors = fits.main(["--count", "300", "--steps", "8"])
     assert bool(results.success.all()) and results.value.shape == (300,)

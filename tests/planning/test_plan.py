@@ -419,7 +419,8 @@ print(json.dumps([said, sorted(rises[1:])[1] + sum(x.nbytes for x in leaves)]))
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("example", ["digits", pytest.param("char_lm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["digits", "char_lm"])
 def test_the_peak_is_that_of_a_real_run(example):
     """Within 10% of what one step adds to the process's resident memory, with its arguments."""
     if not pathlib.Path("/proc/self/clear_refs").exists():

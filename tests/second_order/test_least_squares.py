@@ -352,7 +352,10 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "bounds"), ENDS)
+@pytest.mark.parametrize(
+    ("name", "method", "bounds"),
+    [pytest.param(*end, marks=[pytest.mark.slow] * (end[1] != "lm" or end[2] is not None)) for end in ENDS],
+)
 def test_a_success_is_no_end_where_parameters_lose_their_effect_together(name, method, bounds, x64):
     """The readings are a curve and a small sine: the minimum is below the sine's value."""
     fn, start, truth = TOGETHER[name]
