@@ -186,8 +186,10 @@ def _judged(fit: Fit, s: State) -> State:
     model, explained, cosine = _angles(fit, s)
     columns = column_norms(free_part(fit, s)[:, :-1])
     full = model.step(jnp.zeros((), s.x.dtype))
-    small = norm([full]) <= eps ** (2 / 3) * norm([columns * s.x])
-    code = jnp.where(small, Status.CONVERGED_STEP, Status.RUNNING)
+    # A step that is small beside the parameters may still explain much of r, if one of them is far from zero.
+    length, size = norm([full]), norm([columns * s.x])
+    small = (length <= eps ** (2 / 3) * size) & ((explained <= eps**0.375) | ~fit.misses(s))
+    code = jnp.where(small | (length <= 4 * eps * size), Status.CONVERGED_STEP, Status.RUNNING)
     zero = s.norm <= eps * jnp.minimum(norm([fit.r]), 1 / fit.unit)
     code = jnp.where(zero, Status.CONVERGED_VALUE, code)
     flat = ((explained <= fit.tol) & (cosine <= jnp.sqrt(fit.tol))) | (cosine <= 10 * eps)

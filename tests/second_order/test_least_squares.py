@@ -406,6 +406,26 @@ def test_a_parameter_without_effect_is_brought_back(name, method, bounds, x64):
     assert fit.success and float(fit.value) < 1e-12, str(fit)
 
 
+@pytest.mark.parametrize(("method", "bounds"), [*((method, None) for method in METHODS), ("lm", (-np.inf, np.inf))])
+def test_a_small_step_from_a_position_far_from_zero_is_no_end(method, bounds):
+    """A step that is small beside a position may be as long as the peak there is wide."""
+
+    def misses(p, t, readings):
+        return p[0] * jnp.exp(-(((t - p[1]) / p[2]) ** 2)) + p[3] - readings
+
+    near = [(1e3, 50), (1e5, 10), (1e6, 50), (1e7, 1e3), (1e8, 1e4), (1e10, 1e6), (1e15, 1e11)]
+    for dtype, places in ((np.float32, near), (np.float64, [*near, (1e12, 30), (1e18, 1e6)])):
+        with jax.enable_x64(dtype == np.float64):
+            for at, width in places:
+                t = np.linspace(at - 10 * width, at + 10 * width, 200).astype(dtype)
+                truth, start = np.array([[2, at + width / 2, width, 0.3], [1, at, 1.5 * width, 0]], dtype)
+                noise = 0.02 * np.random.default_rng(0).normal(size=200)
+                data = t, (misses(truth, t, 0) + noise).astype(dtype)
+                fit = least_squares(misses, start, args=data, method=method, bounds=bounds)
+                level = np.sum(np.square(misses(truth, *data))) / 2
+                assert fit.success and fit.value < 1.02 * level, (dtype, at, width, str(fit))
+
+
 @pytest.mark.parametrize("bounds", [None, (-3.0, 3.0)], ids=["free", "boxed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_units_of_residuals_do_not_matter(method, bounds):
