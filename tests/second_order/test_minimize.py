@@ -305,7 +305,7 @@ def test_parameters_may_be_large(method, sizes):
     plain = minimize(far_rosenbrock, start / size, method=method, args=(np.ones(2, np.float32),))
     assert int(result.evaluations) <= 3 * int(plain.evaluations), (str(result), str(plain))
     gradient = np.abs(jax.grad(far_rosenbrock)(result.params, size)).max()
-    np.testing.assert_allclose(result.grad_norm, gradient, rtol=1e-3, atol=1e-6 / size.min())
+    np.testing.assert_allclose(result.grad_norm, gradient, rtol=1e-3, atol=1e-6 / size.max())
     jax.effects_barrier()
     _, params, value, grad_norm = seen[-1]
     np.testing.assert_array_equal(params, result.params)
@@ -329,9 +329,9 @@ def test_a_position_far_from_zero_keeps_its_scale(method):
         data = t, readings.astype(np.float32)
         result = minimize(peak_loss, start, method=method, args=data)
         assert result.success, (at, width, str(result))
-        # A slope along a position of 1e7 is small before the position is right.
-        level = jax.grad(peak_loss)(result.params, *data)
-        by_slope = result.status == Status.CONVERGED_GRADIENT and np.abs(level).max() <= 1e-5
+        # A slope along a position of 1e7 is small before the position is right: it ends cg, which learns no curvature.
+        slope = np.abs(jax.grad(peak_loss)(result.params, *data)).max()
+        by_slope = method == "cg" and result.status is Status.CONVERGED_GRADIENT and slope <= 1e-5
         assert by_slope or result.value < 1.05 * peak_loss(truth, *data), (at, width, str(result))
 
 
