@@ -40,8 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(str(callspec.params["name"])))
 
 
-PROGRAMS = 60
-"""Tests after which a worker drops its compiled programs: they are memory maps, of which a process has 65,530."""
+ROUND = 20
+"""Tests after which a worker looks whether its compiled programs are too many."""
+MAPS = 25_000
+"""A compiled program is some memory maps. A process has 65,530 of them; at this number a worker drops its programs."""
+
+
+def _crowded(tests: int) -> bool:
+    """Whether the worker's compiled programs are too many; where the system does not count maps, after 60 tests."""
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") >= MAPS if maps.exists() else tests >= 60
 
 
 def _group(item: pytest.Item | None) -> object:
@@ -51,9 +59,12 @@ def _group(item: pytest.Item | None) -> object:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Drop compiled programs now and then, between two rules."""
-    item.config.stash[COUNT] = item.config.stash.get(COUNT, 0) + 1
-    if item.config.stash[COUNT] >= PROGRAMS and _group(item) != _group(nextitem):
-        item.config.stash[COUNT] = 0
+    tests = item.config.stash[COUNT] = item.config.stash.get(COUNT, 0) + 1
+    if tests >= item.config.stash.get(LOOK, ROUND) and _group(item) != _group(nextitem):
+        item.config.stash[LOOK] = tests + ROUND
+        if not _crowded(tests):
+            return
+        item.config.stash[COUNT], item.config.stash[LOOK] = 0, ROUND
         forget = sys.modules.get("laws")
         if forget is not None:
             forget._family.cache_clear()
@@ -62,3 +73,4 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 COUNT: pytest.StashKey[int] = pytest.StashKey()
+LOOK: pytest.StashKey[int] = pytest.StashKey()
