@@ -1,6 +1,6 @@
 """Solvers of unconstrained and boxed minimization beside each other, in float64, with 2,000 evaluations each.
 
-    python benchmarks/minimise.py [--quick] [--method lbfgs] [--boxed] [--squares] [--held-out first] [--details]
+    python benchmarks/minimise.py [--quick] [--method lbfgs] [--boxed] [--squares] [--held-out [first]] [--details]
 
 A problem counts as solved if the value is within 1e-6 of the best that any solver found, in units of the best value
 or 1; or if the point is a local minimum by its gradient and exact Hessian, whatever the solver says. A success that
@@ -9,7 +9,8 @@ gradient; their median is over the problems that both solve.
 
 ``--squares`` puts `least_squares` beside SciPy's lm and trf and optimistix. There a problem counts as solved if the
 value is within 1e-6 of the best of all, relative to it; or if the point is a strict local minimum. ``--held-out``
-takes the problems of ``held_out.py`` instead, which did not serve to choose the tries of `least_squares`.
+takes problems instead that did not serve to choose anything: with ``--squares`` sets of ``held_out.py``, alone the
+functions of ``held_out_functions.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import held_out
+import held_out_functions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -306,7 +308,7 @@ def run(
     boxed: bool = False,
     every: int = 1,
     squares: bool = False,
-    unseen: Sequence[str] = (),
+    unseen: Sequence[str] | None = None,
 ) -> Table:
     """Run solvers on the problems.
 
@@ -315,12 +317,15 @@ def run(
       boxed: problems with bounds. Default: without.
       every: take one of so many problems. Default: 1.
       squares: problems of least squares, with bounds and without. Default: of minimization.
-      unseen: ``"first"`` and ``"second"``, the sets of `held_out` that replace those of least squares. Default: none.
+      unseen: take held-out problems instead: of least squares the sets of these names, ``"first"`` and ``"second"``.
+        Default: None, none.
     """
     table = Table({}, {})
     chosen = {name: solve for name, solve in solvers(boxed, squares).items() if names is None or name in names}
-    if squares:
-        every_one = [p for name in unseen for p in UNSEEN[name]()] if unseen else problems.residuals()
+    if unseen is not None:
+        every_one = [p for name in unseen for p in UNSEEN[name]()] if squares else held_out_functions.functions()
+    elif squares:
+        every_one = problems.residuals()
     else:
         every_one = problems.boxed() if boxed else problems.unconstrained()
     compiled: dict[str, Any] = {}
@@ -371,13 +376,15 @@ def main() -> None:
     parser.add_argument("--method", nargs="*", help="names of solvers; default: all")
     parser.add_argument("--boxed", action="store_true", help="problems with bounds")
     parser.add_argument("--squares", action="store_true", help="least_squares beside SciPy and optimistix")
-    parser.add_argument("--held-out", nargs="+", choices=UNSEEN, default=[], help="its sets of least squares instead")
+    parser.add_argument(
+        "--held-out", nargs="*", choices=UNSEEN, help="held-out functions instead; with --squares, sets of these names"
+    )
     parser.add_argument("--details", action="store_true", help="evaluations of each solver on each problem")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     begin = time.perf_counter()
-    if options.held_out and not options.squares:
-        parser.error("--held-out is of least squares. Use it with --squares")
+    if options.held_out is not None and (options.boxed or bool(options.held_out) != options.squares):
+        parser.error("--held-out: alone it takes functions. Name a set with --squares: --squares --held-out second")
     table = run(options.method, options.boxed, 5 if options.quick else 1, options.squares, options.held_out)
     show(table, next(iter(next(iter(table.outcomes.values())))), options.details)
     print(f"\n{time.perf_counter() - begin:.0f} s")

@@ -272,6 +272,29 @@ def test_bounds_batch_differentiate_and_take_trees(x64):
     assert jax.grad(rate, 1)(y, -1.0) == 0
 
 
+def joined(table):
+    """``{name: (residual, args)}``, with one residual for all problems of as many parameters: one compiled program.
+
+    Rows of zeros make their residuals as many. They change no fit.
+    """
+
+    def join(problems):
+        def padded(fn):
+            return lambda x: jnp.pad(r := fn(x), (0, T.size - r.size if len(problems) > 1 else 0))
+
+        branches = [padded(fn) for fn, *_ in problems.values()]
+
+        def residual(x, i):
+            return jax.lax.switch(i, branches, x)
+
+        return {name: (residual, (i,)) for i, name in enumerate(problems)}
+
+    out = {}
+    for size in {len(problem[1]) for problem in table.values()}:
+        out |= join({name: problem for name, problem in table.items() if len(problem[1]) == size})
+    return out
+
+
 T01 = np.linspace(0.0, 1.0, 20)
 NO_MINIMUM = {
     "a plateau": (lambda x: jnp.exp(-x * x) + 1, [7.0], {Status.STEP_TOO_SMALL}),
@@ -301,13 +324,18 @@ MINIMUM = {
     ),
     "a network of zeros": (lambda x: x[0] * jnp.tanh(x[1] * T) - jnp.tanh(T), [0.0, 0.0], 0.0),
     "scales of 16 orders": (lambda x: jnp.stack([1e8 * (x[0] - 1e-6), 1e-8 * (x[1] - 1e9)]), [1.0, 1.0], 0.0),
+    "a maximum of all parameters": (lambda x: x * x - 1, [0.0, 0.0], 0.0),
+    "a maximum of one parameter": (lambda x: jnp.stack([x[0] ** 2 - 1, x[1]]), [0.0, 1.0], 0.0),
 }
+JOINED = joined(NO_MINIMUM), joined(MINIMUM)
 
 
-@pytest.mark.parametrize("name", NO_MINIMUM)
-def test_no_success_is_none(name, x64):
-    fn, start, statuses = NO_MINIMUM[name]
-    fit = least_squares(fn, np.array(start))
+@pytest.mark.xdist_group("joined problems without a minimum")
+@pytest.mark.parametrize("problem", NO_MINIMUM)
+def test_no_success_is_none(problem, x64):
+    _, start, statuses = NO_MINIMUM[problem]
+    fn, args = JOINED[0][problem]
+    fit = least_squares(fn, np.array(start), args=args)
     assert fit.status in statuses, fit.status.name
     assert not fit.success and np.isfinite(fit.params).all()
 
@@ -317,10 +345,12 @@ def test_a_saddle_point_that_no_further_try_leaves_has_its_name(x64):
     assert fit.status is Status.SADDLE_POINT
 
 
-@pytest.mark.parametrize("name", MINIMUM)
-def test_a_minimum_is_a_success(name, x64):
-    fn, start, value = MINIMUM[name]
-    fit = least_squares(fn, np.array(start))
+@pytest.mark.xdist_group("joined problems with a minimum")
+@pytest.mark.parametrize("problem", MINIMUM)
+def test_a_minimum_is_a_success(problem, x64):
+    _, start, value = MINIMUM[problem]
+    fn, args = JOINED[1][problem]
+    fit = least_squares(fn, np.array(start), args=args)
     assert fit.success, str(fit)
     np.testing.assert_allclose(fit.value, value, rtol=1e-7, atol=1e-14)
 
@@ -388,8 +418,6 @@ FAR = {
         [1.0, 500.0, 0.0],
     ),
     "a peak beside the readings": (peak, [1.0, 40.0, 1.0]),
-    "a maximum of all parameters": (lambda x: x * x - 1, [0.0, 0.0]),
-    "a maximum of one parameter": (lambda x: jnp.stack([x[0] ** 2 - 1, x[1]]), [0.0, 1.0]),
 }
 
 
