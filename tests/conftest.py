@@ -29,6 +29,14 @@ def x64():
         yield
 
 
+@pytest.fixture
+def retraced():
+    """Nothing compiled comes into a test or out of it: for tests that change what is traced."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a compiler that is missing; keep all laws of a rule on one worker, with its compiled programs."""
     for item in items:
@@ -40,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(str(callspec.params["name"])))
 
 
-ROUND = 20
+ROUND = 10
 """Tests after which a worker looks whether its compiled programs are too many."""
 MAPS = 25_000
 """A compiled program is some memory maps. A process has 65,530 of them; at this number a worker drops its programs."""

@@ -122,7 +122,7 @@ def test_a_state_stepped_twice_is_left_alone(final):
 
 
 @pytest.mark.parametrize("dtype, rounding", [("float32", None), ("bfloat16", None), ("bfloat16", "compensated")])
-def test_a_train_step_reports_the_same(dtype, rounding, final, monkeypatch):
+def test_a_train_step_reports_the_same(dtype, rounding, final, monkeypatch, retraced):
     monkeypatch.setattr(leaf, "LARGE", 2**10)
     monkeypatch.setattr(pieces, "SMALL", 2**10)
     params = {"w": PARAMS["w"].astype(dtype)}

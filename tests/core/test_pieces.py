@@ -33,7 +33,7 @@ def _params(shape, dtype=jnp.float32):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, retraced):
     monkeypatch.setattr(pieces, "PIECE", 2**14)
     monkeypatch.setattr(leaf, "LARGE", 2**15)
 

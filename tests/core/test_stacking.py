@@ -50,7 +50,7 @@ def alone(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_stack_takes_the_steps_of_its_leaves(name, monkeypatch, x64):
+def test_a_stack_takes_the_steps_of_its_leaves(name, monkeypatch, x64, retraced):
     tx = jaxsgd.RULES[name](0.02, weight_decay=0.1)
     stacked = walked(tx, jnp.float64)
     alone(monkeypatch)
@@ -92,7 +92,7 @@ def test_only_whole_matrix_work_sees_the_stack():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon_jordan"])
-def test_scalars_side_by_side_change_no_number(name, monkeypatch):
+def test_scalars_side_by_side_change_no_number(name, monkeypatch, retraced):
     tx = jaxsgd.RULES[name](0.02, weight_decay=0.1)
     expected = walked(tx)
     monkeypatch.setattr(jaxsgd.stacking, "platform_of", lambda leaves: "cuda")

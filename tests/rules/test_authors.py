@@ -56,9 +56,16 @@ def walker(name):
 def ours(name, kind):
     """Our trajectory as the file has it: ``(kept steps, evaluated)``, each a dict of leaves."""
     leaves = recorded.CASES[name].leaves
-    fixed = lambda key, shape, dtype: jnp.asarray(recorded.noise(shape), dtype)
+    drawn = []
+
+    def fixed(key, shape, dtype):
+        drawn.append(shape)
+        return jnp.asarray(recorded.noise(shape), dtype)
+
     with jax.enable_x64(True), unittest.mock.patch("jax.random.normal", fixed):
         visited, evaluated = jax.device_get(walker(name)(*recorded.problem(kind, leaves)))
+    if drawn:
+        jax.clear_caches()  # of the rule's programs, which have these numbers
     kept = np.array(recorded.KEPT) - 1
     return {k: visited[k][kept] for k in leaves}, {k: evaluated[k][None] for k in leaves}
 
