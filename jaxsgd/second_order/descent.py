@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsgd.second_order.line_search import ROUNDING, Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, times, unit
+from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, tilted, times, unit
 
 __all__ = [
     "End",
@@ -95,9 +95,16 @@ class Move(NamedTuple):
 
 
 class Model(Protocol):
-    """A model of the function: it gives directions, and the first step to try along each."""
+    """A model of the function: it gives directions, and the first step to try along each.
+
+    Attributes:
+      curvature: the largest share of the first slope that an accepted step has left.
+      tilts: whether its first direction is tilted. It knows gradients alone: these keep a symmetry of the start, and
+        the negative curvature across it stays unseen.
+    """
 
     curvature: float
+    tilts: bool
 
     def init(self, x: Vector) -> Any:
         """The memory before the first evaluation."""
@@ -280,6 +287,8 @@ def descend(
         drop = jnp.where(took & ~first, c.f - ft, 0)
         move = Move(x, f, g, scale, s, y, drop, took & ~first, restart, first, c.line.a, c.p)
         memory, p, a, known, bent = model.advance(c.memory, move)
+        if model.tilts:
+            p = select(first, tilted(p), p)
         slope = dot(g, p)
         # A direction that does not descend or is not finite gives way to the gradient, at the length of the last step.
         usable = (slope < 0) & jnp.isfinite(slope)

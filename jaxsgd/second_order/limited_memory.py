@@ -150,7 +150,7 @@ class LBFGS:
       memory: the number of pairs.
     """
 
-    curvature = 0.9
+    curvature, tilts = 0.9, True
 
     def __init__(self, memory: int) -> None:
         self.memory = memory

@@ -90,7 +90,9 @@ def minimize(
     ============  ================================================  ============================
 
     The gradient decides convergence. At a saddle point where it is exactly zero, ``newton`` and ``trust_region`` see
-    the negative curvature. The other methods stop there as if it were a minimum.
+    the negative curvature. The other methods stop there as if it were a minimum. Where two parameters begin alike and
+    have the same role, gradients keep them alike, and may lead to a saddle point. So the first step of ``lbfgs``,
+    ``lbfgsb``, ``bfgs`` and ``newton_cg`` is tilted: each entry is shortened by another share, up to 1%.
 
     Args:
       fun: ``fun(params, *args) -> value``, a scalar, or ``(value, aux)``.

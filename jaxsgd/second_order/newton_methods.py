@@ -12,7 +12,7 @@ from jaxsgd.matrices import eigenvectors
 from jaxsgd.second_order.descent import End, Move, Setting, Shown, report
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import unit
+from jaxsgd.second_order.vectors import tilted, unit
 
 __all__ = ["Newton", "trust_region"]
 
@@ -44,7 +44,7 @@ class Newton:
     Nocedal & Wright 2006, section 3.4.
     """
 
-    curvature = 0.9
+    curvature, tilts = 0.9, False
 
     def __init__(self, value: Callable[[Vector], jax.Array]) -> None:
         self.value = value
@@ -224,6 +224,8 @@ def trust_region(
         top = jnp.max(jnp.abs(g))
         f_first, g_first = jnp.where(first, f, c.f_first), jnp.where(first, top, c.g_first)
         step = next_step(x, g, scale, model, radius, g_first)
+        if not exact:
+            step = step._replace(p=jnp.where(first, tilted([step.p])[0], step.p))
         size_f = jnp.maximum(jnp.abs(f), jnp.minimum(scale, jnp.abs(f_first)))
         size_g = jnp.minimum(scale, jnp.maximum(jnp.abs(f), g_first))
         small = top <= setting.tol * size_g

@@ -15,6 +15,7 @@ from jaxsgd.second_order.bfgs import BFGS
 from jaxsgd.second_order.descent import Move
 from jaxsgd.second_order.limited_memory import biggs_factor
 from jaxsgd.second_order.minimizer import METHODS
+from jaxsgd.second_order.vectors import tilted
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -105,6 +106,30 @@ def test_the_scale_of_the_value_does_not_matter(method, dtype):
         if dtype is np.float32 or method == "lbfgs":
             assert int(result.evaluations) <= 2 * int(plain.evaluations), (factor, str(result))
         assert float(result.value) == pytest.approx(factor * float(rosenbrock(result.params)), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", ["lbfgs", "lbfgsb", "bfgs", "newton_cg", "trust_region"])
+def test_parameters_that_begin_alike_part(method, dtype):
+    """Gradients keep them alike, and the lowest point of those is a saddle point."""
+
+    def fun(p):
+        a, b = p["a"], p["b"]
+        return jnp.sum((a + b - 1) ** 2 + (a * b + 1) ** 2) + (p["c"][0] - p["c"][-1]) ** 2 + jnp.sum(p["c"] ** 2)
+
+    with jax.enable_x64(dtype == np.float64):
+        for alike in (1.0, 0.5, -2.0):
+            start = {"a": np.full(3, alike, dtype), "b": np.full(3, alike, dtype), "c": np.full(4, alike, dtype)}
+            result = minimize(fun, start, method=method)
+            assert result.success and result.value < 1e-8, str(result)
+
+
+def test_no_two_entries_tilt_alike():
+    leaves = [jnp.ones(1000), jnp.ones((40, 50)), jnp.ones((40, 50)), jnp.ones(()), jnp.ones((3, 4, 5))]
+    shares = np.concatenate([np.ravel(leaf) for leaf in tilted(leaves)])
+    assert shares.min() >= 0.99 and shares.max() <= 1
+    assert len(np.unique(shares)) > 0.99 * len(shares)
+    assert abs(shares.mean() - 0.995) < 1e-4
 
 
 @pytest.mark.parametrize("cubic", [0.0, 0.05, -0.05])
