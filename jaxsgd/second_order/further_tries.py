@@ -82,8 +82,8 @@ def best_end(fit: Fit, most: int) -> State:
 
 def _doubtful(fit: Fit, i: jax.Array, s: State) -> jax.Array:
     """Whether another try may find a better end than the best of ``i`` tries."""
-    lost = jnp.any(s.columns <= LOST * jnp.where(s.peak > 0, s.peak, 1)) | _deficient(fit, s)
-    lost &= fit.misses(s) & (i == 1)
+    lost = jnp.any(s.columns <= LOST * jnp.where(s.peak > 0, s.peak, 1)) & (i == 1)
+    lost = (lost | _deficient(fit, s)) & fit.misses(s)
     failed = (s.code > Status.CONVERGED_STEP) & (s.code != Status.NOT_FINITE_START)
     idle = jnp.any(dead(fit, s))
     return jnp.where(
