@@ -1,4 +1,7 @@
-"""More functions for `minimize`, on which nothing in it was chosen: classics of other collections, and models' losses.
+"""More functions for `minimize`: classics of other collections, and models' losses.
+
+Nothing in it had been chosen on them when they first ran: lbfgs solved 70 of 71, with 1 false success, and SciPy's
+L-BFGS-B 66, with 5. The tilt of the first step came after that, for the hanging chain.
 
 Sources: CUTEst (Gould, Orban & Toint 2015, doi:10.1007/s10589-014-9687-3), test functions of global optimization
 (Jamil & Yang 2013, arXiv:1308.4008), and losses of statistics, physics and learning on made data. Each has one start.
