@@ -27,7 +27,7 @@ def _steps(tx, params, count=3, applies=False):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(monkeypatch, retraced):
     """The TPU's kernel in place of the step; how often it was asked for, and gave a result."""
     made, kernel = [], leaf._step_in_kernel
 
@@ -41,9 +41,7 @@ def interpreted(monkeypatch):
     real = leaf.in_kernel
     monkeypatch.setattr(leaf, "platform_of", lambda arrays: "tpu")
     monkeypatch.setattr(leaf.jax.lax, "platform_dependent", everywhere)
-    jax.clear_caches()
-    yield made
-    jax.clear_caches()
+    return made
 
 
 def _same(one, other):
@@ -93,14 +91,12 @@ def test_eight_bit_floats_in_a_kernel(interpreted, request):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_kernels_with_eight_bit_floats_are_lowered(platform, monkeypatch):
+def test_kernels_with_eight_bit_floats_are_lowered(platform, monkeypatch, retraced):
     """To the code that the compilers of Mosaic and Triton read, which not on each device have eight-bit floats."""
     monkeypatch.setattr(leaf, "platform_of", lambda arrays: platform)
-    jax.clear_caches()
     tx, params = jaxsgd.adamw(1e-3, storage=fp8()), jax.ShapeDtypeStruct((64, 512), jnp.float32)
     traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
     program = traced.lower(lowering_platforms=(platform,)).as_text()
-    jax.clear_caches()
     calls = [line for line in program.splitlines() if "custom_call" in line and "@Sharding" not in line]
     assert len(calls) == 1, program
 

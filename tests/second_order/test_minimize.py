@@ -128,7 +128,9 @@ def test_no_two_entries_tilt_alike():
     leaves = [jnp.ones(1000), jnp.ones((40, 50)), jnp.ones((40, 50)), jnp.ones(()), jnp.ones((3, 4, 5))]
     shares = np.concatenate([np.ravel(leaf) for leaf in tilted(leaves)])
     assert shares.min() >= 0.99 and shares.max() <= 1
+    # Of 160,000 float32 numbers between 0.99 and 1, few of 5,000 are the same by chance.
     assert len(np.unique(shares)) > 0.99 * len(shares)
+    # The mean of an even spread; that of chance would have an error of 4e-5.
     assert abs(shares.mean() - 0.995) < 1e-4
 
 
