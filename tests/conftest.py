@@ -19,7 +19,7 @@ gc.set_threshold(200_000, 20, 100)
 jax.config.update("jax_num_cpu_devices", 8)
 cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def retraced():
     jax.clear_caches()
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own hook, which reads the groups, is registered later
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a compiler that is missing; keep all laws of a rule on one worker, with its compiled programs."""
     for item in items:

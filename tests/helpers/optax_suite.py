@@ -325,7 +325,7 @@ def inside(job: Mapping[str, Any]) -> None:
     gc.set_threshold(200_000, 20, 100)  # as in conftest.py
     jax.__version__ = Version(jax.__version__)
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     recorder = Recorder(install() if job["patched"] else Tally(), job["wanted"])
     home = pathlib.Path(optax.__file__).parent
     options = [
