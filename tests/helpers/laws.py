@@ -180,6 +180,12 @@ def _with_decay(tx: Any, decay: float, params: Any, grads: Any) -> Any:
 # -- the laws ------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)
+def of(rule: Rule) -> Any:
+    """The transformation that most laws look at: one, so that they share its compiled programs."""
+    return rule(RATE)
+
+
 def hold(subject: Any, *names: str) -> None:
     """Fail unless these public laws hold."""
     for name in names:
@@ -205,17 +211,17 @@ def law_1_oracle(rule: Rule) -> None:
 def law_2_transformations(rule: Rule) -> None:
     """jit equals eager; vmap over the learning rate equals single runs; the update is differentiable."""
     hold(rule, "vmap")
-    hold(rule(RATE), "jit", *(() if "derivative" in case_of(rule.name).exceptions else ("derivative",)))
+    hold(of(rule), "jit", *(() if "derivative" in case_of(rule.name).exceptions else ("derivative",)))
 
 
 def law_3_structure(rule: Rule) -> None:
     """The state keeps structure, shapes, dtypes and weak types; the second call does not compile."""
-    hold(rule(RATE), "structure", "recompiles", "gradient_dtype")
+    hold(of(rule), "structure", "recompiles", "gradient_dtype")
 
 
 def law_4_neighbours(rule: Rule) -> None:
     """optax's combinators and Flax take it."""
-    tx, params, grads = rule(RATE), tree(1, np.float32), tree(2, np.float32)
+    tx, params, grads = of(rule), tree(1, np.float32), tree(2, np.float32)
     twice = lambda t: stepper(t)(grads, stepper(t)(grads, t.init(params), params)[1], params)
     labels = {"scalar": "a", "vector": "b", "matrix": "a", "cube": "b"}
     everywhere, nowhere = dict.fromkeys(SHAPES, True), dict.fromkeys(SHAPES, False)
@@ -289,7 +295,7 @@ def law_5_sharding(rule: Rule) -> None:
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     params = {"w": jax.device_put(jnp.ones((16, 4)), split), "b": jax.device_put(jnp.ones((4,)), whole)}
     grads = jax.tree.map(lambda p: p * 0.5, params)
-    tx = rule(RATE)
+    tx = of(rule)
     state = tx.init(params)
     for moment in ("init", "update"):
         if moment == "update":
@@ -317,7 +323,7 @@ def law_6_dtypes(rule: Rule) -> None:
 
 def law_7_edges(rule: Rule) -> None:
     """Zeros, scalars, empty trees, None leaves, complex parameters, NaN and inf are safe."""
-    tx, exceptions = rule(RATE), case_of(rule.name).exceptions
+    tx, exceptions = of(rule), case_of(rule.name).exceptions
     hold(tx, "zero", "empty", "non_finite")
     hold(tx, *(name for name, part in {"rest": "zero", "complex": "complex"}.items() if part not in exceptions))
     if rule.sums is None:

@@ -53,6 +53,29 @@ def chebyquad(x):
     return jnp.stack([rows[k].mean() - (0.0 if k % 2 else -1 / (k * k - 1)) for k in range(1, 9)])
 
 
+def joined(table):
+    """``{name: (residual, args)}``, with one residual for all problems of as many parameters: one compiled program.
+
+    Rows of zeros make their residuals as many. They change no fit.
+    """
+
+    def join(problems):
+        def padded(fn):
+            return lambda x: jnp.pad(r := fn(x), (0, T.size - r.size if len(problems) > 1 else 0))
+
+        branches = [padded(fn) for fn, *_ in problems.values()]
+
+        def residual(x, i):
+            return jax.lax.switch(i, branches, x)
+
+        return {name: (residual, (i,)) for i, name in enumerate(problems)}
+
+    out = {}
+    for size in {len(problem[1]) for problem in table.values()}:
+        out |= join({name: problem for name, problem in table.items() if len(problem[1]) == size})
+    return out
+
+
 PROBLEMS = {
     "rosenbrock": (rosenbrock, [-1.2, 1.0], (1, 10, 100)),
     "helix": (helix, [-1.0, 0.0, 0.0], (1, 10, 100)),
@@ -62,15 +85,18 @@ PROBLEMS = {
     "meyer": (meyer, [0.02, 4000.0, 250.0], (1, 10)),
     "chebyquad": (chebyquad, np.arange(1, 9) / 9, (1, 10)),
 }
+SOLVED = joined(PROBLEMS)
 
 
 TIGHT = {"ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": 2000}
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_it_solves_what_scipy_solves(name, x64):
+@pytest.mark.xdist_group("joined problems that SciPy solves")
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_it_solves_what_scipy_solves(problem, x64):
     """From the usual start, and from starts ten and a hundred times as far."""
-    fn, first, scales = PROBLEMS[name]
+    fn, first, scales = PROBLEMS[problem]
+    same, args = SOLVED[problem]
     residual, jacobian = jax.jit(fn), jax.jit(jax.jacfwd(fn))
 
     def cost(start, **how):
@@ -82,7 +108,7 @@ def test_it_solves_what_scipy_solves(name, x64):
     for scale in scales:
         start = scale * np.asarray(first)
         costs = [cost(start, method="lm"), cost(start, method="trf", x_scale="jac")]
-        result = least_squares(fn, start)
+        result = least_squares(same, start, args=args)
         assert result.success, (scale, str(result))
         # Where the minimum is 0, costs below 1e-14 are all alike.
         assert float(result.value) <= min(costs) * (1 + 1e-6) + 1e-14, scale
@@ -204,18 +230,33 @@ BOXED = {
     "columns nearly parallel": (parallel, [0.5, 0.5, 0.5], [0.0] * 3, [1.0] * 3),
     "a parameter that is fixed": (peak, [1.0, 1.5, 0.375], [0.0, 0.0, 0.375], [5.0, 5.0, 0.375]),
 }
+INSIDE = joined(BOXED)
+SEEN = []
+
+
+def keep(result):
+    """A callback that all fits share, for another is another program."""
+    SEEN.append(result)
 
 
 @pytest.mark.parametrize(
-    ("name", "method"),
+    ("problem", "method"),
     [
-        pytest.param(name, method, marks=[pytest.mark.slow] * (method != "lm" and name != next(iter(BOXED))))
-        for name in BOXED
+        pytest.param(
+            problem,
+            method,
+            marks=[
+                pytest.mark.xdist_group(f"joined problems with bounds, {method}"),
+                *[pytest.mark.slow] * (method != "lm" and problem != next(iter(BOXED))),
+            ],
+        )
+        for problem in BOXED
         for method in METHODS
     ],
 )
-def test_bounds_hold_and_the_end_is_scipys(name, method, x64):
-    fn, start, low, high = BOXED[name]
+def test_bounds_hold_and_the_end_is_scipys(problem, method, x64):
+    fn, start, low, high = BOXED[problem]
+    same, args = INSIDE[problem]
     low, high = np.array(low), np.array(high)
     # SciPy wants a start strictly inside, and no parameter without room.
     room = high > low
@@ -229,12 +270,13 @@ def test_bounds_hold_and_the_end_is_scipys(name, method, x64):
     wanted = scipy.optimize.least_squares(
         of_free, inside, bounds=(low[room], high[room]), ftol=1e-14, xtol=1e-14, gtol=1e-14, max_nfev=2000
     )
-    seen = []
-    fit = least_squares(fn, np.array(start), bounds=(low, high), method=method, callback=seen.append)
+    SEEN.clear()
+    fit = least_squares(same, np.array(start), args=args, bounds=(low, high), method=method, callback=keep)
     jax.effects_barrier()
     assert fit.success, str(fit)
     assert float(fit.value) <= wanted.cost * (1 + 1e-8) + 1e-14
-    for result in [*seen, fit]:
+    assert len(SEEN) == int(fit.evaluations) - 1
+    for result in [*SEEN, fit]:
         x = np.asarray(result.params)
         assert (low <= x).all() and (x <= high).all()
     x, gradient = np.asarray(fit.params), np.asarray(jax.grad(lambda x: 0.5 * jnp.sum(fn(x) ** 2))(fit.params))
@@ -270,29 +312,6 @@ def test_bounds_batch_differentiate_and_take_trees(x64):
     difference = (rate(y, 1e-5) - rate(y, -1e-5)) / 2e-5
     np.testing.assert_allclose(jax.grad(rate, 1)(y, 0.0), difference, rtol=1e-5)
     assert jax.grad(rate, 1)(y, -1.0) == 0
-
-
-def joined(table):
-    """``{name: (residual, args)}``, with one residual for all problems of as many parameters: one compiled program.
-
-    Rows of zeros make their residuals as many. They change no fit.
-    """
-
-    def join(problems):
-        def padded(fn):
-            return lambda x: jnp.pad(r := fn(x), (0, T.size - r.size if len(problems) > 1 else 0))
-
-        branches = [padded(fn) for fn, *_ in problems.values()]
-
-        def residual(x, i):
-            return jax.lax.switch(i, branches, x)
-
-        return {name: (residual, (i,)) for i, name in enumerate(problems)}
-
-    out = {}
-    for size in {len(problem[1]) for problem in table.values()}:
-        out |= join({name: problem for name, problem in table.items() if len(problem[1]) == size})
-    return out
 
 
 T01 = np.linspace(0.0, 1.0, 20)
@@ -431,16 +450,19 @@ FAR = {
 }
 
 
+BACK = joined(FAR)
 HOW = [("lm", None), ("dogleg", None), ("lm", (-1e4, 1e4))]
 FIRST = next(iter(FAR))
 
 
+@pytest.mark.xdist_group("joined problems with a parameter without effect")
 @pytest.mark.parametrize(
-    ("name", "method", "bounds"), [(name, *how) for name in FAR for how in HOW[: 3 if name == FIRST else 1]]
+    ("problem", "method", "bounds"), [(problem, *how) for problem in FAR for how in HOW[: 3 if problem == FIRST else 1]]
 )
-def test_a_parameter_without_effect_is_brought_back(name, method, bounds, x64):
-    fn, start = FAR[name]
-    fit = least_squares(fn, np.array(start), method=method, bounds=bounds)
+def test_a_parameter_without_effect_is_brought_back(problem, method, bounds, x64):
+    _, start = FAR[problem]
+    fn, args = BACK[problem]
+    fit = least_squares(fn, np.array(start), args=args, method=method, bounds=bounds)
     assert fit.success and float(fit.value) < 1e-12, str(fit)
 
 
