@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxsgd.hyper import WholeFrom
 from jaxsgd.numerics import widest
@@ -24,13 +23,13 @@ from jaxsgd.second_order.newton_methods import Newton, trust_region
 from jaxsgd.second_order.objective import (
     Space,
     Vector,
-    at_hand,
     check_args,
     check_bounds,
     check_fun,
     check_start,
     hoist,
     is_split,
+    peak,
 )
 from jaxsgd.second_order.result import Result
 from jaxsgd.second_order.vectors import divided, is_far, is_large, largest, multiplied, start_units
@@ -139,10 +138,11 @@ def minimize(
     """
     check_fun(fun, "(params, *args) -> value")
     method = _method(method, bounds)
-    params = check_start(params)
+    params, peaks = check_start(params)
     limits = None if bounds is None else check_bounds(bounds, params)
     if limits is not None:
         params = jax.tree.map(jnp.clip, params, *limits)
+        peaks = [peak(x) for x in jax.tree.leaves(params)]
     size = sum(x.size for x in jax.tree.leaves(params))
     if method in DENSE and size > LARGEST:
         _refuse_size(method, size, widest(x.dtype for x in jax.tree.leaves(params)))
@@ -160,23 +160,16 @@ def minimize(
     elif not isinstance(tol, jax.Array) and (not isinstance(tol, Real) or isinstance(tol, bool) or not tol >= 0):
         raise ValueError(f"tol={tol!r}: a tolerance of 0 or more is needed. Use tol=1e-6, or None for the default")
     limit = 3 * max_iterations + 100 if max_evaluations is None else max_evaluations
-    setting = Setting(_scalar(tol, dtype), _scalar(max_iterations, jnp.int32), _scalar(limit, jnp.int32))
+    tolerance = tol.astype(dtype) if isinstance(tol, jax.Array) else np.asarray(tol, dtype)
+    setting = Setting(tolerance, _whole(max_iterations), _whole(limit))
     split = method in ("lbfgs", "cg") and is_split(params)
-    large, far = _may_have(is_large, params), _may_have(is_far, params)
+    large, far = (any(x is None or bool(size(x)) for x in peaks) for size in (is_large, is_far))
     return _run(fun, _Plan(method, has_aux, split, int(memory), large, far, callback), params, limits, args, setting)
 
 
-def _scalar(x: Any, dtype: Any) -> Any:
-    """A number as an array of ``dtype``; a whole number beyond its range as the largest."""
-    if isinstance(x, jax.Array):
-        return x.astype(dtype)
-    return np.asarray(x if jnp.issubdtype(dtype, jnp.floating) else min(x, jnp.iinfo(dtype).max), dtype)
-
-
-def _may_have(size: Callable[[Any], Any], params: Any) -> bool:
-    """Whether a parameter has this size, `is_large` or `is_far`, or is not known yet."""
-    with jax.ensure_compile_time_eval():
-        return any(isinstance(x, Tracer) or bool(size(at_hand(x)).any()) for x in jax.tree.leaves(params))
+def _whole(x: Any) -> Any:
+    """A whole number as int32; one beyond its range as the largest."""
+    return x.astype(jnp.int32) if isinstance(x, jax.Array) else np.int32(min(x, np.iinfo(np.int32).max))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

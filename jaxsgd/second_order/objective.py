@@ -16,7 +16,6 @@ from jaxsgd.paths import check_params, leaf_names
 
 __all__ = [
     "Space",
-    "at_hand",
     "check_args",
     "check_bounds",
     "check_fun",
@@ -24,6 +23,7 @@ __all__ = [
     "hoist",
     "is_concrete",
     "is_split",
+    "peak",
 ]
 
 Vector = list[jax.Array]
@@ -74,6 +74,17 @@ def at_hand(array: jax.Array) -> Any:
     return np.asarray(array) if len(devices) == 1 and all(device.platform == "cpu" for device in devices) else array
 
 
+def peak(array: Any) -> Any:
+    """The largest magnitude of an array, in NumPy: NaN if a number is. None if it is a tracer."""
+    if isinstance(array, Tracer):
+        return None
+    near = at_hand(array)
+    if isinstance(near, np.ndarray):
+        return abs(near).max(initial=0)
+    with jax.ensure_compile_time_eval():  # in a program that is being traced too
+        return np.asarray(abs(near).max(initial=0))
+
+
 def check_args(args: Any) -> None:
     """Check the further arguments of a function.
 
@@ -90,8 +101,8 @@ def check_args(args: Any) -> None:
             raise TypeError(f"{where}: it is no array and no number. Use it inside the function instead") from None
 
 
-def check_start(params: Any) -> Any:
-    """``params`` with numbers as arrays.
+def check_start(params: Any) -> tuple[Any, list[Any]]:
+    """``params`` with numbers as arrays, and the `peak` of each leaf.
 
     Raises:
       TypeError: a leaf is no array of real floating-point numbers.
@@ -101,7 +112,7 @@ def check_start(params: Any) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     if not any(np.size(leaf) for leaf in leaves):
         raise ValueError("params has no number: there is nothing to minimize over. Use a pytree of float arrays")
-    out = []
+    out, peaks = [], []
     for i, leaf in enumerate(leaves):
         array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, float if isinstance(leaf, float) else None)
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -109,13 +120,11 @@ def check_start(params: Any) -> Any:
             if not jnp.issubdtype(array.dtype, jnp.complexfloating):
                 kind = "Use floating-point numbers, such as jnp.float32"
             raise TypeError(f"{_where(params, i)} is {array.dtype}. {kind}")
-        if not isinstance(array, Tracer):
-            with jax.ensure_compile_time_eval():  # in a program that is being traced too
-                fine = bool((abs(at_hand(array)) < np.inf).all())
-            if not fine:
-                raise ValueError(f"{_where(params, i)} is not finite at the start. Use a finite start")
+        peaks.append(peak(array))
+        if peaks[-1] is not None and not peaks[-1] < np.inf:
+            raise ValueError(f"{_where(params, i)} is not finite at the start. Use a finite start")
         out.append(array)
-    return treedef.unflatten(out)
+    return treedef.unflatten(out), peaks
 
 
 def check_bounds(bounds: Any, params: Any) -> tuple[Any, Any]:

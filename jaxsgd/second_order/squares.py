@@ -116,7 +116,7 @@ def least_squares(
     check_args(args)
     if callback is not None:
         check_fun(callback, "(result)", "callback")
-    start = check_start(params)
+    start, _ = check_start(params)
     limits = None if bounds is None else check_bounds(bounds, start)
     if limits is not None:
         start = jax.tree.map(jnp.clip, start, *limits)
