@@ -23,7 +23,7 @@ class _Inverse(NamedTuple):
 class BFGS:
     """BFGS: the inverse Hessian of all steps, as one matrix (Nocedal & Wright 2006, algorithm 6.1)."""
 
-    curvature, tilts = 0.9, True
+    curvature, tilts, lasts = 0.9, True, True
 
     def init(self, x: Vector) -> _Inverse:
         return _Inverse(jnp.eye(x[0].size, dtype=x[0].dtype), jnp.ones((), x[0].dtype), jnp.zeros((), jnp.int32))
@@ -60,7 +60,7 @@ class ConjugateGradient:
     """Nonlinear conjugate gradients (Hager & Zhang 2005, doi:10.1137/030601880)."""
 
     # Directions are conjugate only if the first is the gradient's.
-    curvature, tilts = 0.4, False
+    curvature, tilts, lasts = 0.4, False, False
 
     def init(self, x: Vector) -> _Last:
         return _Last(jnp.ones((), x[0].dtype), jnp.zeros((), jnp.int32))

@@ -101,10 +101,13 @@ class Model(Protocol):
       curvature: the largest share of the first slope that an accepted step has left.
       tilts: whether its first direction is tilted. It knows gradients alone: these keep a symmetry of the start, and
         the negative curvature across it stays unseen.
+      lasts: whether it never forgets. Then it may take what it learnt at a steep start for the curvature of a flat
+        valley, and an end by value is tried once more without its memory.
     """
 
     curvature: float
     tilts: bool
+    lasts: bool
 
     def init(self, x: Vector) -> Any:
         """The memory before the first evaluation."""
@@ -132,6 +135,7 @@ class _Carry(NamedTuple):
     promised: Any
     probing: Any
     probes: Any
+    renewed: Any
     f_first: Any
     g_first: Any
     grad_norm: Any
@@ -304,8 +308,8 @@ def descend(
             f=f,
             g=g,
             scale=scale,
-            f_first=jnp.where(first, f, c.f_first),
-            g_first=jnp.where(first, size, c.g_first),
+            f_first=jnp.where(c.f_first == jnp.inf, f, c.f_first),
+            g_first=jnp.where(c.f_first == jnp.inf, size, c.g_first),
             grad_norm=jnp.where(took, size, c.grad_norm),
             iterations=c.iterations + (took & ~first),
             evaluations=c.evaluations + 1,
@@ -366,8 +370,35 @@ def descend(
             code=jnp.where(goes_on, Status.RUNNING, done).astype(jnp.int32),
         )
 
+    def renew(c: _Carry) -> _Carry:
+        """Continue from an end by value as from a start, as long as that lowers the value."""
+        lower = c.f < c.renewed - 4 * eps * jnp.abs(c.f)
+        # What failed after a success, and lowered nothing, was one.
+        done = jnp.where((c.code == Status.LINE_SEARCH_FAILED) & ~lower, Status.CONVERGED_VALUE, c.code)
+        goes_on = (c.code == Status.CONVERGED_VALUE) & lower & (c.evaluations < setting.max_evaluations)
+        return select(goes_on, begin(c._replace(renewed=c.f)), c._replace(code=done.astype(jnp.int32)))
+
+    def begin(c: _Carry) -> _Carry:
+        """At the point of the carry, with no evaluation of it and nothing learnt."""
+        return c._replace(
+            f=far,
+            g=nothing,
+            p=nothing,
+            line=step_from(zero, far, zero, None if limits is None else far),
+            memory=model.init(c.x),
+            fresh=yes,
+            still=none,
+            probing=~yes,
+            code=none,
+        )
+
     def search(c: _Carry) -> _Carry:
         return jax.lax.while_loop(lambda c: c.code == 0, body, c)
+
+    def whole(c: _Carry) -> _Carry:
+        c = search(c)
+        c = probe(c) if probes else c
+        return renew(c) if model.lasts else c
 
     carry = _Carry(
         x=x,
@@ -382,6 +413,7 @@ def descend(
         promised=zero,
         probing=~yes,
         probes=none,
+        renewed=far,
         f_first=far,
         g_first=far,
         grad_norm=far,
@@ -389,7 +421,7 @@ def descend(
         evaluations=none,
         code=none,
     )
-    out = jax.lax.while_loop(lambda c: c.code == 0, lambda c: probe(search(c)), carry) if probes else search(carry)
+    out = jax.lax.while_loop(lambda c: c.code == 0, whole, carry) if probes or model.lasts else search(carry)
     x, slope = shown(out.x, times(1 / out.scale, out.g))
     # Without a finite start there is no gradient.
     slope = jnp.where(jnp.isfinite(out.grad_norm), slope, out.grad_norm)

@@ -80,7 +80,7 @@ class LBFGSB:
       limits: the bounds, each one flat vector.
     """
 
-    curvature, tilts = 0.9, True
+    curvature, tilts, lasts = 0.9, True, False
 
     def __init__(self, memory: int, limits: Limits) -> None:
         self.memory, self.limits = memory, limits

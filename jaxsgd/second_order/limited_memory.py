@@ -150,7 +150,7 @@ class LBFGS:
       memory: the number of pairs.
     """
 
-    curvature, tilts = 0.9, True
+    curvature, tilts, lasts = 0.9, True, False
 
     def __init__(self, memory: int) -> None:
         self.memory = memory

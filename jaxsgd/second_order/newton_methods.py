@@ -44,7 +44,7 @@ class Newton:
     Nocedal & Wright 2006, section 3.4.
     """
 
-    curvature, tilts = 0.9, False
+    curvature, tilts, lasts = 0.9, False, False
 
     def __init__(self, value: Callable[[Vector], jax.Array]) -> None:
         self.value = value
