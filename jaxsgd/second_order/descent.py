@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsgd.second_order.line_search import ROUNDING, Line, judge_trial, step_from
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
-from jaxsgd.second_order.vectors import axpy, dot, largest, norm, select, tilted, times, unit
+from jaxsgd.second_order.vectors import axpy, dot, largest, multiplied, norm, select, tilted, times, unit
 
 __all__ = [
     "End",
@@ -239,6 +239,10 @@ def descend(
     zero, far = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
     nothing, none = [jnp.zeros_like(leaf) for leaf in x], jnp.zeros((), jnp.int32)
     yes = jnp.ones((), bool)
+    # What stays the same is computed here. XLA would take it out of the loop, but copies the whole loop to do so.
+    loosely, least = jnp.sqrt(setting.tol), jnp.maximum((0.1 * setting.tol) ** 2, eps)
+    tilts = tilted([jnp.ones_like(leaf) for leaf in x]) if model.tilts else []
+    may_repeat = setting.max_evaluations > 1
 
     def share_left(now: _Carry) -> jax.Array:
         """The gradient as a share of the first."""
@@ -256,12 +260,12 @@ def descend(
         size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(now.scale, jnp.abs(now.f_first)))
         size_g = jnp.minimum(now.scale, jnp.maximum(jnp.abs(now.f), now.g_first))
         by_gradient = (now.grad_norm <= setting.tol * size_g) & known
-        by_gradient &= predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f
+        by_gradient &= predicted <= least * size_f
         by_gradient |= now.grad_norm == 0
         unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
         still = jnp.where(unmoved, c.still + 1, 0)
         quiet = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
-        fallen = share_left(now) <= jnp.sqrt(setting.tol)
+        fallen = share_left(now) <= loosely
         smooth = fallen | little_left(now)
         code = jnp.where(quiet, jnp.where(smooth, Status.CONVERGED_VALUE, Status.LINE_SEARCH_FAILED), Status.RUNNING)
         code = jnp.where((still >= 10) & fallen, Status.CONVERGED_VALUE, code)
@@ -276,7 +280,7 @@ def descend(
         fine = jnp.isfinite(ft) & jnp.isfinite(top)
         # Where products of such values leave the range of the dtype, the start is evaluated again, in another unit.
         scale = unit(jnp.maximum(jnp.abs(ft), top))
-        again = (c.evaluations == 0) & fine & (scale != 1) & (setting.max_evaluations > 1)
+        again = (c.evaluations == 0) & fine & (scale != 1) & may_repeat
         scale = jnp.where(again, scale, c.scale)
         size = top if limits is None else scale * projected(xt, times(1 / scale, gt), limits)
         line, accepted, failed = judge_trial(c.line, c.f, ft, dot(gt, c.p), fine, model.curvature)
@@ -292,7 +296,7 @@ def descend(
         move = Move(x, f, g, scale, s, y, drop, took & ~first, restart, first, c.line.a, c.p)
         memory, p, a, known, bent = model.advance(c.memory, move)
         if model.tilts:
-            p = select(first, tilted(p), p)
+            p = select(first, multiplied(tilts, p), p)
         slope = dot(g, p)
         # A direction that does not descend or is not finite gives way to the gradient, at the length of the last step.
         usable = (slope < 0) & jnp.isfinite(slope)
@@ -324,7 +328,7 @@ def descend(
         # At a point where the value cannot be told from its neighbours, the search ends as a success if the
         # model saw that little is left to gain.
         gain = -c.line.d0 * jnp.minimum(1, c.line.a) / 2
-        exhausted = failed & (gain <= 4 * eps * jnp.abs(f)) & (c.grad_norm <= jnp.sqrt(setting.tol) * c.g_first)
+        exhausted = failed & (gain <= 4 * eps * jnp.abs(f)) & (c.grad_norm <= loosely * c.g_first)
         exhausted |= failed & c.fresh & (c.grad_norm <= 100 * eps * c.g_first)
         end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
         code = jnp.where((code == 0) & (stuck | exhausted), end, code)
