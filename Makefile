@@ -14,9 +14,11 @@ ARGS ?=
 FIRST := core/test_layers core/test_rooms core/test_numerics rules/test_momentum training/test_record \
 	rules/test_adding_a_rule rules/test_transforms training/test_train
 # Most of the tests' time is compiling. These flags take two thirds off: LLVM without its costly passes, the emitter of
-# fusions that does not go through MLIR, one module a program. `make plans` and `make train` compile as users do.
+# fusions that does not go through MLIR, one module a program, no work on loops, which copies them whole, and no checks
+# of XLA's own between its passes. `make plans` and `make train` compile as users do.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
-	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+	--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
+	--xla_disable_hlo_passes=while-loop-invariant-code-motion,simplify-while-loops,hlo-verifier
 
 # A worker that dies is not replaced: pytest-xdist 3.8 then waits without end if tests are in groups.
 TWO := -n 2 --dist loadgroup --max-worker-restart 0

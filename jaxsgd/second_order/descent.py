@@ -101,8 +101,8 @@ class Model(Protocol):
       curvature: the largest share of the first slope that an accepted step has left.
       tilts: whether its first direction is tilted. It knows gradients alone: these keep a symmetry of the start, and
         the negative curvature across it stays unseen.
-      lasts: whether it never forgets. Then it may take what it learnt at a steep start for the curvature of a flat
-        valley, and an end by value is tried once more without its memory.
+      lasts: whether it never forgets. Then it may take the curvature of a steep start for that of a flat valley. An
+        end by value is tried once more without its memory.
     """
 
     curvature: float
@@ -383,7 +383,7 @@ def descend(
         return select(goes_on, begin(c._replace(renewed=c.f)), c._replace(code=done.astype(jnp.int32)))
 
     def begin(c: _Carry) -> _Carry:
-        """At the point of the carry, with no evaluation of it and nothing learnt."""
+        """A search from the point of the carry: nothing is evaluated yet, and nothing learnt."""
         return c._replace(
             f=far,
             g=nothing,

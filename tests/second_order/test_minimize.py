@@ -15,7 +15,7 @@ from jaxsgd.second_order.bfgs import BFGS
 from jaxsgd.second_order.descent import Move
 from jaxsgd.second_order.limited_memory import biggs_factor
 from jaxsgd.second_order.minimizer import METHODS
-from jaxsgd.second_order.vectors import tilted
+from jaxsgd.second_order.vectors import power_of_two, tilted
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -298,6 +298,31 @@ def test_bfgs_forgets_a_matrix_that_rounding_made_indefinite():
     memory, (p,), *_ = model.advance(at, move)
     np.testing.assert_allclose(p, -0.5 * g[0])
     np.testing.assert_allclose(memory.h, 0.5 * jnp.eye(2))
+
+
+def test_bfgs_ends_by_value_only_without_what_a_steep_start_taught_it():
+    """Curvatures of 1e9 at the start; in the valley a plain step is too short by as much (cliff, of CUTEst)."""
+
+    def cliff(x):
+        return ((x[0] - 3) / 100) ** 2 - (x[0] - x[1]) + jnp.exp(20 * (x[0] - x[1]))
+
+    result = minimize(cliff, np.array([0.0, -1.0]), method="bfgs")
+    assert result.success
+    # At x0 = 3 and x1 = 3 + log(20) / 20.
+    assert float(result.value) == pytest.approx((1 + np.log(20)) / 20, abs=1e-9)
+    limited = minimize(cliff, np.array([0.0, -1.0]), method="bfgs", max_evaluations=42)
+    assert limited.status is Status.EVALUATION_LIMIT and int(limited.evaluations) == 42
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_power_of_two_is_the_number_without_its_mantissa(dtype):
+    info = np.finfo(dtype)
+    low, high = 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 2)
+    drawn = np.exp2(np.random.default_rng(0).uniform(info.minexp, info.maxexp, 1000)).astype(dtype)
+    x = np.concatenate([drawn, np.array([1, 2, 3, 0.5, info.max, info.tiny], dtype)])
+    expected = np.clip(np.ldexp(1.0, np.frexp(x)[1].astype(int) - 1), low, high)
+    np.testing.assert_array_equal(power_of_two(jnp.asarray(x)), expected)
+    np.testing.assert_array_equal(power_of_two(jnp.array([0, -1, np.inf, np.nan], dtype)), 1)
 
 
 # -- jit, vmap, scan, derivatives ------------------------------------------------------------------
