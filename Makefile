@@ -23,7 +23,8 @@ QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 # A worker that dies is not replaced: pytest-xdist 3.8 then waits without end if tests are in groups.
 TWO := -n 2 --dist loadgroup --max-worker-restart 0
 
-.PHONY: help train quick test slow packagers package sitemakers site compilers plans bench lint format tables clean
+.PHONY: help train quick test slow packagers package sitemakers site compilers plans bench lint types documents format tables \
+	clean
 
 help:
 	@echo "make train | quick | test | slow | package | site | plans | bench | lint | format | tables | clean"
@@ -47,7 +48,12 @@ train: $(VENV)/.examples
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(MAKE) --no-print-directory -j 2 types documents
+
+types: $(VENV)/.test
 	$(RUN) -m pyright
+
+documents: $(VENV)/.test
 	$(RUN) tools/catalog.py --check
 	$(RUN) tools/ledger.py --check
 	$(RUN) tools/stubs.py --check
