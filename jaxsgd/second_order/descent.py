@@ -380,21 +380,21 @@ def descend(
         # What failed after a success, and lowered nothing, was one.
         done = jnp.where((c.code == Status.LINE_SEARCH_FAILED) & ~lower, Status.CONVERGED_VALUE, c.code)
         goes_on = (c.code == Status.CONVERGED_VALUE) & lower & (c.evaluations < setting.max_evaluations)
-        return select(goes_on, begin(c._replace(renewed=c.f)), c._replace(code=done.astype(jnp.int32)))
+        return select(goes_on, c._replace(renewed=c.f, **unlearnt(c.x)), c._replace(code=done.astype(jnp.int32)))
 
-    def begin(c: _Carry) -> _Carry:
-        """A search from the point of the carry: nothing is evaluated yet, and nothing learnt."""
-        return c._replace(
-            f=far,
-            g=nothing,
-            p=nothing,
-            line=step_from(zero, far, zero, None if limits is None else far),
-            memory=model.init(c.x),
-            fresh=yes,
-            still=none,
-            probing=~yes,
-            code=none,
-        )
+    def unlearnt(x: Vector) -> dict[str, Any]:
+        """What a search from a point begins with: nothing is evaluated yet, and nothing learnt."""
+        return {
+            "f": far,
+            "g": nothing,
+            "p": nothing,
+            "line": step_from(zero, far, zero, None if limits is None else far),
+            "memory": model.init(x),
+            "fresh": yes,
+            "still": none,
+            "probing": ~yes,
+            "code": none,
+        }
 
     def search(c: _Carry) -> _Carry:
         return jax.lax.while_loop(lambda c: c.code == 0, body, c)
@@ -406,16 +406,8 @@ def descend(
 
     carry = _Carry(
         x=x,
-        f=far,
-        g=nothing,
         scale=jnp.ones((), dtype),
-        p=nothing,
-        line=step_from(zero, far, zero, None if limits is None else far),
-        memory=model.init(x),
-        fresh=yes,
-        still=none,
         promised=zero,
-        probing=~yes,
         probes=none,
         renewed=far,
         f_first=far,
@@ -423,7 +415,7 @@ def descend(
         grad_norm=far,
         iterations=none,
         evaluations=none,
-        code=none,
+        **unlearnt(x),
     )
     out = jax.lax.while_loop(lambda c: c.code == 0, whole, carry) if probes or model.lasts else search(carry)
     x, slope = shown(out.x, times(1 / out.scale, out.g))

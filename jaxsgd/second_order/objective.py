@@ -68,21 +68,15 @@ def is_split(params: Any) -> bool:
     )
 
 
-def at_hand(array: jax.Array) -> Any:
-    """The array in NumPy if it is on one CPU: NumPy looks at it in less time than a compiled program takes to start."""
-    devices = array.devices()
-    return np.asarray(array) if len(devices) == 1 and all(device.platform == "cpu" for device in devices) else array
-
-
 def peak(array: Any) -> Any:
     """The largest magnitude of an array, in NumPy: NaN if a number is. None if it is a tracer."""
     if isinstance(array, Tracer):
         return None
-    near = at_hand(array)
-    if isinstance(near, np.ndarray):
-        return abs(near).max(initial=0)
+    devices = array.devices()
+    if len(devices) == 1 and all(device.platform == "cpu" for device in devices):
+        return abs(np.asarray(array)).max(initial=0)  # in less time than a compiled program takes to start
     with jax.ensure_compile_time_eval():  # in a program that is being traced too
-        return np.asarray(abs(near).max(initial=0))
+        return np.asarray(abs(array).max(initial=0))
 
 
 def check_args(args: Any) -> None:
