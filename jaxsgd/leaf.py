@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxsgd.elementwise import elementwise
 from jaxsgd.hyper import Hyper, is_array, is_off, narrow
 from jaxsgd.kernels import in_kernel
+from jaxsgd.meshes import platform_of
 from jaxsgd.numerics import sq, sum_of_squares, wide, wide_dtype, widest
-from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of, platform_of
+from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.storage import Storage, drawn, plain

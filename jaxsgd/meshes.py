@@ -1,4 +1,4 @@
-"""Meshes with Explicit axes: entered, and left as Auto ones inside a program.
+"""Where arrays are: on which platform, whole or split, and on meshes with Explicit axes.
 
 On Explicit axes the sharding of an array is part of its type, and every operation has to state that of its result.
 The programs here leave that to XLA: inside, the axes are Auto. Arguments and results have the user's types.
@@ -11,9 +11,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-__all__ = ["auto_mesh", "auto_sharding", "in_mesh", "is_explicit", "on_auto_axes", "same_mesh"]
+__all__ = [
+    "auto_mesh",
+    "auto_sharding",
+    "in_mesh",
+    "is_explicit",
+    "made_from",
+    "on_auto_axes",
+    "on_one_device",
+    "platform_of",
+    "same_mesh",
+]
 
 
 def is_explicit(mesh: Mesh | None) -> bool:
@@ -57,3 +68,28 @@ def on_auto_axes(fn: Callable[..., Any], mesh: Mesh, out: Any) -> Callable[..., 
       out: the specs of the results: a tree of `jax.sharding.PartitionSpec`, or a prefix of one.
     """
     return jax.sharding.auto_axes(fn, axes=mesh.axis_names, out_sharding=out) if is_explicit(mesh) else fn
+
+
+def platform_of(arrays: Any) -> str:
+    """The platform of arrays, or of the program that will run: ``"cpu"``, ``"tpu"`` or ``"cuda"``.
+
+    Arrays with a mesh name the platform of its devices, which this process may not have; others the process's own.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+    named = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device is not None]
+    platform = named[0] if named else jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
+
+
+def on_one_device(arrays: list[Any]) -> bool:
+    """Whether each device steps the whole of what it sees: no array is split by the compiler."""
+    types = [jax.typeof(x) for x in arrays]
+    meshes = [t.sharding.mesh for t in types]
+    whole = all(m.empty or m.size == 1 or set(m.axis_types) == {AxisType.Manual} for m in meshes)
+    return whole and len({t.manual_axis_type for t in types if t.ndim}) <= 1
+
+
+def made_from(arrays: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The type of what a kernel makes from arrays of `on_one_device`: in `jax.shard_map` it varies as they do."""
+    kinds = {jax.typeof(x).manual_axis_type for x in arrays if jnp.ndim(x)}
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=next(iter(kinds), None))

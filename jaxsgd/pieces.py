@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
+from jaxsgd.meshes import on_one_device
 from jaxsgd.storage import Storage
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "is_narrow",
     "on_bytes",
     "pieces_of",
-    "platform_of",
 ]
 
 PIECE = 2**18
@@ -65,7 +64,7 @@ def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> 
       storages: those of its slots.
       arrays: all that the step reads.
     """
-    if like.size < SMALL or not _on_one_device([like, *jax.tree.leaves(arrays)]):
+    if like.size < SMALL or not on_one_device([like, *jax.tree.leaves(arrays)]):
         return None
     row = 1
     for storage in storages.values():
@@ -80,25 +79,6 @@ def pieces_of(like: jax.Array, storages: Mapping[str, Storage], arrays: Any) -> 
     rows, most = like.size // row, max(1, PIECE // row)
     even = next((n for n in range(most, most // 8, -1) if rows % n == 0), most)
     return Pieces(rows, row, even)
-
-
-def platform_of(arrays: Any) -> str:
-    """The platform of arrays, or of the program that will run: ``"cpu"``, ``"tpu"`` or ``"cuda"``.
-
-    Arrays with a mesh name the platform of its devices, which this process may not have; others the process's own.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
-    named = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device is not None]
-    platform = named[0] if named else jax.default_backend()
-    return "cuda" if platform == "gpu" else platform
-
-
-def _on_one_device(arrays: list[Any]) -> bool:
-    """Whether each device steps the whole of what it sees: no array is split by the compiler."""
-    types = [jax.typeof(x) for x in arrays]
-    meshes = [t.sharding.mesh for t in types]
-    whole = all(m.empty or m.size == 1 or set(m.axis_types) == {AxisType.Manual} for m in meshes)
-    return whole and len({t.manual_axis_type for t in types if t.ndim}) <= 1
 
 
 def in_pieces(step: Callable[..., Any], pieces: Pieces, read: Any, kept: Any, alive: jax.Array) -> Any:

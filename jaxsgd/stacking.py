@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.elementwise import divided
-from jaxsgd.pieces import platform_of
+from jaxsgd.meshes import platform_of
 
 __all__ = ["is_small", "kinds_of", "mesh_of", "side_by_side", "stacks", "together"]
 
