@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxsgd.elementwise import ALONE, CALLS
+from jaxsgd.meshes import made_from
 from jaxsgd.pieces import Pieces, as_bytes, from_bytes, is_narrow, on_bytes
 
 __all__ = ["Body", "body_of", "in_kernel"]
@@ -217,7 +218,7 @@ class _OnGPU:
             grid=(self.rows // count,),
             in_specs=[*(one for _ in scalars), *map(spec, given)],
             out_specs=[*map(spec, results)],
-            out_shape=[jax.ShapeDtypeStruct(shape(x), x.dtype) for x in results],
+            out_shape=[made_from(given, shape(x), x.dtype) for x in results],
             input_output_aliases=_aliases(few, given, results),
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
@@ -279,7 +280,7 @@ class _OnTPU:
             grid=(pl.cdiv(self.height, count), across),
             in_specs=[*(pl.BlockSpec(memory_space=tpu.SMEM) for _ in scalars), *map(spec, given)],
             out_specs=[*map(spec, results)],
-            out_shape=[jax.ShapeDtypeStruct(shape(x), x.dtype) for x in results],
+            out_shape=[made_from(given, shape(x), x.dtype) for x in results],
             input_output_aliases=_aliases(few, given, results),
             compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=interpret,

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import sq
+from jaxsgd.symmetric import Product, symmetric_product
 
 __all__ = [
     "JORDAN",
@@ -34,6 +35,7 @@ __all__ = [
     "eigenvectors",
     "frobenius",
     "gathered",
+    "gram",
     "inverse",
     "inverse_root",
     "known",
@@ -118,6 +120,12 @@ def table_of(coefficients: str | Sequence[Any]) -> tuple[tuple[Triple, ...], boo
 def adjoint(x: jax.Array) -> jax.Array:
     """The conjugate transpose."""
     return jnp.swapaxes(x, -1, -2).conj() if jnp.iscomplexobj(x) else jnp.swapaxes(x, -1, -2)
+
+
+def gram(x: jax.Array, *, tall: bool = False, product: Product | None = None) -> jax.Array:
+    r"""The Gram matrix $X X^*$, or $X^* X$ if ``tall``; ``product`` of `symmetric_product`."""
+    product = symmetric_product(x) if product is None else product
+    return product(lambda x: adjoint(x) @ x if tall else x @ adjoint(x), x, tall=tall)
 
 
 def frobenius(x: jax.Array) -> jax.Array:
@@ -224,27 +232,23 @@ def spectral(x: jax.Array) -> jax.Array:
 # -- Newton-Schulz -------------------------------------------------------------------------------
 
 
-def _gram(x: jax.Array, tall: bool) -> jax.Array:
-    """The smaller of both Gram matrices."""
-    return adjoint(x) @ x if tall else x @ adjoint(x)
-
-
-def _prescaled(x: jax.Array, kind: str, eps: Any, tall: bool) -> tuple[jax.Array, jax.Array | None]:
+def _prescaled(x: jax.Array, kind: str, eps: Any, tall: bool, product: Product) -> tuple[jax.Array, jax.Array | None]:
     """``x`` with singular values at most 1, and its Gram matrix where that came for free."""
     if kind == "frobenius":
         return x / (frobenius(x) + eps), None
     if kind == "spectral":
         return x / (spectral(x) + eps), None
-    gram = _gram(x, tall)  # squares: eps bounds their root, so that small gradients are scaled like large ones
+    # Squares: eps bounds their root, so that small gradients are scaled like large ones.
+    squares = gram(x, tall=tall, product=product)
     if kind == "aol":  # almost orthogonal layers: Gershgorin's bound, row by row of the shorter side
-        scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(gram), axis=-1, keepdims=True), eps * eps))
+        scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.abs(squares), axis=-1, keepdims=True), eps * eps))
     elif kind == "schatten":  # the Schatten-4 norm, squared, is the Gram matrix's Frobenius norm
-        scale = jax.lax.rsqrt(jnp.maximum(frobenius(gram), eps * eps))
+        scale = jax.lax.rsqrt(jnp.maximum(frobenius(squares), eps * eps))
     else:
         raise ValueError(f"preconditioning={kind!r}: known are {', '.join(PRECONDITIONINGS)}")
     wide = scale.astype(x.dtype)
     across = jnp.swapaxes(wide, -1, -2)
-    return x * (across if tall else wide), gram * wide * across
+    return x * (across if tall else wide), squares * wide * across
 
 
 TOGETHER = 2
@@ -252,14 +256,17 @@ TOGETHER = 2
 its small eigenvalues by up to $a^2$; of three, bfloat16 diverges."""
 
 
-def _composed(gram: jax.Array, abcs: Sequence[Any], one: jax.Array) -> jax.Array:
+def _composed(squares: jax.Array, abcs: Sequence[Any], one: jax.Array, product: Product) -> jax.Array:
     """The product of the polynomials of some steps: after each the Gram matrix is $P A P$."""
     factor = None
     for i, (a, b, c) in enumerate(abcs):
-        polynomial = a * one + b * gram + c * gram @ gram  # with a I in it, x is read once, by the product
-        factor = polynomial if factor is None else polynomial @ factor
+        # With a I in it, x is read once, by the product.
+        plain = functools.partial(lambda a, b, c, squares: a * one + b * squares + c * squares @ squares, a, b, c)
+        polynomial = product(plain, squares, scalars=(a, b, c))
+        # All of these commute, so that their products are symmetric too.
+        factor = polynomial if factor is None else product(jnp.matmul, polynomial, factor)
         if i + 1 < len(abcs):
-            gram = polynomial @ gram @ polynomial
+            squares = product(jnp.matmul, product(jnp.matmul, polynomial, squares), polynomial)
     assert factor is not None
     return factor
 
@@ -290,29 +297,29 @@ def newton_schulz(
     Returns:
       Matrices like ``x``, in its dtype.
     """
-    tall, like = x.shape[-2] > x.shape[-1], x.dtype
-    x, gram = _prescaled(x, preconditioning, eps, tall)
+    tall, like, product = x.shape[-2] > x.shape[-1], x.dtype, symmetric_product(x)
+    x, squares = _prescaled(x, preconditioning, eps, tall, product)
     if dtype is not None:
-        x, gram = x.astype(dtype), None if gram is None else gram.astype(dtype)
+        x, squares = x.astype(dtype), None if squares is None else squares.astype(dtype)
     size = min(x.shape[-2:])
     one = jnp.broadcast_to(jnp.eye(size, dtype=x.dtype), (*x.shape[:-2], size, size))
 
-    def step(x: jax.Array, gram: jax.Array, abcs: Any) -> jax.Array:
-        factor = _composed(gram, abcs, one)
+    def step(x: jax.Array, squares: jax.Array, abcs: Any) -> jax.Array:
+        factor = _composed(squares, abcs, one, product)
         return x @ factor if tall else factor @ x
 
     if isinstance(steps, jax.Array):
         rows = jnp.asarray(table, x.dtype)
 
         def body(i: jax.Array, x: jax.Array) -> jax.Array:
-            return step(x, _gram(x, tall), [rows[jnp.minimum(i, len(table) - 1)]])
+            return step(x, gram(x, tall=tall, product=product), [rows[jnp.minimum(i, len(table) - 1)]])
 
         x = jax.lax.fori_loop(0, steps.astype(jnp.int32), body, x)
     else:
         abcs = [table[min(i, len(table) - 1)] for i in range(int(steps))]
         at_once = TOGETHER if max(x.shape[-2:]) > 2 * size else 1
         for i in range(0, len(abcs), at_once):
-            known = gram if i == 0 and gram is not None else _gram(x, tall)
+            known = squares if i == 0 and squares is not None else gram(x, tall=tall, product=product)
             x = step(x, known, abcs[i : i + at_once])
     return x.astype(like)
 

@@ -143,9 +143,7 @@ def kernels(program: Program) -> dict[str, int]:
 
 
 def _kind(program: Program, i: Instruction) -> str:
-    if i.opcode == "fusion":
-        return "products" if program.totals(i.attribute("calls")).flops else "fusions"
-    if i.opcode in ("dot", "convolution") or i.opcode == "custom-call" and "gemm" in i.rest:
+    if program.work(program.entry, i).flops:
         return "products"
     return "copies" if i.opcode == "copy" else "fusions"
 

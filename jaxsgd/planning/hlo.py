@@ -30,6 +30,8 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
     "ragged-all-to-all",
 )  # fmt: skip
+HALF = "/half_product/pallas_call"
+"""The end of the label of the kernel in `jaxsgd.symmetric`."""
 VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
 
 
@@ -167,11 +169,12 @@ class Program:
         if name not in self._totals:
             out = Totals()
             for instruction in self.computations.get(name, {}).values():
-                out.add(self._one(name, instruction))
+                out.add(self.work(name, instruction))
             self._totals[name] = out
         return self._totals[name]
 
-    def _one(self, computation: str, i: Instruction) -> Totals:
+    def work(self, computation: str, i: Instruction) -> Totals:
+        """The work of one instruction of a computation."""
         out = Totals()
         if i.opcode == "while":
             out.add(self.totals(i.attribute("body")), self.trips(computation, i))
@@ -262,6 +265,9 @@ class Program:
 
     def _flops(self, computation: str, i: Instruction) -> dict[str, float]:
         operands = self._operands(computation, i)
+        if operands and i.label.endswith(HALF):
+            [left], [out] = shapes(operands[0].shape), shapes(i.shape)
+            return {left.dtype: math.prod(left.dims) * out.dims[-1]}
         if len(operands) < 2:
             return {}
         firsts = [found[0] for o in (*operands[:2], i) if (found := shapes(o.shape))]

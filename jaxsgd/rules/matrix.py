@@ -23,10 +23,10 @@ from jaxsgd.matrices import (
     PRECONDITIONINGS,
     USUAL,
     NewtonSchulz,
-    adjoint,
     as_matrices,
     eigenbasis,
     frobenius,
+    gram,
     inverse_root,
     known,
     partitioned,
@@ -411,8 +411,8 @@ def soap(
     u = rotated_back(rotated(mu, *bases) / (jnp.sqrt(nu) + eps), *bases) * (jnp.sqrt(c2) / c1)
     delta = jnp.where(moves, -learning_rate * u - learning_rate * weight_decay * (p - learning_rate * u), 0)
     decay = b2 if shampoo_beta is None else shampoo_beta
-    left = None if left is None else ema(left, g @ adjoint(g), decay)
-    right = None if right is None else ema(right, adjoint(g) @ g, decay)
+    left = None if left is None else ema(left, gram(g), decay)
+    right = None if right is None else ema(right, gram(g, tall=True), decay)
     nu, bases = _soap_bases(t, nu, (left, right), bases, precondition_frequency, offset)
     return delta, mu, nu, left, right, *bases
 
@@ -471,7 +471,7 @@ def shampoo(
     diagonal = g / jnp.sqrt(eps + (accumulator := accumulator + sq(g)))
     if left is None and right is None:
         return diagonal, accumulator, left, right, left_root, right_root
-    left, right = _plus(left, g @ adjoint(g)), _plus(right, adjoint(g) @ g)
+    left, right = _plus(left, gram(g)), _plus(right, gram(g, tall=True))
     due = (t == 1) | ((t - 1 - offset) % precondition_frequency == 0)
     roots = jax.lax.cond(due, lambda: _roots(left, right, eps), lambda: (left_root, right_root))
     size = frobenius(u := rotated_back(g, roots[0], roots[1]))

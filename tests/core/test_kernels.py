@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsgd
-from jaxsgd import fp8, int8, leaf
+from jaxsgd import fp8, int8, leaf, symmetric
 from jaxsgd.planning.targets import lookup
 
 RULES = ("adamw", "lion", "momentum", "nesterov", "adagrad", "rmsprop", "yogi", "adan", "schedule_free_adamw")
@@ -99,6 +99,36 @@ def test_kernels_with_eight_bit_floats_are_lowered(platform, monkeypatch, retrac
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     calls = [line for line in program.splitlines() if "custom_call" in line and "@Sharding" not in line]
     assert len(calls) == 1, program
+
+
+@pytest.mark.parametrize(
+    ("platform", "make", "calls"),
+    [
+        ("tpu", lambda: jaxsgd.adamw(1e-3, storage=int8()), 1),
+        ("cuda", lambda: jaxsgd.lion(1e-3, storage=fp8()), 1),
+        ("cuda", lambda: jaxsgd.muon(1e-3), 2 * 5),
+        ("cuda", lambda: jaxsgd.soap(1e-3), 2),
+    ],
+    ids=["int8 on TPU", "fp8 on GPU", "muon on GPU", "soap on GPU"],
+)
+def test_kernels_in_shard_map(platform, make, calls, monkeypatch, retraced):
+    """Its check asks of each result over which axes it varies."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    for module in (leaf, symmetric):
+        monkeypatch.setattr(module, "platform_of", lambda arrays: platform)
+    tx, params, split = make(), jax.ShapeDtypeStruct((512, 512), jnp.float32), PartitionSpec("data")
+
+    def step(params, state, grads):
+        return jaxsgd.update_params(tx, jax.lax.pmean(grads, "data"), state, params)
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(), split), out_specs=PartitionSpec()
+    )
+    grads = jax.ShapeDtypeStruct((8 * 512, 512), jnp.float32)
+    traced = jax.jit(mapped).trace(params, jax.eval_shape(tx.init, params), grads)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    kernels = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
+    assert program.count(f"custom_call @{kernels[platform]}") == calls
 
 
 @pytest.mark.parametrize(
