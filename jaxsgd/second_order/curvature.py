@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.matrices import cholesky, eigenvectors
+from jaxsgd.second_order.loops import cond, while_loop
 
 __all__ = [
     "Solution",
@@ -166,7 +167,7 @@ def conjugate_gradients(
             done,
         )
 
-    w = jax.lax.while_loop(lambda w: (w.i < iterations) & ~w.done, body, walk)
+    w = while_loop(lambda w: (w.i < iterations) & ~w.done, body, walk)
     return Solution(w.d, w.i, w.negative)
 
 
@@ -201,4 +202,4 @@ def dense_direction(hessian: jax.Array, g: jax.Array, damping: jax.Array) -> tup
 
     # A pivot below rounding says nothing about its sign.
     positive = jnp.all(pivots > n * eps * jnp.max(jnp.abs(jnp.diagonal(shifted))))
-    return jax.lax.cond(positive, newton, saddle_free), good
+    return cond(positive, newton, saddle_free), good

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.second_order.line_search import ROUNDING, Line, judge_trial, step_from
+from jaxsgd.second_order.loops import cond, while_loop
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import axpy, dot, largest, multiplied, norm, select, tilted, times, unit
@@ -155,7 +156,7 @@ def plain_scale(move: Move, straight: jax.Array) -> jax.Array:
         length = jnp.where(move.first, first_length(norm(move.x), move.f, size), norm(move.s))
         return length / jnp.where(size > 0, size, 1)
 
-    return jax.lax.cond(move.first | straight, share, lambda: jnp.ones((), move.g[0].dtype))
+    return cond(move.first | straight, share, lambda: jnp.ones((), move.g[0].dtype))
 
 
 def first_length(size: jax.Array, f: jax.Array, slope: jax.Array) -> jax.Array:
@@ -207,7 +208,7 @@ def report(callback: Callable[..., None], stepped: jax.Array, *news: Any) -> Non
 
     Under `jax.vmap` it is called for all members: then ``stepped`` tells which of them have news.
     """
-    jax.lax.cond(stepped, lambda: jax.debug.callback(callback, stepped, *news, ordered=False), lambda: None)
+    cond(stepped, lambda: jax.debug.callback(callback, stepped, *news, ordered=False), lambda: None)
 
 
 def descend(
@@ -306,7 +307,7 @@ def descend(
             down = axpy(-1, x, clipped(axpy(-plain, g, x), limits))
             return down, dot(g, down)
 
-        p, slope = jax.lax.cond(usable, lambda: (p, slope), downhill)
+        p, slope = cond(usable, lambda: (p, slope), downhill)
         now = c._replace(
             x=x,
             f=f,
@@ -397,7 +398,7 @@ def descend(
         }
 
     def search(c: _Carry) -> _Carry:
-        return jax.lax.while_loop(lambda c: c.code == 0, body, c)
+        return while_loop(lambda c: c.code == 0, body, c)
 
     def whole(c: _Carry) -> _Carry:
         c = search(c)
@@ -417,7 +418,7 @@ def descend(
         evaluations=none,
         **unlearnt(x),
     )
-    out = jax.lax.while_loop(lambda c: c.code == 0, whole, carry) if probes or model.lasts else search(carry)
+    out = while_loop(lambda c: c.code == 0, whole, carry) if probes or model.lasts else search(carry)
     x, slope = shown(out.x, times(1 / out.scale, out.g))
     # Without a finite start there is no gradient.
     slope = jnp.where(jnp.isfinite(out.grad_norm), slope, out.grad_norm)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxsgd.matrices import singular_vectors
 from jaxsgd.second_order.linear_model import column_norms, linear_model
+from jaxsgd.second_order.loops import cond, varying, while_loop
 from jaxsgd.second_order.region_search import Fit, State, free_part
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import norm
@@ -50,6 +51,7 @@ def _curved(fit: Fit, s: State) -> tuple[jax.Array, jax.Array]:
 
 def _derivatives(fit: Fit, x: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first and the second derivative of the residuals along ``v``."""
+    v = varying(x, v)
     return jax.jvp(lambda x: jax.jvp(fit.residuals, (x,), (v,))[1], (x,), (v,))
 
 
@@ -60,7 +62,7 @@ def suspicions(fit: Fit, s: State) -> tuple[jax.Array, jax.Array]:
         return no, no  # J may come from a function with reverse mode alone, and there are many directions
     ended = (s.code >= Status.CONVERGED_GRADIENT) & (s.code <= Status.CONVERGED_STEP)
     missed = ended & fit.misses(s)
-    saddle = jax.lax.cond(
+    saddle = cond(
         (s.code == Status.CONVERGED_GRADIENT) | missed, lambda: jnp.any(_curved(fit, s)[1] < BENT), lambda: no
     )
     return saddle, missed & ~saddle & jnp.any(_unseen(fit, s)[1])
@@ -84,7 +86,7 @@ def named(fit: Fit, s: State) -> tuple[State, jax.Array]:
         return no, jnp.any(_straight(fit, s, ways)) & elsewhere, moved
 
     # A loop of one turn at most, which a batch enters only if one of its members does.
-    _, lost, moved = jax.lax.while_loop(lambda carry: carry[0], body, (blind, no, s.x))
+    _, lost, moved = while_loop(lambda carry: carry[0], body, (blind, no, s.x))
     code = jnp.where(saddle, Status.SADDLE_POINT, jnp.where(lost, Status.FLAT, s.code))
     return s._replace(code=code.astype(jnp.int32)), moved
 
@@ -155,7 +157,7 @@ def checked(fit: Fit, s: State) -> State:
     idle = dead(fit, s) & (s.code <= Status.CONVERGED_STEP)
     if fit.box is not None:
         idle &= (s.x > fit.box.lower) & (s.x < fit.box.upper)
-    left = jax.lax.cond(
+    left = cond(
         jnp.any(idle),
         lambda: jnp.any(idle & jax.lax.map(flat, jnp.arange(len(s.x)))),
         lambda: jnp.zeros((), bool),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxsgd.second_order.ends import checked, dead, downhill, named, revived, suspicions
 from jaxsgd.second_order.linear_model import linear_model
+from jaxsgd.second_order.loops import switch, while_loop
 from jaxsgd.second_order.region_search import Fit, State, begin, search
 from jaxsgd.second_order.result import Status
 
@@ -58,7 +59,7 @@ def best_end(fit: Fit, most: int) -> State:
             # From a saddle point every region leads back, if the start is symmetric.
             way = jnp.where(best.code == Status.SADDLE_POINT, 2, jnp.where(i < len(TRIES), 0, 1))
             roads = [lambda: (fit.x, fit.r), lambda: revived(fit, best, moved), lambda: downhill(fit, best)]
-            x, r = jax.lax.switch(way, roads)
+            x, r = switch(way, roads)
         s, after = named(fit, search(fit, _begun(fit, i, x, r), left))
         level = jnp.where(best.code <= Status.CONVERGED_STEP, 0.999 * best.norm, best.norm)
         better = (i == 0) | (s.norm < level) | ((s.norm == level) & (s.code <= Status.CONVERGED_STEP))
@@ -75,7 +76,7 @@ def best_end(fit: Fit, most: int) -> State:
     shapes = jax.eval_shape(lambda: _begun(fit, zero, fit.x, fit.r))
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     begun = (zero, blank, fit.x, jnp.asarray(most, jnp.int32), zero, zero)
-    _, s, _, _, trials, iterations = jax.lax.while_loop(goes_on, another, begun)
+    _, s, _, _, trials, iterations = while_loop(goes_on, another, begun)
     s = s._replace(trials=trials, iterations=iterations)
     return checked(fit, s) if fit.tall else s
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsgd.matrices import eigenvectors
+from jaxsgd.second_order.loops import varying
 from jaxsgd.second_order.objective import Space
 from jaxsgd.second_order.result import Result
 from jaxsgd.second_order.vectors import divided, far_units, multiplied
@@ -23,7 +24,7 @@ DENSE = 256
 
 def _free(x: jax.Array, bounds: Any) -> jax.Array:
     """Where a parameter is strictly inside its bounds."""
-    return jnp.ones(x.shape, bool) if bounds is None else (x > bounds[0]) & (x < bounds[1])
+    return jnp.ones_like(x, bool) if bounds is None else (x > bounds[0]) & (x < bounds[1])
 
 
 def _solver(size: int) -> Callable[[Any, jax.Array], jax.Array]:
@@ -112,4 +113,4 @@ def differentiable(
 def _zero(x: jax.Array) -> Any:
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros_like(x)
-    return np.zeros(x.shape, jax.dtypes.float0)
+    return varying(x, np.zeros(x.shape, jax.dtypes.float0))

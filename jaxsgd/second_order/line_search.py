@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsgd.second_order.loops import cond
+
 __all__ = ["Line", "judge_trial", "step_from"]
 
 DECREASE = 1e-4
@@ -108,7 +110,7 @@ def judge_trial(
     high = jnp.where(equal, False, ~enough | (f >= line.lo[1])) | ~finite
     # Most trials are accepted: these skip the search for the next.
     done = line, jnp.zeros((), bool)
-    line, failed = jax.lax.cond(accepted, lambda: done, lambda: _next_trial(line, f0, f, d, high, finite))
+    line, failed = cond(accepted, lambda: done, lambda: _next_trial(line, f0, f, d, high, finite))
     return line, accepted, failed
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.matrices import singular_vectors
+from jaxsgd.second_order.loops import cond, while_loop
 from jaxsgd.second_order.vectors import norm
 
 __all__ = ["Box", "Model", "Step", "box_step", "column_norms", "linear_model", "step_of"]
@@ -92,7 +93,7 @@ def _lm(model: Model, radius: jax.Array, accuracy: jax.Array) -> jax.Array:
     zero = jnp.zeros_like(radius)
     inside = full <= (1 + accuracy) * radius
     start = (jnp.zeros((), jnp.int32), zero, upper, zero, (zero, inside))
-    shift = jax.lax.while_loop(goes_on, body, start)[4][0]
+    shift = while_loop(goes_on, body, start)[4][0]
     return model.step(shift)
 
 
@@ -170,7 +171,7 @@ def box_step(step: Step, j: jax.Array, c: jax.Array, room: Box, radius: jax.Arra
         return fixed | out, jnp.where(fixed | out, z, 0), z, jnp.any(out)
 
     # Each turn but the last fixes one parameter more, so that it ends.
-    fixed, _, inward, _ = jax.lax.while_loop(lambda carry: carry[3], body, (held, zero, zero, jnp.ones((), bool)))
+    fixed, _, inward, _ = while_loop(lambda carry: carry[3], body, (held, zero, zero, jnp.ones((), bool)))
     down = jnp.where(held, 0, -gradient)
     square, bend = jnp.sum(down * down), jnp.sum((j @ down) ** 2)
     length = jnp.where(square > 0, jnp.sqrt(square), 1)
@@ -183,7 +184,7 @@ def box_step(step: Step, j: jax.Array, c: jax.Array, room: Box, radius: jax.Arra
     best = steps[jnp.argmin(values)]
     if not shrinks:
         return best
-    return jax.lax.cond(jnp.any(fixed), lambda: _refined(j, c, best, jnp.min(values), room, radius), lambda: best)
+    return cond(jnp.any(fixed), lambda: _refined(j, c, best, jnp.min(values), room, radius), lambda: best)
 
 
 def _refined(j: jax.Array, c: jax.Array, z: jax.Array, value: jax.Array, room: Box, radius: jax.Array) -> jax.Array:
@@ -218,4 +219,4 @@ def _refined(j: jax.Array, c: jax.Array, z: jax.Array, value: jax.Array, room: B
         return i + 1, z, jnp.minimum(value, lowest), lowest < value - 1e-3 * jnp.abs(value)
 
     begin = (jnp.zeros((), jnp.int32), z, value, jnp.ones((), bool))
-    return jax.lax.while_loop(lambda carry: carry[3] & (carry[0] < len(z) + 5), body, begin)[1]
+    return while_loop(lambda carry: carry[3] & (carry[0] < len(z) + 5), body, begin)[1]

@@ -19,6 +19,7 @@ from jaxsgd.second_order.descent import End, Limits, Setting, Shown, clipped, de
 from jaxsgd.second_order.implicit import differentiable
 from jaxsgd.second_order.lbfgsb import LBFGSB
 from jaxsgd.second_order.limited_memory import LBFGS
+from jaxsgd.second_order.loops import cond, own_problem, varying
 from jaxsgd.second_order.newton_methods import Newton, trust_region
 from jaxsgd.second_order.objective import (
     Space,
@@ -74,7 +75,8 @@ def minimize(
     It works inside `jax.jit`, `jax.vmap` (each member stops on its own) and `jax.lax.scan`. A program is compiled once
     for a function, a method and shapes: pass the same function object again, and data in ``args``. The result has
     derivatives, forward and reverse, with respect to ``args`` and closed-over arrays, by the implicit function theorem.
-    Inside `jax.shard_map` it needs ``check_vma=False``.
+    Inside `jax.shard_map` every device minimizes a function of its own. Where ``fun`` ends in `jax.lax.pmean`, all
+    minimize the same one.
 
     ============  ================================================  ============================
     method        direction                                         cost of a step beside ``fun``
@@ -174,6 +176,8 @@ def _whole(x: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Setting) -> Result:
+    value_of = (lambda *given: fun(*given)[0]) if plan.has_aux else fun
+    params, args, bounds, setting = own_problem(value_of, params, args, bounds, setting)
     pure, consts = hoist(fun, params, *args)
     _check_output(jax.eval_shape(pure, consts, params, *args), plan.has_aux)
 
@@ -192,7 +196,7 @@ def _run(fun: Any, plan: _Plan, params: Any, bounds: Any, args: Any, setting: Se
         units, extra = [jnp.ones_like(leaf) for leaf in x], 0
         if plan.far:
             far = extra = jnp.any(jnp.stack([jnp.any(is_far(leaf)) for leaf in x]))
-            units = jax.lax.cond(far, lambda: start_units(x, *jax.value_and_grad(plain_value)(x)), lambda: units)
+            units = cond(far, lambda: start_units(x, *jax.value_and_grad(plain_value)(x)), lambda: units)
 
         def value(x: Vector) -> jax.Array:
             return plain_value(multiplied(x, units) if plan.far else x)
@@ -226,7 +230,7 @@ def _engine(
 
     def value_and_grad(x: Vector, scale: jax.Array) -> tuple[jax.Array, Vector]:
         f, gradient = jax.vjp(value, x)
-        return scale * f, gradient(scale)[0]
+        return scale * f, gradient(varying(f, scale))[0]
 
     match plan.method:
         case "trust_region" | "newton_cg":

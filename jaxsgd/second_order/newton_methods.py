@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxsgd.matrices import eigenvectors
 from jaxsgd.second_order.descent import End, Move, Setting, Shown, report
+from jaxsgd.second_order.loops import cond, while_loop
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
 from jaxsgd.second_order.vectors import tilted, unit
@@ -55,7 +56,7 @@ class Newton:
 
     def advance(self, memory: Spectrum, move: Move) -> tuple[Spectrum, Vector, Any, Any, Any]:
         (x,), (g,) = move.x, move.g
-        memory = jax.lax.cond(
+        memory = cond(
             move.took | move.first, lambda: spectrum(lambda x: move.scale * self.value([x]), x), lambda: memory
         )
         values, vectors = memory
@@ -105,7 +106,7 @@ def exact_step(model: Spectrum, g: jax.Array, radius: jax.Array) -> Step:
     whole = (values[0] > least) & (jnp.linalg.norm(free) <= radius)
     high = floor + length / radius
     begin = (floor, high, jnp.where(floor > 0, floor + 1e-3 * length / radius, high / 100), whole, 0)
-    low, high, shift, _, _ = jax.lax.while_loop(lambda s: ~s[3] & (s[4] < 60), narrow, begin)
+    low, high, shift, _, _ = while_loop(lambda s: ~s[3] & (s[4] < 60), narrow, begin)
     border = along(shift)
     size = jnp.linalg.norm(border)
     # The hard case: the rest of the way along the lowest curvature.
@@ -142,7 +143,7 @@ def truncated_step(product: Callable[[jax.Array], jax.Array], g: jax.Array, radi
 
     begin = (zero, zero, g, -g, jnp.vdot(g, g), jnp.linalg.norm(g) == 0, no, 0)
     most = 2 * g.size + 10
-    p, hp, _, _, _, _, leaves, _ = jax.lax.while_loop(lambda s: ~s[5] & (s[7] < most), body, begin)
+    p, hp, _, _, _, _, leaves, _ = while_loop(lambda s: ~s[5] & (s[7] < most), body, begin)
     return Step(p, -jnp.vdot(g, p) - jnp.vdot(p, hp) / 2, ~leaves)
 
 
@@ -220,7 +221,7 @@ def trust_region(
         radius = jnp.where(first, jnp.maximum(1, jnp.linalg.norm(x)), jnp.where(ratio < 0.25, shrunk, grown))
         model = c.model
         if exact:
-            model = jax.lax.cond(took, lambda: spectrum(scaled(scale), x), lambda: c.model)
+            model = cond(took, lambda: spectrum(scaled(scale), x), lambda: c.model)
         top = jnp.max(jnp.abs(g))
         f_first, g_first = jnp.where(first, f, c.f_first), jnp.where(first, top, c.g_first)
         step = next_step(x, g, scale, model, radius, g_first)
@@ -262,7 +263,7 @@ def trust_region(
     step = Step(zero, jnp.zeros((), dtype), jnp.ones((), bool))
     one = jnp.ones((), dtype)
     carry = _Carry(x[0], far, zero, one, model, step, one, far, far, none, none, none)
-    out = jax.lax.while_loop(lambda c: c.code == 0, body, carry)
+    out = while_loop(lambda c: c.code == 0, body, carry)
     point, slope = shown([out.x], [out.g / out.scale])
     # Without a finite start there is no gradient.
     slope = jnp.where(out.f == jnp.inf, out.f, slope)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxsgd.matrices import triangle
 from jaxsgd.second_order.linear_model import Box, Model, box_step, column_norms, linear_model, step_of
+from jaxsgd.second_order.loops import cond, while_loop
 from jaxsgd.second_order.objective import Space
 from jaxsgd.second_order.result import Result, Status
 from jaxsgd.second_order.vectors import norm, power_of_two
@@ -141,7 +142,7 @@ def begin(fit: Fit, x: jax.Array, r: jax.Array, scaled: jax.Array, share: jax.Ar
 
 def search(fit: Fit, s: State, most: jax.Array) -> State:
     """The end of a search after at most so many trial steps."""
-    s = jax.lax.while_loop(lambda s: (s.code == Status.RUNNING) & (s.trials < most), lambda s: _trial(fit, s), s)
+    s = while_loop(lambda s: (s.code == Status.RUNNING) & (s.trials < most), lambda s: _trial(fit, s), s)
     return s._replace(code=jnp.where(s.code == Status.RUNNING, Status.ITERATION_LIMIT, s.code).astype(jnp.int32))
 
 
@@ -232,9 +233,7 @@ def _trial(fit: Fit, s: State) -> State:
     actual = jnp.where(jnp.isfinite(size), actual, -1)
     ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0)
     wanted = (ratio >= 1e-4) & (size < s.norm)
-    factor, columns, good = jax.lax.cond(
-        wanted, fit.factored, lambda x, r: (s.factor, s.peak, jnp.zeros((), bool)), x, r
-    )
+    factor, columns, good = cond(wanted, fit.factored, lambda x, r: (s.factor, s.peak, jnp.zeros((), bool)), x, r)
     taken = wanted & good
     ratio = jnp.where(wanted & ~good, -1, ratio)
     if fit.shrinks:

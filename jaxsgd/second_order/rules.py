@@ -29,6 +29,7 @@ from jaxsgd.second_order.curvature import (
     hessian_product,
     plus,
 )
+from jaxsgd.second_order.loops import while_loop
 from jaxsgd.second_order.tree_rule import Problem, TreeLift, TreeRule, tree_rule
 
 __all__ = ["gauss_newton", "lbfgs", "newton", "newton_cg", "split_loss"]
@@ -423,7 +424,7 @@ def _accepted(
         return (i < halvings) & ~falls(scale, new) & finite
 
     finite = jnp.isfinite(slope) & jnp.isfinite(bend) & jnp.isfinite(value)
-    _, scale, new = jax.lax.while_loop(goes_on, shorter, (jnp.zeros((), jnp.int32), rate, first))
+    _, scale, new = while_loop(goes_on, shorter, (jnp.zeros((), jnp.int32), rate, first))
     predicted = rate * slope + rate * rate * bend / 2
     known = -predicted > noise(first)
     # Negative: the loss rose, or the model did not fall.

@@ -18,6 +18,7 @@ from jaxsgd.paths import nearest
 from jaxsgd.second_order.further_tries import best_end, first_end
 from jaxsgd.second_order.implicit import differentiable
 from jaxsgd.second_order.linear_model import Box
+from jaxsgd.second_order.loops import own_problem
 from jaxsgd.second_order.objective import (
     Space,
     check_args,
@@ -135,6 +136,11 @@ def least_squares(
     pure = functools.partial(_residual, residual, has_aux)
     traced = not is_concrete((start, limits, arrays, tolerance))
     if traced or not _is_closed(residual, pure, start, arrays):
+
+        def residuals(start: Any, *arrays: Any) -> jax.Array:
+            return pure(start, arrays)[0]
+
+        start, arrays, limits, tolerance = own_problem(residuals, start, arrays, limits, tolerance)
         fun, consts = hoist(pure, start, arrays)
         return _solve(fun, options, tolerance, start, limits, arrays, consts)
     if callback is None:
