@@ -1,9 +1,11 @@
 """What only a device can show: one command for a machine with a GPU (or a TPU), made for ten minutes, set-up included.
 
-    python benchmarks/gpu.py [--out docs] [--layers 12 --width 768] [--skip rules,updates,examples]
+    python benchmarks/gpu.py [--out docs] [--layers 12 --width 768] [--skip rules,products,updates,examples]
 
 rules: three steps of every rule in float32 on the device beside the same on the CPU: the largest difference of an
-update, over the largest update. Of some rules with ``storage=int8()`` and ``fp8()`` too, in its kernel.
+update, over the largest update. Of some rules with ``storage=int8()`` and ``fp8()`` too, in its kernel, and of those
+that make products on a matrix large enough for the kernel of symmetric ones.
+products: that kernel beside XLA's products: medians of runs in turns, and the difference of their results.
 updates: the compiled step from gradients to new parameters on those of GPT-2 (124M), all donated: medians of runs in
 turns beside optax, and torch's fused AdamW where torch sees the device; bytes that the program moves, their share of
 the device's bandwidth, and temporaries as the compiler states them.
@@ -33,13 +35,18 @@ from muon import gpt2
 from rich.progress import track
 
 import jaxsgd
+from jaxsgd.matrices import JORDAN
 from jaxsgd.planning.devices import known
 from jaxsgd.planning.reading import read
+from jaxsgd.symmetric import symmetric_product
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 3
 PACKED = ("adamw", "lion", "momentum", "adagrad", "rmsprop", "schedule_free_adamw")
 """Rules that are compared at eight bits too."""
+SHAPES = {"kernel": (64, 256), "stack": (2, 32, 256), "bias": (32,)}
+LARGE = {"kernel": (256, 512)}
+SECTIONS = ("rules", "products", "updates", "examples")
 
 
 def loss(params: Any) -> jax.Array:
@@ -47,11 +54,10 @@ def loss(params: Any) -> jax.Array:
     return sum((jnp.vdot(x, x) for x in jax.tree.leaves(params)), jnp.float32(0)) / 2
 
 
-def followed(tx: optax.GradientTransformation, device: Any) -> list[np.ndarray]:
+def followed(tx: optax.GradientTransformation, device: Any, shapes: Any = SHAPES) -> list[np.ndarray]:
     """All updates of some steps on a device."""
     extended = optax.with_extra_args_support(tx)
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (64, 256), "stack": (2, 32, 256), "bias": (32,)}
     params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     with jax.default_device(device):
         params = jax.device_put(params, device)
@@ -81,6 +87,42 @@ def rules(device: Any) -> dict[str, Any]:
         out[name] = {"float32": apart(followed(make(1e-2), host), followed(make(1e-2), device))}
         for how, storage in packed.items() if name in PACKED else ():
             out[name][how] = apart(*(followed(make(1e-2, storage=storage), place) for place in (host, device)))
+        if make.cost == "products":
+            out[name]["large"] = apart(*(followed(make(1e-2), place, LARGE) for place in (host, device)))
+    return out
+
+
+def products(device: Any, width: int, runs: int) -> dict[str, Any]:
+    """Symmetric products of a stack of twelve matrices, as Newton-Schulz makes them."""
+    a, b, c = JORDAN[0]
+    one = jnp.eye(width)
+    kinds = {
+        "Gram matrix, 1:4": ((width, 4 * width), lambda x, how: how(lambda x: x @ x.mT, x)),
+        "Gram matrix, 4:1": ((4 * width, width), lambda x, how: how(lambda x: x.mT @ x, x, tall=True)),
+        "polynomial": (
+            (width, width),
+            lambda x, how: how(lambda x: a * one.astype(x.dtype) + b * x + c * x @ x, x, scalars=(a, b, c)),
+        ),
+    }
+    ways = {"kernel": symmetric_product(jax.device_put(one, device)), "XLA": lambda plain, x, **_: plain(x)}
+    out: dict[str, Any] = {}
+    for name, (shape, make) in kinds.items():
+        for dtype in ("float32", "bfloat16"):
+            half = np.random.default_rng(0).standard_normal((12, *shape)) / np.sqrt(4 * width)
+            x = jax.device_put(
+                jnp.asarray((half + half.swapaxes(1, 2)) if shape[0] == shape[1] else half, dtype), device
+            )
+            compiled = {way: jax.jit(lambda x, make=make, how=how: make(x, how)) for way, how in ways.items()}
+            results = {way: np.asarray(run(x), np.float64) for way, run in compiled.items()}
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(runs):
+                for way, run in compiled.items():
+                    begin = time.perf_counter()
+                    jax.block_until_ready(run(x))
+                    times[way].append(1e3 * (time.perf_counter() - begin))
+            out[f"{name}, {dtype}"] = {f"{way}, ms": statistics.median(times[way][2:]) for way in ways} | {
+                "difference": apart([results["XLA"]], [results["kernel"]])
+            }
     return out
 
 
@@ -214,13 +256,20 @@ def page(found: dict[str, Any]) -> str:
             f"{len(found['rules']) - len(far)} of {len(found['rules'])} rules are within 1e-3 after {STEPS} steps.",
             "",
         ]
-        out += ["| rule | float32 | int8 | fp8 |", "| --- | --- | --- | --- |"]
+        columns = ("float32", "int8", "fp8", "large")
+        out += [f"| rule | {' | '.join(columns)} |", "| --- | --- | --- | --- | --- |"]
         for name, row in found["rules"].items():
-            out.append(
-                f"| `{name}` | "
-                + " | ".join(f"{row[k]:.1e}" if k in row else "" for k in ("float32", "int8", "fp8"))
-                + " |"
-            )
+            out.append(f"| `{name}` | " + " | ".join(f"{row[k]:.1e}" if k in row else "" for k in columns) + " |")
+        out.append("")
+    if "products" in found:
+        out += [
+            "## Symmetric products",
+            "",
+            "| product | kernel, ms | XLA, ms | difference |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name, row in found["products"].items():
+            out.append(f"| {name} | {row['kernel, ms']:.3g} | {row['XLA, ms']:.3g} | {row['difference']:.1e} |")
         out.append("")
     if "updates" in found:
         rows = {n: r for n, r in found["updates"].items() if isinstance(r, dict)}
@@ -252,13 +301,15 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="try the script without an accelerator")
     options = parser.parse_args()
     device, skipped = jax.devices()[0], options.skip.split(",")
-    if unknown := set(filter(None, skipped)) - {"rules", "updates", "examples"}:
-        parser.error(f"--skip {','.join(unknown)}: sections are rules, updates, examples")
+    if unknown := set(filter(None, skipped)) - {*SECTIONS}:
+        parser.error(f"--skip {','.join(unknown)}: sections are {', '.join(SECTIONS)}")
     if device.platform == "cpu" and not options.cpu:
         parser.error("JAX sees no accelerator here. Install jaxsgd[cuda] or jaxsgd[tpu]; --cpu tries the script")
     found: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
     if "rules" not in skipped:
         found["rules"] = rules(device)
+    if "products" not in skipped:
+        found["products"] = products(device, options.width, options.runs)
     if "updates" not in skipped:
         found["updates"] = updates(device, options.layers, options.width, options.vocabulary, options.runs)
     if "examples" not in skipped:
