@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsgd.numerics import sq
-from jaxsgd.symmetric import Product, symmetric_product
+from jaxsgd.symmetric import Product, halves, symmetric_product
 
 __all__ = [
     "JORDAN",
@@ -124,7 +124,7 @@ def adjoint(x: jax.Array) -> jax.Array:
 
 def gram(x: jax.Array, *, tall: bool = False, product: Product | None = None) -> jax.Array:
     r"""The Gram matrix $X X^*$, or $X^* X$ if ``tall``; ``product`` of `symmetric_product`."""
-    product = symmetric_product(x) if product is None else product
+    product = functools.partial(symmetric_product, halves(x)) if product is None else product
     return product(lambda x: adjoint(x) @ x if tall else x @ adjoint(x), x, tall=tall)
 
 
@@ -297,7 +297,7 @@ def newton_schulz(
     Returns:
       Matrices like ``x``, in its dtype.
     """
-    tall, like, product = x.shape[-2] > x.shape[-1], x.dtype, symmetric_product(x)
+    tall, like, product = x.shape[-2] > x.shape[-1], x.dtype, functools.partial(symmetric_product, halves(x))
     x, squares = _prescaled(x, preconditioning, eps, tall, product)
     if dtype is not None:
         x, squares = x.astype(dtype), None if squares is None else squares.astype(dtype)

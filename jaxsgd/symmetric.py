@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsgd.meshes import made_from, on_one_device, platform_of
 
-__all__ = ["Product", "half_product", "symmetric_product"]
+__all__ = ["Product", "half_product", "halves", "symmetric_product"]
 
 LEAST = 256
 """The smallest side of a product that the kernel computes: it has few tiles below that."""
@@ -24,40 +24,17 @@ DTYPES = {jnp.dtype("float32"): 32, jnp.dtype("bfloat16"): 64, jnp.dtype("float1
 """The types of matrices that the kernel takes, and how many columns of a tile it multiplies at once."""
 
 
-class Product(Protocol):
-    """A way to make products that are symmetric matrices."""
-
-    def __call__(
-        self,
-        plain: Callable[..., jax.Array],
-        x: jax.Array,
-        y: jax.Array | None = None,
-        *,
-        tall: bool = False,
-        scalars: Sequence[Any] = (0, 0, 1),
-    ) -> jax.Array:
-        r"""$a I + b Y + c X Y^T$, or $X^T Y$ in its place.
-
-        Args:
-          plain: the same as a function of ``x``, or of ``x`` and ``y``.
-          x: matrices in the last two axes.
-          y: matrices of its shape. The product with them is symmetric. Default: ``x``.
-          tall: whether the product is $X^T Y$.
-          scalars: a, b and c. Unless b is 0, ``x`` and ``y`` are square.
-        """
-        ...
+Product = Callable[..., jax.Array]
+"""`symmetric_product` with its first argument."""
 
 
-def symmetric_product(like: jax.Array) -> Product:
-    """The way for products of ``like`` and what comes from it: by the kernel where it pays, else by XLA."""
-    return _halved if platform_of(like) == "cuda" and on_one_device([like]) else _whole
+def halves(like: jax.Array) -> bool:
+    """Whether the kernel is for products of ``like`` and of what comes from it: on a GPU, each array on one device."""
+    return platform_of(like) == "cuda" and on_one_device([like])
 
 
-def _whole(plain: Callable[..., jax.Array], x: jax.Array, y: jax.Array | None = None, **_: Any) -> jax.Array:
-    return plain(x) if y is None else plain(x, y)
-
-
-def _halved(
+def symmetric_product(
+    halved: bool,
     plain: Callable[..., jax.Array],
     x: jax.Array,
     y: jax.Array | None = None,
@@ -65,8 +42,18 @@ def _halved(
     tall: bool = False,
     scalars: Sequence[Any] = (0, 0, 1),
 ) -> jax.Array:
+    r"""$a I + b Y + c X Y^T$, or $X^T Y$ in its place.
+
+    Args:
+      halved: whether the kernel makes it, see `halves`. It leaves to ``plain`` what it cannot.
+      plain: the same as a function of ``x``, or of ``x`` and ``y``.
+      x: matrices in the last two axes.
+      y: matrices of its shape. The product with them is symmetric. Default: ``x``.
+      tall: whether the product is $X^T Y$.
+      scalars: a, b and c. Unless b is 0, ``x`` and ``y`` are square.
+    """
     arrays = (x,) if y is None else (x, y)
-    if not _fits(arrays, tall, scalars):
+    if not (halved and _fits(arrays, tall, scalars)):
         return plain(*arrays)
 
     @jax.custom_jvp
@@ -111,7 +98,7 @@ def _any_batch(tall: bool, scalars: tuple[float, float, float], *arrays: jax.Arr
 def half_product(
     arrays: Sequence[jax.Array], tall: bool, scalars: tuple[float, float, float], *, interpret: bool = False
 ) -> jax.Array:
-    """A product of stacks ``(count, rows, columns)`` by the kernel, see `Product`.
+    """A product of stacks ``(count, rows, columns)`` by the kernel, see `symmetric_product`.
 
     With ``interpret`` it runs anywhere, for tests.
     """

@@ -121,8 +121,10 @@ def test_bounds_and_a_callback():
     seen = []
     data = jnp.linspace(0, 1, 8)
 
+    def told(iteration, x, value, grad_norm):
+        seen.append((iteration, x))
+
     def run(a):
-        told = lambda i, x, f, g: seen.append((i, x))  # noqa: E731
         return minimize(quartic, -jnp.ones(3), args=(a[0],), bounds=(-1.0, 0.5), callback=told).params[None]
 
     found = spread(run, data)
