@@ -6,6 +6,7 @@ import gc
 import os
 import pathlib
 import sys
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -47,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "name" in callspec.params:
             item.add_marker(pytest.mark.xdist_group(str(callspec.params["name"])))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin no slow test after ``SLOW_UNTIL``, in seconds since 1970: CI has an hour, on machines of any speed."""
+    until = os.environ.get("SLOW_UNTIL")
+    if until and time.time() > float(until) and item.get_closest_marker("slow"):
+        pytest.skip("the time for slow tests is over: make slow runs it")
 
 
 ROUND = 10

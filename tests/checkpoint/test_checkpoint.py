@@ -626,7 +626,7 @@ def test_a_stopped_run_loses_its_lock_to_another_host_and_saves_nothing_more(tmp
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(small(5), step=5, wait=True)
         os.kill(child.pid, signal.SIGCONT)
-        out, _ = child.communicate("go on\n", timeout=60)
+        out, _ = child.communicate("go on\n", timeout=300)
         assert child.returncode == 0 and out == "refused\n", out
         checkpoints.save(small(6), step=6, wait=True)
         assert checkpoints.saved == [1, 5, 6]
@@ -634,7 +634,7 @@ def test_a_stopped_run_loses_its_lock_to_another_host_and_saves_nothing_more(tmp
 
 def test_a_full_disk_costs_no_other_checkpoint(tmp_path):
     child = start("full_disk", tmp_path)
-    out, _ = child.communicate(timeout=60)
+    out, _ = child.communicate(timeout=300)
     assert child.returncode == 0 and "room again" in out, out
 
 
@@ -711,7 +711,7 @@ def test_two_processes(tmp_path):
                 lines.append(each.stdout.readline())
                 assert lines[-1], "".join(lines)
         peers[1].send_signal(signal.SIGTERM)
-        outs = [each.communicate(timeout=60)[0] for each in peers]
+        outs = [each.communicate(timeout=300)[0] for each in peers]
     finally:
         for each in peers:
             each.kill()
@@ -766,7 +766,7 @@ def test_a_full_disk_of_one_process_ends_all(tmp_path, full, what):
         while lines[-1] not in ("full\n", ""):
             lines.append(peers[full].stdout.readline())
         begin = time.perf_counter()
-        outs = [each.communicate(timeout=60)[0] for each in peers]
+        outs = [each.communicate(timeout=300)[0] for each in peers]
     finally:
         for each in peers:
             each.kill()

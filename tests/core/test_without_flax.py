@@ -18,7 +18,7 @@ BATCHES = [{"x": x, "y": np.sin(x.sum(1, keepdims=True))} for x in RNG.normal(si
 
 def alone(code):
     """Run code in an interpreter of its own."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -44,7 +44,7 @@ def test_the_quickstart_is_short_and_learns(capsys):
 @pytest.mark.parametrize("index", range(1, len(BLOCKS)))
 def test_every_other_block_runs_as_it_stands(index):
     """In an interpreter of its own, where nothing was imported before."""
-    done = subprocess.run([sys.executable, "-c", BLOCKS[index]], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", BLOCKS[index]], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

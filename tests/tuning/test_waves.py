@@ -221,7 +221,7 @@ def processes(count, port, out):
         for i in range(count)
     ]
     try:
-        errors = [process.communicate(timeout=150)[1] for process in running]
+        errors = [process.communicate(timeout=300)[1] for process in running]
     finally:
         for process in running:
             process.kill()
