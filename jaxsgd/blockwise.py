@@ -539,7 +539,7 @@ def encode_like(example: Packed, x: jax.Array) -> Packed:
 def packed_as(parts: Mapping[str, Any]) -> Packed | None:
     """Packed blocks by the names of their parts; None if these are others."""
     for form in FORMS.values():
-        if set(parts) == set(form._fields) and parts[form._fields[0]].dtype in CODES:
+        if set(parts) == set(form._fields) and getattr(parts[form._fields[0]], "dtype", None) in CODES:
             return form(**parts)
     return None
 

@@ -22,7 +22,15 @@ from jaxsgd.applying import apart, applies, tell
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
 from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, stepped, sum_leaf
 from jaxsgd.numerics import global_norm, is_float0, real_dtype, step_key, wide, widest
-from jaxsgd.paths import Groups, check_params, is_function, leaf_names, resolve_groups, same_structure
+from jaxsgd.paths import (
+    Groups,
+    check_params,
+    in_containers_of,
+    is_function,
+    leaf_names,
+    resolve_groups,
+    same_structure,
+)
 from jaxsgd.rounding import LOST, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
 from jaxsgd.stacking import is_small, kinds_of, mesh_of, side_by_side, stacks, together
@@ -396,7 +404,8 @@ class Lift:
         now = self._hyper(state, everywhere)
         scalar = now["learning_rate"].dtype
         outside = {**extra, **everywhere, **now, "t": count.astype(scalar)}
-        parts = self._parts(updates, state, params, outside, by_group, count)
+        rested = {slot: treedef.flatten_up_to(held) for slot, held in state.slots.items()}
+        parts = self._parts(updates, rested, params, outside, by_group, count)
         moving = [part for part in parts if part.settings is not None]
         shared = self._shared(moving, state, outside, scalar)
         out, slots = [], {name: [] for name in state.slots}
@@ -408,14 +417,14 @@ class Lift:
         if self.norms:
             norms = {"gradient_norm": global_norm([part.g for part in parts]), "update_norm": global_norm(out)}
             kept |= {name: norm.astype(scalar) for name, norm in norms.items()}
-        trees = {name: treedef.unflatten(held) for name, held in slots.items()}
+        trees = {name: treedef.unflatten(map(_as_it_came, rested[name], held)) for name, held in slots.items()}
         return treedef.unflatten(out), State(count, now, trees, kept, state.pins, state.roles)
 
     def _parts(
-        self, updates: Any, state: State, params: Any, outside: Mapping[str, Any], by_group: Any, count: jax.Array
+        self, updates: Any, slots: Any, params: Any, outside: Mapping[str, Any], by_group: Any, count: jax.Array
     ) -> list[_Part]:
         """Every leaf with what its step needs."""
-        grads, treedef = jax.tree.flatten(updates)
+        grads = jax.tree.leaves(updates)
         ps = [None] * len(grads) if params is None else jax.tree.leaves(params)
         own = self._own(updates if params is None else params)
         names = leaf_names(updates)
@@ -426,8 +435,8 @@ class Lift:
             for group, values in zip(dict.fromkeys(own), by_group, strict=True)
         }
         beside = side_by_side(hyper, outside["t"], [g for g in grads if is_small(g)])
-        rested = {slot: treedef.flatten_up_to(held) for slot, held in state.slots.items()}
-        lost = rested.pop(LOST, None)
+        rested = {slot: held for slot, held in slots.items() if slot != LOST}
+        lost = slots.get(LOST)
         keys = self._keys(count)
         moving = {id(group): group.settings for group in own if group.settings is not None}
         draws = {name: settings.drawn(keys) for name, settings in moving.items()}
@@ -442,7 +451,10 @@ class Lift:
                     group.settings,
                     g,
                     p,
-                    {slot: held[i] for slot, held in rested.items()},
+                    {
+                        slot: self._in_its_form(slot, held[i], g if p is None else p, group)
+                        for slot, held in rested.items()
+                    },
                     (beside if is_small(g) else hyper)[id(group)],
                     alone,
                     None if lost is None else lost[i],
@@ -450,6 +462,17 @@ class Lift:
                 )
             )
         return parts
+
+    def _in_its_form(self, slot: str, held: Any, p: Any, own: _Group) -> Any:
+        """A stored slot in the containers that its storage makes, where something made mappings of them."""
+        if not isinstance(held, Mapping):
+            return held
+
+        def begin(p: Any) -> Any:
+            keys = lambda: self._keys(jnp.zeros((), jnp.int32))  # noqa: E731
+            return self._first(slot, wide(p), own, self._initial(real_dtype(p.dtype)), keys)
+
+        return in_containers_of(jax.eval_shape(begin, p), held)
 
     def _all_stepped(self, parts: list[_Part], shared: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
         """The update of each leaf and its new slots; leaves that go together take one step."""
@@ -576,6 +599,11 @@ def lifts_in(tx: optax.GradientTransformation, params: Any) -> list[Lift]:
 def _like(slot: Slot, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a slot that starts at zero, of a parameter of these."""
     return jax.eval_shape(slot.begin, jax.ShapeDtypeStruct(shape, dtype))
+
+
+def _as_it_came(old: Any, new: Any) -> Any:
+    """A new slot in the containers that the old one came in."""
+    return in_containers_of(old, new) if isinstance(old, Mapping) else new
 
 
 def _real(value: Any) -> bool:

@@ -115,6 +115,18 @@ def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[
     return ["/".join(path) for path, _ in _flatten(tree, is_leaf)]
 
 
+def in_containers_of(like: Any, tree: Any) -> Any:
+    """``tree`` in the containers of ``like``, if its leaves have the same names.
+
+    `flax.nnx.Optimizer` makes mappings of the containers inside an array's state.
+    """
+    leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    names = leaf_names(like)
+    if set(names) != set(leaves):
+        return tree
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in names])
+
+
 def find_nodes(tree: Any, kind: type | tuple[type, ...]) -> list[tuple[str, Any]]:
     """Every node of type ``kind`` in ``tree`` with its name."""
     flat = _flatten(tree, is_leaf=lambda node: isinstance(node, kind))
@@ -293,31 +305,38 @@ def resolve_groups(groups: Groups, names: Sequence[str], leaves: Sequence[Any]) 
 # -- two trees -------------------------------------------------------------------------------------
 
 
-def same_structure(params: Any, grads: Any) -> None:
+def same_structure(params: Any, grads: Any, what: str = "grads") -> None:
     """Check that two trees have the same leaves and shapes.
 
+    Args:
+      params: parameters.
+      grads: gradients.
+      what: the argument that an error names.
+
     Raises:
+      TypeError: parameters that are no arrays.
       ValueError: names the first path that only one of them has, or whose shapes differ.
     """
     if jax.tree.structure(params) != jax.tree.structure(grads):
+        check_params(params)
         in_params, in_grads = leaf_names(params), leaf_names(grads)
         for name in in_params:
             if name not in in_grads:
-                raise ValueError(f"grads: no gradient for the parameter {name!r}")
+                raise ValueError(f"{what}: no gradient for the parameter {name!r}")
         for name in in_grads:
             if name not in in_params:
-                raise ValueError(f"grads: {name!r} is not among the parameters")
+                raise ValueError(f"{what}: {name!r} is not among the parameters")
         raise ValueError(
-            "grads: the same leaves in another container: params are "
-            f"{jax.tree.structure(params)}, grads are {jax.tree.structure(grads)}"
+            f"{what}: the same leaves in another container: params are "
+            f"{jax.tree.structure(params)}, {what} has {jax.tree.structure(grads)}"
         )
     for index, (p, g) in enumerate(zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)):
         if jnp.shape(p) != jnp.shape(g):
             raise ValueError(
-                f"grads: {leaf_names(params)[index]!r} has the shape {jnp.shape(g)}; its parameter has {jnp.shape(p)}"
+                f"{what}: {leaf_names(params)[index]!r} has the shape {jnp.shape(g)}; its parameter has {jnp.shape(p)}"
             )
         if jnp.iscomplexobj(g) and not jnp.iscomplexobj(p):
             raise ValueError(
-                f"grads: {leaf_names(params)[index]!r} is {jnp.result_type(g).name}; "
+                f"{what}: {leaf_names(params)[index]!r} is {jnp.result_type(g).name}; "
                 f"its parameter is {jnp.result_type(p).name}"
             )

@@ -23,7 +23,7 @@ import optax
 
 from jaxsgd.curvature.rule_response import Asked, rate_in_force, rule_name
 from jaxsgd.numerics import wide
-from jaxsgd.paths import leaf_names
+from jaxsgd.paths import in_containers_of
 from jaxsgd.state import find_states
 
 __all__ = ["Recursion", "Response", "read_rule"]
@@ -123,7 +123,8 @@ def read_rule(
       ValueError: the rule is no such recursion, coordinate by coordinate; why not.
     """
     name = rule_name(tx, params)
-    opt_state = _in_its_containers(tx, params, opt_state)
+    # `nnx.Optimizer` has containers of its own around the arrays.
+    opt_state = in_containers_of(jax.eval_shape(lambda params: tx.init(params), params), opt_state)
     held = [state for _, state in find_states(opt_state) if "learning_rate" in state.hyper]
     if not held:
         raise ValueError("opt_state: no jaxsgd state in it, whose learning rate a threshold could be compared with")
@@ -159,13 +160,6 @@ def read_rule(
             f"tx: the steps of {name} are no multiple of its learning rate (a group may have its own: use lr_mult)"
         )
     return _normalised(name, table, half, trained, rate, unit, unseen)
-
-
-def _in_its_containers(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> Any:
-    """The state in the containers that ``tx.init`` makes; `nnx.Optimizer` has others around its arrays."""
-    made = jax.eval_shape(lambda params: tx.init(params), params)
-    same = leaf_names(made) == leaf_names(opt_state)
-    return jax.tree.unflatten(jax.tree.structure(made), jax.tree.leaves(opt_state)) if same else opt_state
 
 
 def _impulse(table: np.ndarray) -> np.ndarray:

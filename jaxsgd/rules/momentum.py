@@ -8,13 +8,14 @@ rescales them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxsgd.blockwise import Packed, decode
-from jaxsgd.hyper import Decay, Seed, in_state, scheduled
+from jaxsgd.blockwise import Packed, decode, packed_as
+from jaxsgd.hyper import Decay, Seed, in_state, is_array, scheduled
 from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names
 from jaxsgd.registry import rule
@@ -112,7 +113,7 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
         v = velocities[name]
         if v is None:  # a frozen leaf
             return p
-        v = decode(v) if isinstance(v, Packed) else wide(v)
+        v = wide(v) if is_array(v) else decode(v if isinstance(v, Packed) else packed_as(v))
         return (wide(p) + jnp.asarray(mu, v.real.dtype) * v).astype(p.dtype)
 
     leaves, treedef = jax.tree.flatten(params)
@@ -120,7 +121,8 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
 
 
 def _whole(node: Any) -> bool:
-    return node is None or isinstance(node, Packed)
+    # `nnx.Optimizer` makes a mapping of packed blocks.
+    return node is None or isinstance(node, Packed) or isinstance(node, Mapping) and packed_as(node) is not None
 
 
 @rule(usual_rate=0.1, cost="gradient_kept")

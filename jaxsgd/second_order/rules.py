@@ -18,7 +18,7 @@ from optax import lbfgs as optax_lbfgs
 
 from jaxsgd.hyper import Bounds, is_constant
 from jaxsgd.numerics import strong, wide, wide_dtype, widest
-from jaxsgd.paths import check_params, leaf_names
+from jaxsgd.paths import check_params, leaf_names, same_structure
 from jaxsgd.second_order.batch_loss import split_loss
 from jaxsgd.second_order.curvature import (
     Product,
@@ -110,6 +110,7 @@ def lbfgs(
                         f"{name}: the line search of lbfgs needs it. Use jaxsgd.make_step, or tx.update(grads, state, "
                         "params, value=loss, grad=grads, value_fn=fn) with fn(params) -> loss"
                     )
+            same_structure(params, extra_args["grad"], "grad")
             value_fn = extra_args["value_fn"]
             scalar = widest(jnp.result_type(p) for p in jax.tree.leaves(params))
 

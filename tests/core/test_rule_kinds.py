@@ -314,9 +314,10 @@ def test_the_state_of_an_nnx_optimizer():
     assert float(jaxsgd.metrics(optimizer.opt_state)["learning_rate"]) == 0.5
 
 
-def test_look_ahead_on_an_nnx_optimizer():
+@pytest.mark.parametrize("storage", [{}, jaxsgd.int8(min_size=0)], ids=["plain", "int8"])
+def test_look_ahead_on_an_nnx_optimizer(storage):
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, jaxsgd.velocity(0.1), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, jaxsgd.velocity(0.1, storage=storage), wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     params = nnx.state(model, nnx.Param)
     ahead = jaxsgd.look_ahead(optimizer.opt_state, params)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxsgd
 from jaxsgd import RULES
@@ -215,3 +216,55 @@ def test_a_storage_for_slots_that_are_off_is_refused():
         jaxsgd.adam(1e-3, b1=0.0, storage={"mu": jaxsgd.int8()})
     jaxsgd.adam(1e-3, b1=0.0, storage=jaxsgd.int8())
     jaxsgd.sgd(1e-3, accumulator_dtype="bfloat16")  # as with optax
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A user's own storage that packs into containers without names."""
+
+    def pack(self, x: jax.Array, key: jax.Array | None = None) -> Any:
+        half = x.size // 2
+        return [jnp.ravel(x)[half:], {"first": jnp.ravel(x)[:half], "shape": (jnp.zeros(x.shape, bool),)}]
+
+    def unpack(self, packed: Any) -> jax.Array:
+        second, first = packed
+        return jnp.concatenate([first["first"], second]).reshape(first["shape"][0].shape)
+
+
+NNX_STORAGES = {
+    "int8": jaxsgd.int8(min_size=0),
+    "dynamic": jaxsgd.int8(min_size=0, map="dynamic"),
+    "int4": jaxsgd.int4(min_size=0),
+    "fp8": jaxsgd.fp8(min_size=0),
+    "factored": {"nu": jaxsgd.factored(min_dim_size=2)},
+    "rank one": {"nu": RankOne()},
+    "halves": Halves(),
+}
+AROUND = {
+    "the rule alone": lambda tx: tx,
+    "accumulate": lambda tx: jaxsgd.accumulate(tx, 2),
+    "guard": jaxsgd.guard,
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("storage", "around"),
+    [(name, "the rule alone") for name in NNX_STORAGES] + [("int8", name) for name in AROUND if "rule" not in name],
+)
+def test_an_nnx_optimizer_keeps_packed_slots(storage, around):
+    """It makes mappings of containers inside a slot, and sorts their keys."""
+    tx = optax.with_extra_args_support(AROUND[around](jaxsgd.adam(0.1, storage=NNX_STORAGES[storage])))
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    optimizer, params = nnx.Optimizer(model, tx, wrt=nnx.Param), nnx.to_pure_dict(nnx.state(model))
+    state = tx.init(params)
+    for i in range(4):
+        grads = jax.tree.map(lambda x, i=i: jnp.cos(3.0 * x + i), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        gradient = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(gradient, grads)
+        optimizer.update(model, gradient)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
