@@ -37,10 +37,32 @@ from jaxsgd.stacking import is_small, kinds_of, mesh_of, side_by_side, stacks, t
 from jaxsgd.state import State, unpinned
 from jaxsgd.storage import Storage, first_packed, first_zeros, needs_key, plain
 
-__all__ = ["Lift", "Transformation", "lifts_in", "shown", "watched"]
+__all__ = ["Bound", "Lift", "Transformation", "lifts_in", "shown", "watched"]
 
 
-class Transformation(optax.GradientTransformationExtraArgs):
+class Bound(optax.GradientTransformationExtraArgs):
+    """A gradient transformation whose two functions are methods of one object.
+
+    It is a pair of functions and no more, so that whatever takes a tuple apart can put it together again: JAX's tree
+    functions, Equinox's filters, cloudpickle.
+
+    Attributes:
+      lift: that object; None in place of a part that a filter took out.
+    """
+
+    @property
+    def lift(self) -> Any:
+        return getattr(self.init, "__self__", None)
+
+    # It never changes, so that a copy is itself, as of any tuple.
+    def __copy__(self) -> Bound:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Bound:
+        return self
+
+
+class Transformation(Bound):
     """A gradient transformation that knows its rule.
 
     Attributes:
@@ -48,28 +70,12 @@ class Transformation(optax.GradientTransformationExtraArgs):
       rule: the rule.
     """
 
-    lift: Lift
-
-    def __new__(cls, lift: Lift) -> Transformation:
-        init: Any = lift.init  # a state is a named tuple, which optax's types do not say
-        update: Any = lift.update
-        made = super().__new__(cls, init, update)
-        made.lift = lift
-        return made
-
     @property
     def rule(self) -> Any:
         return self.lift.rule
 
     def __repr__(self) -> str:
-        return repr(self.lift)
-
-    # It never changes, so that a copy is itself, as of any tuple.
-    def __copy__(self) -> Transformation:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Transformation:
-        return self
+        return super().__repr__() if self.lift is None else repr(self.lift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +188,9 @@ class Lift:
 
     @property
     def transformation(self) -> Transformation:
-        return Transformation(self)
+        init: Any = self.init  # a state is a named tuple, which optax's types do not say
+        update: Any = self.update
+        return Transformation(init, update)
 
     # -- what holds for each leaf ------------------------------------------------------------
 

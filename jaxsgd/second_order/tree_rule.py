@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsgd.hyper import NOT_NEGATIVE, checked, first_values, is_array, scheduled
+from jaxsgd.lift import Bound
 from jaxsgd.numerics import wide, wide_dtype, widest
 from jaxsgd.paths import check_params, leaf_names, same_structure
 from jaxsgd.registry import RULES, TREE_RULES, AnyRule
@@ -70,35 +71,22 @@ def tree_rule(
     return register
 
 
-class TreeTransformation(optax.GradientTransformationExtraArgs):
+class TreeTransformation(Bound):
     """A gradient transformation that knows its `TreeRule`.
 
     Attributes:
       lift: the rule with its hyperparameters bound.
+      rule: the rule.
     """
-
-    lift: TreeLift
-
-    def __new__(cls, lift: TreeLift) -> TreeTransformation:
-        init: Any = lift.init  # a state is a named tuple, which optax's types do not say
-        update: Any = lift.update
-        made = super().__new__(cls, init, update)
-        made.lift = lift
-        return made
 
     @property
     def rule(self) -> AnyRule:
         return TREE_RULES[self.lift.name]
 
     def __repr__(self) -> str:
+        if self.lift is None:
+            return super().__repr__()
         return f"{self.lift.name}({', '.join(f'{n}={v!r}' for n, v in self.lift.shown.items())})"
-
-    # It never changes, so that a copy is itself, as of any tuple.
-    def __copy__(self) -> TreeTransformation:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> TreeTransformation:
-        return self
 
 
 @dataclass(frozen=True)
@@ -230,7 +218,9 @@ class TreeLift:
 
     @property
     def transformation(self) -> TreeTransformation:
-        return TreeTransformation(self)
+        init: Any = self.init  # a state is a named tuple, which optax's types do not say
+        update: Any = self.update
+        return TreeTransformation(init, update)
 
 
 def _problem(grads: list[Any], params: Any, extra: Mapping[str, Any], dtype: Any) -> Problem:

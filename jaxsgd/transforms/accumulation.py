@@ -249,21 +249,20 @@ class Accumulate(optax.GradientTransformationExtraArgs):
       every: steps in a window.
     """
 
-    tx: optax.GradientTransformationExtraArgs
-    every: int
+    # As in `jaxsgd.lift.Bound`: a pair of functions, so that it can be taken apart and put together.
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        update: Any = self.update
+        return update.args[0]
 
-    def __new__(cls, tx: optax.GradientTransformation, every: int) -> Accumulate:
-        check_optimizer(tx)
-        tx = optax.with_extra_args_support(tx)
-        self = super().__new__(cls, partial(_init, tx), partial(_update, tx, every))
-        self.tx, self.every = tx, every
-        return self
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.tx, self.every  # for copies
+    @property
+    def every(self) -> int:
+        update: Any = self.update
+        return update.args[1]
 
     def __repr__(self) -> str:
-        return f"accumulate({self.tx!r}, every={self.every})"
+        known = isinstance(self.update, partial)
+        return f"accumulate({self.tx!r}, every={self.every})" if known else super().__repr__()
 
     def flush(self, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         """End a partial window, such as the last one of a run: ``updates, state = tx.flush(state, params)``.
@@ -311,7 +310,9 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
       ValueError: ``every`` below 1; in the update, a state that was made for parameters of other shapes.
     """
     check_count("every", every)
-    return Accumulate(tx, every)
+    check_optimizer(tx)
+    tx = optax.with_extra_args_support(tx)
+    return Accumulate(partial(_init, tx), partial(_update, tx, every))
 
 
 def _init(tx: optax.GradientTransformationExtraArgs, params: Any) -> AccumulateState:

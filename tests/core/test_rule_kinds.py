@@ -346,3 +346,44 @@ def test_a_slot_called_average_is_no_average():
 def test_complex_parameters_are_refused_or_turn():
     """Every rule either turns with the phase of its parameters, or says why not in its case."""
     assert {name for name in RULES if "complex" in case_of(name).exceptions} <= {"kron", "noisy_sgd"}
+
+
+# -- a transformation as a pytree ---------------------------------------------------------------------------
+
+
+TRANSFORMATIONS = {
+    "a rule": jaxsgd.adamw(0.1),
+    "torch's": torch.SGD(0.1, momentum=0.9),
+    "a wrapped rule": jaxsgd.cautious(jaxsgd.adam)(0.1),
+    "a tree rule": jaxsgd.newton_cg(),
+    "accumulate": jaxsgd.accumulate(jaxsgd.adam(0.1), 2),
+    "guard": jaxsgd.guard(jaxsgd.adam(0.1)),
+    "mechanize": jaxsgd.mechanize(jaxsgd.adam(0.1)),
+    "a chain": optax.chain(jaxsgd.clip_by_global_norm(1.0), jaxsgd.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_transformation_is_taken_apart_and_put_together(name):
+    """By JAX's tree functions, by filters, which leave None in places, and by cloudpickle."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    equinox = pytest.importorskip("equinox")
+    tx = TRANSFORMATIONS[name]
+    arrays, others = equinox.partition(tx, equinox.is_array)
+    again = {
+        "tree map": jax.tree.map(lambda x: x, tx),
+        "filter": equinox.combine(arrays, others),
+        "cloudpickle": cloudpickle.loads(cloudpickle.dumps(tx)),
+    }
+    assert repr(arrays) and repr(tx._replace(init=None))
+    params = {"w": jnp.arange(3.0)}
+
+    def loss(p: Any) -> Any:
+        return jnp.sum(p["w"] ** 2)
+
+    wanted = tx.update(params, tx.init(params), params, value_fn=loss)
+    for way, made in again.items():
+        assert type(made) is type(tx) and (repr(made) == repr(tx) or "<locals>" in repr(tx)), way
+        found = made.update(params, made.init(params), params, value_fn=loss)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b, way)
