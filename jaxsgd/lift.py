@@ -304,6 +304,11 @@ class Lift:
 
     def _check_dtypes(self, params: Any, leaves: list[Any], own: list[_Group]) -> None:
         for i, (leaf, o) in enumerate(zip(leaves, own, strict=True)):
+            if o.settings is not None and self.rounding == "stochastic" and jnp.result_type(leaf) == jnp.float16:
+                raise ValueError(
+                    f"rounding='stochastic': {leaf_names(params)[i] or 'params'} is float16, which it does not round. "
+                    "Use bfloat16 parameters, or rounding='compensated'"
+                )
             if o.settings is not None and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 name = leaf_names(params)[i]
                 raise ValueError(

@@ -174,7 +174,8 @@ class Rule(AnyRule, Equation):
             (bfloat16: to a neighbour at random, with the right mean, the same on every replica) or ``"compensated"``
             (Kahan's sum: the part that was rounded off is kept in a slot of the parameter's dtype). Updates of such
             parameters are then float32, for `optax.apply_updates` to add exactly: nothing may change them after.
-            Default: None, to nearest.
+            `optax.apply_if_finite` needs updates in the dtype of the gradients; use `jaxsgd.guard`. Default: None, to
+            nearest.
 
         Returns:
           A `jaxsgd.lift.Transformation`, an `optax.GradientTransformationExtraArgs` with the attribute ``rule``.

@@ -256,8 +256,10 @@ def _of_transformation(
     def init(params: Any) -> ScheduleFreeState:
         dtype = widest(jnp.result_type(p) for p in jax.tree.leaves(params))
         z = jax.tree.map(lambda p: jnp.array(p, state_dtype or wide_dtype(jnp.result_type(p)), copy=True), params)
-        zero, one = jnp.zeros((), dtype), jnp.ones((), jnp.int32)
-        return ScheduleFreeState(jnp.asarray(b1, dtype), zero, one, zero, tx.init(params), z)
+        # An array each, or the state could not be donated.
+        weight_sum, max_lr = jnp.zeros((), dtype), jnp.zeros((), dtype)
+        b, one = jnp.array(b1, dtype, copy=True), jnp.ones((), jnp.int32)
+        return ScheduleFreeState(b, weight_sum, one, max_lr, tx.init(params), z)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, ScheduleFreeState]:
         if params is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxsgd.hyper import Decay
+from jaxsgd.hyper import Decay, is_off
 from jaxsgd.numerics import sq
 from jaxsgd.registry import wrapper
 from jaxsgd.slots import Mean
@@ -21,24 +21,35 @@ def cautious(inner, leaf):
     r"""Cautious updates (Liang et al. 2024, arXiv:2411.16085): $\phi = [u g > 0],\; u \leftarrow u \phi / \max(\operatorname{mean} \phi, 10^{-3})$.
 
     Coordinates whose step would climb along the current gradient rest. The others grow to keep the mean step.
-    Weight decay is not masked.
+    Weight decay is not masked, unless the rule adds it to the gradient.
     """
-    after = inner(leaf.replace(weight_decay=0.0))
+    after, decay = (inner(leaf), None) if inner.base.coupled else _apart(inner, leaf)
     delta, agrees = after.delta, jnp.real(after.delta * jnp.conj(leaf.g)) < 0
     delta = jnp.where(agrees, delta / jnp.maximum(agrees.mean(dtype=delta.real.dtype), 1e-3), 0)
-    return after.replace(delta=delta - leaf.learning_rate * leaf.weight_decay * leaf.p)
+    return after.replace(delta=delta if decay is None else delta + decay)
 
 
 @wrapper
 def cautious_decay(inner, leaf):
     r"""Cautious weight decay (Chen et al. 2025, arXiv:2510.12402): $x \leftarrow x - \eta\,(u + \lambda [u x \ge 0]\, x)$.
 
-    Decay acts only where it points the same way as the step.
+    Decay acts only where it points the same way as the step. It is decoupled, whatever the rule does with its own.
     """
-    after = inner(leaf.replace(weight_decay=0.0))
-    agrees = jnp.real(after.delta * jnp.conj(leaf.p)) <= 0
-    decay = leaf.learning_rate * leaf.weight_decay * jnp.where(agrees, leaf.p, 0)
-    return after.replace(delta=after.delta - decay)
+    after, decay = _apart(inner, leaf)
+    if decay is None:
+        return after
+    return after.replace(delta=after.delta + jnp.where(jnp.real(after.delta * jnp.conj(leaf.p)) <= 0, decay, 0))
+
+
+def _apart(inner, leaf):
+    """The step without weight decay, and what decay adds to it: None if nothing."""
+    rest = inner(leaf.replace(weight_decay=0.0))
+    if is_off(leaf.weight_decay):
+        return rest, None
+    if "weight_decay" not in inner.base.context:
+        return rest, -leaf.learning_rate * leaf.weight_decay * leaf.p
+    whole = inner(leaf)  # the rule has a decay of its own, such as one in units of a rate that it learns
+    return whole.replace(delta=rest.delta), whole.delta - rest.delta
 
 
 @wrapper

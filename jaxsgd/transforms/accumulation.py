@@ -19,7 +19,7 @@ from jaxsgd.numerics import check_count, differentiable, is_float0, is_key, wide
 from jaxsgd.paths import check_optimizer, check_params
 from jaxsgd.state import plain
 from jaxsgd.transforms.clip import AxisName, varying_over
-from jaxsgd.transforms.trees import check_like, is_inexact, keep_types, or_zeros, scalar
+from jaxsgd.transforms.trees import check_like, is_inexact, keep_types, or_zeros, scalar, update_types
 
 __all__ = ["Accumulate", "AccumulateState", "accumulate", "accumulate_gradients"]
 
@@ -277,7 +277,7 @@ class Accumulate(optax.GradientTransformationExtraArgs):
           are zeros and the state is unchanged.
         """
         arrays, ps = plain(state), plain(params)
-        like = arrays.total if params is None else ps
+        like = arrays.total if params is None else update_types(self.tx, ps)
         updates, new = _end(self.tx, arrays.step > 0, arrays, arrays.total, like, ps, extra_args)
         # A variable holds one array: the leaves are the same.
         structure = jax.tree.structure(arrays.total if params is None else params)
@@ -303,8 +303,8 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
 
     Returns:
       An `Accumulate`, which is an `optax.GradientTransformationExtraArgs`, with an `AccumulateState`. Updates are in
-      the dtypes of ``params`` (of the gradients without them). A weight of 0 does not count, even with NaN gradients.
-      If a whole window weighs 0, ``tx`` does not run.
+      the dtypes of ``params`` (of the gradients without them), and in float32 where ``rounding=`` of ``tx`` makes them
+      so. A weight of 0 does not count, even with NaN gradients. If a whole window weighs 0, ``tx`` does not run.
 
     Raises:
       ValueError: ``every`` below 1; in the update, a state that was made for parameters of other shapes.
@@ -336,7 +336,7 @@ def _update(
     w = jnp.maximum(scalar(weight, "weight").astype(state.weight.dtype), 0)
     total = jax.tree.map(partial(_add, w), state.total, updates)
     state = AccumulateState(state.inner, state.step + 1, state.weight + w, total)
-    like = updates if params is None else params
+    like = updates if params is None else update_types(tx, params)
     return _end(tx, state.step >= every, state, updates, like, params, extra_args)
 
 

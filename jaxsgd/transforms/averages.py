@@ -127,8 +127,7 @@ def params_ema(decay: float, *, debias: bool = True) -> optax.GradientTransforma
       ValueError: ``decay`` outside [0, 1); in the update, ``params`` missing, or a state that was made for
         other shapes.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}: it must lie in [0, 1)")
+    _check_decay(decay)
 
     def init(params: Any) -> ParamsEmaState:
         check_params(params)
@@ -145,8 +144,9 @@ def params_ema(decay: float, *, debias: bool = True) -> optax.GradientTransforma
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = widest(x.dtype for x in jax.tree.leaves(state.average))
         share = jnp.asarray(1 - decay, dtype)
-        if debias and decay > 0:
-            share = math.expm1(math.log(decay)) / jnp.expm1(count.astype(dtype) * math.log(decay))
+        if debias and not (is_constant(decay) and decay == 0):
+            log = math.log(decay) if is_constant(decay) else jnp.log(jnp.asarray(decay, dtype))
+            share = jnp.expm1(log) / jnp.expm1(count.astype(dtype) * log)
 
         def mix(average: jax.Array, p: Any, u: Any) -> jax.Array:
             return as_array(p).astype(average.dtype) if is_float0(u) else _mix(average, as_array(p), as_array(u), share)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxsgd.numerics import wide
 from jaxsgd.paths import check_optimizer, check_params, same_structure
 from jaxsgd.transforms.clip import AxisName, norm_across
-from jaxsgd.transforms.trees import check_like, is_inexact, keep_types, map_inexact, select
+from jaxsgd.transforms.trees import check_like, is_inexact, keep_types, map_inexact, select, update_types
 
 __all__ = ["SamState", "normalize", "sam"]
 
@@ -108,7 +108,7 @@ def sam(
 
     def uphill(updates: Any, adv_state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
         updates, adv_state = adversary.update(updates, adv_state, params, **extra)
-        return keep_types(map_inexact(jnp.negative, updates), params, "sam"), adv_state
+        return keep_types(map_inexact(jnp.negative, updates), update_types(outer, params), "sam"), adv_state
 
     def one_of_both(updates: Any, state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, SamState]:
         check_like(params, state.cache, "sam")
@@ -119,7 +119,7 @@ def sam(
             steps, opt_state = outer.update(updates, state.opt_state, cache, **extra)
             back = jax.tree.map(lambda c, p, u: _back(c, p, u) if is_inexact(p) else u, cache, params, steps)
             adv_state = adversary.init(params) if reset_state else state.adv_state
-            old = (params, state.opt_state, state.adv_state)
+            old = (update_types(outer, params), state.opt_state, state.adv_state)
             return keep_types((back, opt_state, adv_state), old, "sam")
 
         def climb() -> tuple[Any, Any, Any]:
@@ -148,7 +148,7 @@ def sam(
         updates, opt_state = outer.update(updates, state.opt_state, params, **extra)
         if reset_state:
             adv_state = adversary.init(params)
-        old = (params, state.opt_state, state.adv_state)
+        old = (update_types(outer, params), state.opt_state, state.adv_state)
         updates, opt_state, adv_state = keep_types((updates, opt_state, adv_state), old, "sam")
         return updates, SamState(jnp.zeros((), jnp.int32), opt_state, adv_state, None)
 

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from jaxsgd.lift import lifts_in
 from jaxsgd.paths import find_nodes, leaf_names
 from jaxsgd.state import plain
 
@@ -22,6 +24,7 @@ __all__ = [
     "or_zeros",
     "scalar",
     "select",
+    "update_types",
 ]
 
 FLOAT0 = jax.dtypes.float0
@@ -109,6 +112,19 @@ def keep_types(new: Any, old: Any, what: str) -> Any:
     """
     check_like(new, old, what)
     return jax.tree.map(_keep_type, new, old)
+
+
+def update_types(tx: optax.GradientTransformation, params: Any) -> Any:
+    """A tree with the dtypes that updates of ``tx`` have: those of ``params``, float32 where a rounding made them."""
+
+    def is_narrow(p: Any) -> bool:
+        return jnp.issubdtype(jnp.result_type(p), jnp.floating) and jnp.result_type(p).itemsize == 2
+
+    if not any(map(is_narrow, jax.tree.leaves(params))):
+        return params
+    if not any(lift.rounding for lift in lifts_in(tx, params)):
+        return params
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32) if is_narrow(p) else p, params)
 
 
 def _keep_type(new: Any, old: Any) -> Any:

@@ -428,7 +428,35 @@ def test_pain_10_every_replica_rounds_alike():
         np.testing.assert_array_equal(there, alone)
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize("around", ["accumulate", "accumulate 2", "sam", "opaque sam", "guard"])
+def test_what_is_around_a_rule_leaves_its_rounded_steps(around, rounding):
+    """Their sum with the parameter is exact; in the parameter's dtype it would be rounded once more."""
+    make = {
+        "accumulate": lambda tx: jaxsgd.accumulate(tx, 1),
+        "accumulate 2": lambda tx: jaxsgd.accumulate(tx, 2),
+        "sam": lambda tx: jaxsgd.sam(tx, optax.sgd(0.5)),
+        "opaque sam": lambda tx: jaxsgd.sam(tx, optax.sgd(0.5), opaque_mode=True),
+        "guard": jaxsgd.guard,
+    }[around]
+    calls = 2 if around in ("accumulate 2", "sam") else 1
+    alone, inside = jaxsgd.sgd(1.0, rounding=rounding), make(jaxsgd.sgd(1.0, rounding=rounding))
+    start = jnp.full(4, 0.0099, jnp.bfloat16)
+    params, state, wanted, kept = start, inside.init(start), start, alone.init(start)
+    extra = {"grad_fn": lambda p, i: grads} if around == "opaque sam" else {}
+    for i in range(20):
+        grads = jnp.asarray([-1.003, -0.7531, 0.3377, 2.2222], jnp.bfloat16) * (-1) ** i
+        updates, kept = alone.update(grads, kept, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+        for _ in range(calls):
+            updates, state = inside.update(grads, state, params, **extra)
+            params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
 def test_rounding_in_words():
+    with pytest.raises(ValueError, match="rounding='stochastic': w is float16"):
+        jaxsgd.sgd(1e-3, rounding="stochastic").init({"w": jnp.ones(2, jnp.float16)})
     with pytest.raises(ValueError, match="rounding='kahan': known are None, 'stochastic', 'compensated'"):
         jaxsgd.sgd(0.1, rounding="kahan")
     tx = jaxsgd.sgd(0.1, rounding="stochastic")

@@ -256,3 +256,12 @@ def test_eval_params_does_not_share_arrays_with_the_state():
     x = jaxsgd.eval_params(state, y)
     held = {id(leaf) for leaf in jax.tree.leaves(state)}
     assert not any(id(leaf) in held for leaf in jax.tree.leaves(x))
+
+
+def test_states_can_be_donated():
+    """No array stands for two."""
+    params = jnp.ones(3)
+    for tx in (jaxsgd.schedule_free(optax.sgd(0.1), 0.1), jaxsgd.params_ema(0.9), jaxsgd.ema(0.9)):
+        update = jax.jit(tx.update, donate_argnums=1)
+        state = update(params, tx.init(params), params)[1]
+        update(params, state, params)

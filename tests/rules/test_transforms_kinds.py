@@ -530,3 +530,16 @@ def test_accumulate_gradients_of_integers_on_devices():
         grads = jax.jit(run)(params, jnp.arange(8.0).reshape(4, 2))
         np.testing.assert_allclose(grads["w"], [3, 4])
         assert grads["n"].dtype == FLOAT0
+
+
+def test_averages_take_their_decay_under_inject_hyperparams():
+    params, grads = jnp.arange(3.0), jnp.ones(3)
+    for make in (jaxsgd.ema, jaxsgd.params_ema):
+        injected, plain = optax.inject_hyperparams(make)(decay=0.9), make(0.9)
+        state, kept = injected.init(params), plain.init(params)
+        for i in range(3):
+            updates, state = jax.jit(injected.update)(grads * i, state, params)
+            wanted, kept = plain.update(grads * i, kept, params)
+            np.testing.assert_allclose(updates, wanted, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(state.inner_state), jax.tree.leaves(kept), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)

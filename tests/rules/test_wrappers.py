@@ -105,6 +105,33 @@ def test_cautious_rests_where_it_would_climb():
     assert updates[3] == 0 and jnp.all(updates[:3] < -0.1)  # the momentum of the last coordinate points up the slope
 
 
+@pytest.mark.parametrize("name", ["adam", "prodigy", "lamb", "momo", "adadelta", "madgrad", "torch_asgd"])
+def test_cautious_leaves_decay_in_the_rules_own_form(name):
+    """Decay that is a part of the gradient is masked with it; any other passes as the rule makes it."""
+    params, grads = jnp.asarray([3.0, -2.0, 1.0, 4.0]), jnp.asarray([1.0, 1.0, -0.1, -0.5])
+
+    def stepped(rule, decay):
+        tx = rule(0.1, weight_decay=decay)
+        state = tx.init(params)
+        for scale in (1.0, -0.2):  # where the average and the gradient differ in sign, a step rests
+            updates, state = tx.update(scale * grads, state, params, value=jnp.float32(1.0))
+        return updates
+
+    with_decay, without = stepped(RULES[name], 0.1), stepped(RULES[name], 0.0)
+    own = with_decay if RULES[name].coupled else without
+    agrees = own * (-0.2 * grads) < 0
+    wanted = jnp.where(agrees, own / jnp.maximum(agrees.mean(), 1e-3), 0) + (with_decay - own)
+    np.testing.assert_allclose(stepped(cautious(RULES[name]), 0.1), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_cautious_decay_is_in_the_units_of_a_rule_that_has_its_own():
+    tx, params, grads = cautious_decay(RULES["prodigy"])(1.0, weight_decay=0.5), jnp.ones(3), jnp.asarray([1.0, -1, 1])
+    updates, _ = tx.update(grads, tx.init(params), params)
+    base, plain = (RULES["prodigy"](1.0, weight_decay=decay) for decay in (0.5, 0.0))
+    decayed, rest = (each.update(grads, each.init(params), params)[0] for each in (base, plain))
+    np.testing.assert_allclose(updates, jnp.where(rest <= 0, decayed, rest), rtol=1e-6)
+
+
 def test_cautious_decay_pulls_only_along():
     tx = cautious_decay(sgd)(0.1, weight_decay=0.5)
     p = jnp.asarray([1.0, 1.0])
