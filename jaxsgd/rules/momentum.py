@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.blockwise import Packed, decode, packed_as
-from jaxsgd.hyper import Decay, Seed, in_state, is_array, scheduled
+from jaxsgd.hyper import Decay, Seed, in_state, scheduled
 from jaxsgd.numerics import wide
 from jaxsgd.paths import leaf_names
 from jaxsgd.registry import rule
@@ -113,7 +113,8 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
         v = velocities[name]
         if v is None:  # a frozen leaf
             return p
-        v = wide(v) if is_array(v) else decode(v if isinstance(v, Packed) else packed_as(v))
+        packed = v if isinstance(v, Packed) else packed_as(v) if isinstance(v, Mapping) else None
+        v = wide(v) if packed is None else decode(packed)
         return (wide(p) + jnp.asarray(mu, v.real.dtype) * v).astype(p.dtype)
 
     leaves, treedef = jax.tree.flatten(params)

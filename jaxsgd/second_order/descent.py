@@ -26,6 +26,7 @@ __all__ = [
     "Shown",
     "clipped",
     "descend",
+    "end_of_numbers",
     "plain_scale",
     "projected",
     "report",
@@ -167,6 +168,11 @@ def first_length(size: jax.Array, f: jax.Array, slope: jax.Array) -> jax.Array:
     return jnp.where(out > 0, out, 1)
 
 
+def end_of_numbers(start: Vector) -> jax.Array:
+    """The size of a parameter beyond which its square overflows: from there a slope of zero says nothing."""
+    return 0.01 * float(jnp.finfo(start[0].dtype).max) ** 0.5 * jnp.maximum(1, largest(start))
+
+
 def projected(x: Vector, g: Vector, limits: Limits) -> jax.Array:
     """The largest entry of the step that a gradient step makes inside the bounds."""
     rows = zip(x, g, limits.lower, limits.upper, strict=True)
@@ -241,9 +247,10 @@ def descend(
     nothing, none = [jnp.zeros_like(leaf) for leaf in x], jnp.zeros((), jnp.int32)
     yes = jnp.ones((), bool)
     # What stays the same is computed here. XLA would take it out of the loop, but copies the whole loop to do so.
-    loosely, least = jnp.sqrt(setting.tol), jnp.maximum((0.1 * setting.tol) ** 2, eps)
+    loosely, least = jnp.sqrt(setting.tol), (0.1 * setting.tol) ** 2
     tilts = tilted([jnp.ones_like(leaf) for leaf in x]) if model.tilts else []
     may_repeat = setting.max_evaluations > 1
+    farthest = end_of_numbers(x)
 
     def share_left(now: _Carry) -> jax.Array:
         """The gradient as a share of the first."""
@@ -254,19 +261,29 @@ def descend(
 
         At a kink the steps shrink to nothing and the gradient stays large.
         """
-        return share_left(now) ** 2 * (now.f_first - now.f) <= eps**0.5 * jnp.abs(now.f)
+        return modest(now) & (share_left(now) ** 2 * (now.f_first - now.f) <= eps**0.5 * jnp.abs(now.f))
+
+    def modest(now: _Carry) -> jax.Array:
+        """Whether a step of 1, or as long as a shorter point, changes the value by a small part, by the gradient alone.
+
+        After a steep start any other gradient is a small share of the first, also at a kink. A value that is no more
+        than what rounding of the point makes of the gradient is as good as zero.
+        """
+        length, size = largest(now.x), jnp.abs(now.f)
+        small = now.grad_norm * jnp.minimum(1, length) <= 0.01 * jnp.maximum(size, now.scale)
+        return small | (size <= 10 * eps * length * now.grad_norm)
 
     def judge(c: _Carry, now: _Carry, took: Any, predicted: Any, known: Any, bent: Any) -> tuple[Any, Any]:
         """The status after an accepted step, and for how many steps the value has not moved."""
         size_f = jnp.maximum(jnp.abs(now.f), jnp.minimum(now.scale, jnp.abs(now.f_first)))
         size_g = jnp.minimum(now.scale, jnp.maximum(jnp.abs(now.f), now.g_first))
         by_gradient = (now.grad_norm <= setting.tol * size_g) & known
-        by_gradient &= predicted <= least * size_f
+        by_gradient &= predicted <= jnp.maximum(least * size_f, eps * jnp.abs(now.f))
         by_gradient |= now.grad_norm == 0
         unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
         still = jnp.where(unmoved, c.still + 1, 0)
         quiet = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
-        fallen = share_left(now) <= loosely
+        fallen = modest(now) & (share_left(now) <= loosely)
         smooth = fallen | little_left(now)
         code = jnp.where(quiet, jnp.where(smooth, Status.CONVERGED_VALUE, Status.LINE_SEARCH_FAILED), Status.RUNNING)
         code = jnp.where((still >= 10) & fallen, Status.CONVERGED_VALUE, code)
@@ -331,10 +348,12 @@ def descend(
         gain = -c.line.d0 * jnp.minimum(1, c.line.a) / 2
         exhausted = failed & (gain <= 4 * eps * jnp.abs(f)) & (c.grad_norm <= loosely * c.g_first)
         exhausted |= failed & c.fresh & (c.grad_norm <= 100 * eps * c.g_first)
+        exhausted &= modest(c)
         end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
         code = jnp.where((code == 0) & (stuck | exhausted), end, code)
-        lowest = -jnp.maximum(scale, jnp.abs(now.f_first)) / eps**2
-        code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
+        lowest = -jnp.maximum(jnp.maximum(scale, jnp.abs(now.f_first)), now.g_first) / eps**2
+        endless = (f < lowest) | (largest(x) > farthest)
+        code = jnp.where((ft == -jnp.inf) | (took & endless), Status.UNBOUNDED, code)
         over = now.evaluations >= setting.max_evaluations
         code = jnp.where((code == 0) & over, Status.EVALUATION_LIMIT, code)
         code = jnp.where((code == 0) & took & (now.iterations >= setting.max_iterations), Status.ITERATION_LIMIT, code)

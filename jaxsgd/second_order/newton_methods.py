@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsgd.matrices import eigenvectors
-from jaxsgd.second_order.descent import End, Move, Setting, Shown, report
+from jaxsgd.second_order.descent import End, Move, Setting, Shown, end_of_numbers, report
 from jaxsgd.second_order.loops import cond, while_loop
 from jaxsgd.second_order.objective import Vector
 from jaxsgd.second_order.result import Status
@@ -122,7 +122,18 @@ def exact_step(model: Spectrum, g: jax.Array, radius: jax.Array) -> Step:
 
 
 def truncated_step(product: Callable[[jax.Array], jax.Array], g: jax.Array, radius: jax.Array, tol: jax.Array) -> Step:
-    """Conjugate gradients up to the border of the region (Steihaug 1983, doi:10.1137/0720042)."""
+    """Conjugate gradients up to the border of the region (Steihaug 1983, doi:10.1137/0720042).
+
+    Args:
+      product: the Hessian times a vector.
+      g: the gradient.
+      radius: of the region.
+      tol: the share of the gradient that the residual may have.
+    """
+    # In units of the gradient: its products with itself may leave the range of the dtype.
+    size = jnp.linalg.norm(g)
+    size = jnp.where(size > 0, size, 1)
+    g, radius = g / size, radius / size
     zero = jnp.zeros_like(g)
     no = jnp.zeros((), bool)
 
@@ -144,7 +155,7 @@ def truncated_step(product: Callable[[jax.Array], jax.Array], g: jax.Array, radi
     begin = (zero, zero, g, -g, jnp.vdot(g, g), jnp.linalg.norm(g) == 0, no, 0)
     most = 2 * g.size + 10
     p, hp, _, _, _, _, leaves, _ = while_loop(lambda s: ~s[5] & (s[7] < most), body, begin)
-    return Step(p, -jnp.vdot(g, p) - jnp.vdot(p, hp) / 2, ~leaves)
+    return Step(size * p, size * (size * (-jnp.vdot(g, p) - jnp.vdot(p, hp) / 2)), ~leaves)
 
 
 class _Carry(NamedTuple):
@@ -182,7 +193,7 @@ def trust_region(
       callback: called with ``(stepped, iteration, x, f, gradient norm)``, see `report`.
     """
     dtype, size = x[0].dtype, x[0].size
-    eps = float(jnp.finfo(dtype).eps)
+    eps, farthest = float(jnp.finfo(dtype).eps), end_of_numbers(x)
 
     def scaled(scale: jax.Array) -> Callable[[jax.Array], jax.Array]:
         return lambda x: scale * value([x])
@@ -190,9 +201,10 @@ def trust_region(
     def next_step(x: Any, g: Any, scale: Any, model: Any, radius: Any, g_first: Any) -> Step:
         if exact:
             return exact_step(model, g, radius)
-        length = jnp.linalg.norm(g)
-        share = jnp.minimum(0.1, jnp.sqrt(jnp.max(jnp.abs(g)) / jnp.where(g_first > 0, g_first, 1)))
-        return truncated_step(lambda v: jax.jvp(jax.grad(scaled(scale)), (x,), (v,))[1], g, radius, share * length)
+        fallen = jnp.max(jnp.abs(g)) / jnp.where(g_first > 0, g_first, 1)
+        # Below rounding, residuals say nothing.
+        share = jnp.clip(jnp.sqrt(fallen), 100 * eps, 0.1)
+        return truncated_step(lambda v: jax.jvp(jax.grad(scaled(scale)), (x,), (v,))[1], g, radius, share)
 
     def body(c: _Carry) -> _Carry:
         first = c.f == jnp.inf
@@ -218,19 +230,27 @@ def trust_region(
         slope = jnp.vdot(c.g, c.step.p)
         parabola = jnp.clip(-slope / (2 * (-gained - slope)), 0.1, 0.5)
         shrunk = jnp.where(fine & jnp.isfinite(parabola), parabola, 0.1) * length
-        radius = jnp.where(first, jnp.maximum(1, jnp.linalg.norm(x)), jnp.where(ratio < 0.25, shrunk, grown))
+        radius = jnp.where(ratio < 0.25, shrunk, grown)
         model = c.model
         if exact:
             model = cond(took, lambda: spectrum(scaled(scale), x), lambda: c.model)
         top = jnp.max(jnp.abs(g))
+        # Long enough for the value to show what the slope promises.
+        shows = 100 * eps * jnp.abs(f) / jnp.where(top > 0, top, 1)
+        radius = jnp.where(first, jnp.maximum(jnp.maximum(1, jnp.linalg.norm(x)), shows), radius)
         f_first, g_first = jnp.where(first, f, c.f_first), jnp.where(first, top, c.g_first)
+        # After a steep start values leave the range of its unit: then they get one of their own.
+        up = jnp.where(took & ~first, jnp.clip(unit(jnp.maximum(jnp.abs(f), top)), 1, jnp.maximum(1, 1 / scale)), 1)
+        f, g, top, scale, f_first, g_first = (up * part for part in (f, g, top, scale, f_first, g_first))
+        model = model._replace(values=up * model.values)
         step = next_step(x, g, scale, model, radius, g_first)
         if not exact:
             step = step._replace(p=jnp.where(first, tilted([step.p])[0], step.p))
         size_f = jnp.maximum(jnp.abs(f), jnp.minimum(scale, jnp.abs(f_first)))
         size_g = jnp.minimum(scale, jnp.maximum(jnp.abs(f), g_first))
         small = top <= setting.tol * size_g
-        done = took & small & step.inside & (step.predicted <= jnp.maximum((0.1 * setting.tol) ** 2, eps) * size_f)
+        least = jnp.maximum((0.1 * setting.tol) ** 2 * size_f, eps * jnp.abs(f))
+        done = took & small & step.inside & (step.predicted <= least)
         bent = (top == 0) & ~step.inside
         code = jnp.where(done, Status.CONVERGED_GRADIENT, Status.RUNNING)
         # A step that was refused although it was to gain no more than rounding: there is nothing left to gain.
@@ -244,8 +264,9 @@ def trust_region(
         code = jnp.where((code == 0) & bent & (step.predicted <= 0), Status.SADDLE_POINT, code)
         code = jnp.where(again, Status.RUNNING, code)
         code = jnp.where(first & ~fine, Status.NOT_FINITE_START, code)
-        lowest = -jnp.maximum(scale, jnp.abs(f_first)) / eps**2
-        code = jnp.where((ft == -jnp.inf) | (took & (f < lowest)), Status.UNBOUNDED, code)
+        lowest = -jnp.maximum(jnp.maximum(scale, jnp.abs(f_first)), g_first) / eps**2
+        endless = (f < lowest) | (jnp.max(jnp.abs(x)) > farthest)
+        code = jnp.where((ft == -jnp.inf) | (took & endless), Status.UNBOUNDED, code)
         iterations, evaluations = c.iterations + (took & ~first), c.evaluations + 1
         code = jnp.where((code == 0) & (evaluations >= setting.max_evaluations), Status.EVALUATION_LIMIT, code)
         over = took & (iterations >= setting.max_iterations)

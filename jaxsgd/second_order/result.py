@@ -62,7 +62,7 @@ SENTENCES = {
     "The function may have a kink or noise there, or a wrong derivative.",
     Status.NOT_FINITE_START: "The value or the gradient at the start is not finite.",
     Status.NOT_FINITE: "No finite value was found next to the best point.",
-    Status.UNBOUNDED: "The value fell to minus infinity: the function has no minimum.",
+    Status.UNBOUNDED: "The value fell as far as numbers go: the function has no minimum.",
     Status.SADDLE_POINT: "The gradient is zero, but the curvature is negative: the point is no minimum.",
     Status.FLAT: "The value is flat: parameters, single ones or several together, have no effect near the best point, "
     "but have one elsewhere. Another start may find a lower value.",

@@ -257,6 +257,83 @@ def test_a_saddle_is_no_success(method):
         assert result.status is Status.SADDLE_POINT
 
 
+def poisson_regression(b):
+    x = jnp.concatenate([jnp.ones((100, 1)), COVARIATES], 1)
+    return jnp.sum(jnp.exp(x @ b) - COUNTS * (x @ b))
+
+
+COVARIATES = np.random.default_rng(3).normal(size=(100, 3))
+COUNTS = np.random.default_rng(5).poisson(np.exp(1 + COVARIATES @ np.array([0.5, -0.3, 0.2])))
+STEEP = {
+    "cosh": (lambda x: jnp.cosh(x[0]) + x[1] ** 2, [40.0, 1.0]),
+    "a steeper cosh": (lambda x: jnp.cosh(x[0]) + x[1] ** 2, [80.0, 1.0]),
+    "Poisson": (poisson_regression, [5.0, 8.0, -8.0, 3.0]),
+    "a kink": (lambda p: jnp.abs(p[0] - 1) + 3 * jnp.abs(p[0] + p[1]) + jnp.sum(jnp.exp(2 * p)), [10.0, 9.0]),
+    "a kink at zero": (lambda p: jnp.abs(p[0]) + 2 * jnp.abs(p[1] - p[0]) + 1e-3 * jnp.sum(p**2) ** 3, [30.0, 29.0]),
+    "an exponential": (lambda p: 1e-6 * (jnp.sum((p - 1) ** 2) + jnp.exp(p[0] - p[1])), [9.0, -9.0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "lbfgsb"])
+def test_after_a_steep_start_a_small_share_of_the_gradient_is_no_success(method, dtype):
+    """Any gradient is a small share of the first one there, which is up to 1e34."""
+    lowest = {"a kink": 2.9378196, "a kink at zero": 0.0, "cosh": 1.0, "a steeper cosh": 1.0}
+    lowest |= {"Poisson": float(minimize(poisson_regression, np.zeros(4)).value)}
+    lowest |= {"an exponential": float(minimize(STEEP["an exponential"][0], np.zeros(2)).value)}
+    for name, (fun, start) in STEEP.items():
+        result = minimize(fun, np.asarray(start, dtype), method=method)
+        if result.success:
+            room = 3e-4 * max(abs(lowest[name]), 0.1 if "zero" in name else 0)
+            # All that BFGS remembers of a steep slope, it takes for the curvature of the valley.
+            room *= 100 if (method, name) == ("bfgs", "an exponential") else 1
+            assert float(result.value) - lowest[name] <= room, (name, str(result))
+        elif method in ("newton_cg", "trust_region"):
+            assert "kink" in name, (name, str(result))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_low_minimum_is_not_taken_for_a_fall_without_end(method, dtype):
+    """From a value of zero, which says nothing about how far down it goes."""
+    for stiffness, force in ((1e10, 1e13), (1.0, 3e7)):
+        result = minimize(
+            lambda x, k, f: k * jnp.sum(x**2) / 2 - f * jnp.sum(x),
+            np.zeros(4, dtype), method=method, args=(dtype(stiffness), dtype(force)),
+        )  # fmt: skip
+        assert result.success, str(result)
+        np.testing.assert_allclose(result.params, force / stiffness, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fall_without_end_is_no_success(method, dtype):
+    """Nor where the slope is zero at last because a square has overflowed."""
+    for fun in (lambda x: -jnp.log1p(jnp.sum(x**2)), lambda x: jnp.sum(x) - jnp.sum(x) ** 3):
+        result = minimize(fun, np.array([1.0, 2.0], dtype), method=method, max_iterations=1000)
+        assert not result.success, str(result)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_slope_that_rounding_hides_near_the_start_is_followed(method):
+    result = minimize(lambda x: jnp.sqrt(1 + (x[0] - 1e9) ** 2) + x[1] ** 2, np.zeros(2, np.float32), method=method)
+    assert result.success and float(result.value) == 1, str(result)
+
+
+@pytest.mark.parametrize("method", ["newton", "trust_region", "lbfgs"])
+def test_the_tolerance_of_float32_is_the_documented_one(method):
+    """The decrease that is left by the exact Hessian; a value that goes to zero has no rounding to hide it."""
+
+    def fun(x):
+        return jnp.sum(x**8)
+
+    result = minimize(fun, np.array([3.0, 3.0], np.float32), method=method)
+    x = np.asarray(result.params, np.float64)
+    assert result.success
+    left = np.sum((8 * x**7) ** 2 / (56 * x**6)) / 2
+    assert left <= (1e-12 if method != "lbfgs" else 1e-10), str(result)
+
+
 def test_flat_start_is_no_success():
     result = minimize(lambda x: 1 - jnp.exp(-jnp.sum(x**2)), np.array([5.0, 0.0]))
     assert not result.success or float(result.value) < 1e-8
