@@ -43,8 +43,8 @@ __all__ = ["Bound", "Lift", "Transformation", "lifts_in", "shown", "watched"]
 class Bound(optax.GradientTransformationExtraArgs):
     """A gradient transformation whose two functions are methods of one object.
 
-    It is a pair of functions and no more, so that whatever takes a tuple apart can put it together again: JAX's tree
-    functions, Equinox's filters, cloudpickle.
+    It is a pair of functions and no more. What takes a tuple apart can put it together again: JAX's tree functions,
+    Equinox's filters, cloudpickle.
 
     Attributes:
       lift: that object; None in place of a part that a filter took out.

@@ -25,6 +25,7 @@ from jaxsgd.diagnosis.loss_curve import (
     without_pattern,
 )
 from jaxsgd.diagnosis.verdict import Verdict
+from jaxsgd.hyper import WholeFrom, is_array, is_constant
 from jaxsgd.report import OMITTED, Column, Report, Table, number
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
@@ -167,8 +168,10 @@ def diagnose(
     """
     if best_known is not None and not math.isfinite(best_known):
         raise ValueError(f"best_known={best_known}: a finite loss is needed")
-    if steps_per_epoch is not None and steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch={steps_per_epoch}: at least 1 is needed")
+    if steps_per_epoch is not None:
+        WholeFrom(1).check(f"steps_per_epoch={steps_per_epoch!r}", steps_per_epoch)
+    if learning_rate is not None and not (_is_number(learning_rate) and 0 < float(learning_rate) < math.inf):
+        raise ValueError(f"learning_rate={learning_rate!r}: a number above 0 is needed, or None")
     told = read(history, validation, loss)
     if learning_rate is None and "learning_rate" in told.others:
         learning_rate = float(np.nanmax(told.others["learning_rate"].values))
@@ -183,6 +186,10 @@ def diagnose(
         rest = [f for f in found if f.verdict not in (Verdict.GOOD, Verdict.PLATEAU)]
         found = [Finding(Verdict.STUCK, text, numbers | dead.numbers, dead.advice), *rest]
     return Diagnosis(found[0].verdict, (*found, *layers), numbers, told.notes, *told.loss)
+
+
+def _is_number(x: Any) -> bool:
+    return is_constant(x) or is_array(x) and x.shape == ()
 
 
 def _of_curve(
@@ -435,6 +442,10 @@ def _levels(
     """One of stuck, plateau, too slow and good."""
     late, error, since = seen.late_share, seen.late_error, f"{steps[seen.level_since]:.0f}"
     level = late <= LEVEL or late < 2 * error < 2 * LEVEL
+    # A step down, as of a schedule, may be late and level for long. In noise the level says less.
+    surely = seen.points >= 30 and seen.end_error < 0.015 * abs(seen.fall)
+    level |= surely and seen.level_since <= 0.75 * seen.points
+    risen = seen.end - seen.lowest
     if seen.significance < SIGNIFICANT or (level and seen.fall < seen.noise):
         text = (
             f"{seen.points} steps move the loss by {number(seen.fall)}, its noise from step to step is "
@@ -454,7 +465,7 @@ def _levels(
     if best_known is not None and seen.start > best_known:
         gap = (seen.end - best_known) / (seen.start - best_known)
         numbers = numbers | {"gap": gap, "best_known": best_known}
-    slow = late > LATE
+    slow = late > LATE and not level
     if gap is not None:
         slow = (gap > GAP and not level) or (slow and gap > 0.05)
     if gap is not None and gap > GAP and level:
@@ -472,6 +483,13 @@ def _levels(
                 f"; a step's noise is {number(seen.noise / seen.fall, 1)} of the fall: a smaller batch buys more steps"
             )
         return Finding(Verdict.TOO_SLOW, text, numbers, advice)
+    if level and late < -LEVEL and risen > 0.1 * seen.fall:
+        text = (
+            f"fell by {number(seen.fall)}, to {number(seen.end)}; it was at {number(seen.lowest)} before and has risen "
+            f"by {number(risen)} since"
+        )
+        advice = f"keep the weights of the lowest loss, and try a learning rate 3x lower{knobs.rate(1 / 3)} or a decay"
+        return Finding(Verdict.GOOD, text, numbers, advice)
     if level:
         text = f"fell by {number(seen.fall)} and is level from step {since} on at {number(seen.end)}: converged"
         advice = "more steps gain nothing; a decaying rate lowers the noise at the end"

@@ -60,6 +60,11 @@ def read(history: Any, validation: Any = None, loss: str = "loss") -> History:
         held = columns.get(name)
     if held is not None:
         good = np.isfinite(held.values)
+        if not good.all():
+            lost = f"{(~good).sum()} of {len(good)}"
+            notes.append(
+                f"{name}: {lost} values are not finite, the first at step {held.steps[~good][0]:.0f}; left out"
+            )
         held = Series(held.steps[good], (-1.0 if name.endswith("accuracy") else 1.0) * held.values[good])
     return History(losses, columns, held, name, tuple(notes))
 

@@ -213,7 +213,9 @@ def _step(given: Any, tx: Any, mesh: Any, batch_axes: Any, accumulate: int | Non
         raise TypeError(f"step_or_loss={given!r}: a loss function, a jaxsgd.Step or a jaxsgd.LayerStep is needed")
     if tx is None:
         raise TypeError("tx: a gradient transformation is needed")
-    return make_step(given, tx, mesh=mesh, batch_axes=batch_axes or "data", accumulate=accumulate or 1)
+    return make_step(
+        given, tx, mesh=mesh, batch_axes=batch_axes or "data", accumulate=1 if accumulate is None else accumulate
+    )
 
 
 def _lower(step: Step | LayerStep, state: Any, batch: Any) -> Any:

@@ -110,11 +110,11 @@ def look_ahead(state: Any, params: Any, momentum: Any = None) -> Any:
     def ahead(name: str, p: Any) -> Any:
         if name not in velocities:
             raise ValueError(f"state: it holds no velocity of {name!r}; it holds those of {sorted(velocities)}")
-        v = velocities[name]
+        v: Any = velocities[name]
         if v is None:  # a frozen leaf
             return p
-        packed = v if isinstance(v, Packed) else packed_as(v) if isinstance(v, Mapping) else None
-        v = wide(v) if packed is None else decode(packed)
+        v = packed_as(v) if isinstance(v, Mapping) else v
+        v = decode(v) if isinstance(v, Packed) else wide(v)
         return (wide(p) + jnp.asarray(mu, v.real.dtype) * v).astype(p.dtype)
 
     leaves, treedef = jax.tree.flatten(params)

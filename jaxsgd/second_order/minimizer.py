@@ -105,8 +105,8 @@ def minimize(
       args: further arguments of ``fun``: pytrees of arrays.
       has_aux: whether ``fun`` returns ``(value, aux)``. Default: False.
       tol: the gradient counts as zero if its largest entry is at most ``tol * min(1, max(abs(value), its first size))``
-        and the model predicts a decrease of at most ``(tol / 10) ** 2 * max(abs(value), min(1, abs(first value)))``, or
-        of less than rounding of the value. Default: 1e-6 in float64, 1e-5 in float32.
+        and the model predicts a decrease of at most ``(tol / 10) ** 2 * max(abs(value), min(1, abs(first value)))``. A
+        decrease that rounding of the value hides will do too. Default: 1e-6 in float64, 1e-5 in float32.
       max_iterations: the largest number of steps. Default: 2000.
       max_evaluations: the largest number of evaluations of the value and gradient. Default:
         ``3 * max_iterations + 100``.

@@ -407,7 +407,10 @@ class _Search:
         if rate is None:
             return None
         steps = min(self.horizon, len(self.curves[rate]))
-        curve, other = self.curves[best][:steps], self.curves[rate][:steps]
+        # Whole runs: under a schedule the first steps of a longer one are others.
+        curve, other = self.members.run(best, steps), self.members.run(rate, steps)
+        if curve is None or other is None:
+            return None
         last, sooner = max(2, steps // 4), max(1, round(SOONER * steps))
         apart = (other - curve)[-last:]
         margin = ERRORS * float(apart.std(ddof=1)) / math.sqrt(last)
@@ -516,6 +519,10 @@ class _Search:
             return "the loss at the start is not finite"
         if best is None:
             return f"every rate diverges, down to {rates[0].learning_rate:.2g}"
+        tails = [self._tail(rate, self.first) for rate in self._at(self.first)]
+        apart = len(tails) > 2 and max(self._at(self.first)) / min(self._at(self.first)) > COARSE
+        if apart and np.ptp(tails) <= 1e-6 * (self._begun - min(tails)) > 1e-9 * abs(self._begun):
+            return "every rate gives the same losses: does rule(learning_rate) use its argument?"
         if all(r.decrease <= 1e-6 * abs(r.start) for r in rates if math.isfinite(r.decrease)) and self.p_value != 0:
             blown = [r.learning_rate for r in rates if r.verdict == "diverged"]
             return "no rate lowers the loss" + (f"; from {min(blown):.2g} up it diverges" if blown else "")

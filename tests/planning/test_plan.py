@@ -91,6 +91,14 @@ def test_devices_are_whole():
         assert bool(device.most) == (device.platform == "tpu") and bool(device.target) == (device.platform == "cuda")
 
 
+@pytest.mark.parametrize("accumulate", [0, -2, 2.5])
+def test_microbatches_are_a_whole_number(accumulate):
+    loss_fn = lambda p, batch, key: jnp.mean(batch @ p)
+    shapes = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    with pytest.raises((TypeError, ValueError), match=f"accumulate={accumulate}"):
+        plan(loss_fn, shapes[0], jaxsgd.sgd(0.1), shapes[1], topology="cpu", accumulate=accumulate)
+
+
 @pytest.mark.parametrize(("topology", "extra"), [("v5e:4x4", "jaxsgd[tpu]"), ("h100:8", "jaxsgd[cuda]")])
 def test_a_missing_compiler_names_its_extra(topology, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -343,3 +343,22 @@ def test_measurements():
 
 def test_the_page_is_up_to_date():
     assert verdict_curves.page() == verdict_curves.PAGE.read_text()
+
+
+def test_what_is_said_of_the_end_is_true_of_it():
+    """A step down may be late and level for long; what rises is not level; nothing that is left out is unsaid."""
+    t, noise = np.arange(300), 0.01 * np.random.default_rng(0).standard_normal(300)
+    dropped = jaxsgd.diagnose(np.where(t < 200, 1 + 1.3 * np.exp(-t / 20), 0.4) + noise)
+    assert dropped.verdict == "good" and "is level from step 2" in dropped.summary
+    risen = jaxsgd.diagnose(np.where(t < 60, 2.3 - 2.2 * t / 60, 0.1 + 0.88 * (t - 60) / 240) + noise)
+    assert "has risen by 0.7" in risen.summary or "has risen by 0.8" in risen.summary, risen.summary
+    assert "level" not in risen.summary and "lower" in str(risen.next)
+    lost = np.r_[1.5 * np.exp(-np.arange(15) / 3) + 0.3, [np.nan] * 15]
+    said = jaxsgd.diagnose(2.3 * np.exp(-t / 30) + 0.1 + noise, validation=lost).text()
+    assert "15 of 30 values are not finite" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0, float("nan"), "a"])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ValueError, match="learning_rate=.*a number above 0 is needed"):
+        jaxsgd.diagnose(np.linspace(2, 1, 50), learning_rate=rate)

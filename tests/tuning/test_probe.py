@@ -347,3 +347,28 @@ def test_arguments_of_the_range_test_are_checked():
         range_test(bowl, START, ONE, jaxsgd.sgd, low=1.0, high=0.1)
     with pytest.raises(ValueError, match="steps=5"):
         range_test(bowl, START, ONE, jaxsgd.sgd, steps=5)
+
+
+def test_a_rule_that_ignores_its_rate_is_named():
+    def loss(w, x):
+        return jnp.mean((x @ w - x @ jnp.arange(4.0)) ** 2)
+
+    batches = [np.random.default_rng(i).normal(size=(16, 4)).astype(np.float32) for i in range(60)]
+    found = jaxsgd.probe(loss, jnp.zeros(4), batches, lambda rate: jaxsgd.adamw(1e-2), steps=60, progress=False)
+    assert found.learning_rate is None and "does rule(learning_rate) use its argument?" in str(found)
+
+
+def test_a_lower_rate_is_compared_by_whole_runs_of_a_schedule():
+    """The first steps of a longer schedule are its warm-up."""
+    batches = np.random.default_rng(0).normal(size=(400, 32, 4)).astype(np.float32)
+    data = [{"x": x, "y": np.tanh(x @ np.array([1, -0.5, 0.5, 0.2], np.float32))} for x in batches]
+    params = {"w": 0.3 * jax.random.normal(jax.random.key(0), (4, 8)), "v": jnp.full(8, 0.3)}
+
+    def loss(p, b):
+        return jnp.mean((jnp.tanh(b["x"] @ p["w"]) @ p["v"] - b["y"]) ** 2)
+
+    def rule(rate):
+        return jaxsgd.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, 60, 200))
+
+    found = jaxsgd.probe(loss, params, data, rule, steps=200, progress=False)
+    assert found.learning_rate > 0.02, str(found)
