@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-__all__ = ["OMITTED", "Column", "Report", "Table", "bytes_text", "number", "plus_minus", "span"]
+__all__ = ["MORE", "OMITTED", "Column", "Report", "Table", "bytes_text", "number", "plus_minus", "span"]
 
+MORE = "More: text(verbose=True)"
+"""The last line of a text without its details."""
 WIDTH = 80
 DIGITS = 3
 GAP = 2
@@ -361,7 +363,7 @@ class Report:
             for part in self.details:
                 lines += ["", part if isinstance(part, str) else _text(part, width)]
         elif self.details:
-            lines += ["", "More: text(verbose=True)"]
+            lines += ["", MORE]
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ from jaxsgd.ensemble.losses import apart, takes
 from jaxsgd.loss import is_stateful, with_all_arguments
 from jaxsgd.memory import in_device_memory
 from jaxsgd.numerics import as_key, check_count
-from jaxsgd.paths import is_function, leaf_names
+from jaxsgd.paths import check_optimizer, is_function, leaf_names
 from jaxsgd.progress import Bar
 from jaxsgd.report import Column, Report, Table, number, span
 from jaxsgd.train_state import TrainState
@@ -239,6 +239,8 @@ def sharpness(
         raise ValueError(f"tolerance={tolerance}: a share between 0 and 1 is needed")
     if tx is None and opt_state is not None:
         raise ValueError("opt_state: it needs the rule it belongs to: tx=")
+    if tx is not None:
+        check_optimizer(tx)
     if isinstance(params, TrainState) and opt_state is None and tx is not None:
         opt_state = params.opt_state
     curvature, tree = _curvature(loss_fn, params, batch, microbatches, key)

@@ -71,6 +71,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 def show(answers: Sequence[Any], form: str, verbose: bool) -> None:
     """Print one plan, or several side by side."""
     from jaxsgd.planning.comparison import Comparison
+    from jaxsgd.report import MORE
 
     answer = answers[0] if len(answers) == 1 else Comparison(tuple(answers))
     if form == "json":
@@ -78,7 +79,7 @@ def show(answers: Sequence[Any], form: str, verbose: bool) -> None:
     elif form == "markdown":
         print(answer.to_markdown())
     else:
-        print(answer.text(verbose=verbose))
+        print(answer.text(verbose=verbose).replace(MORE, "More: -v"))
 
 
 def _make_cpus(topologies: Sequence[str]) -> None:

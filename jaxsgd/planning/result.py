@@ -224,7 +224,9 @@ class Plan(Report):
         work = [(f"{dtype} operations of matrix products", number(float(count))) for dtype, count in self.flops.items()]
         work += [("bytes moved in memory", human(self.hbm_bytes))]
         work += [(f"{kind} kernels", number(count)) for kind, count in self.kernels.items()]
-        work += [(f"{kind} between devices", f"{c.count} of {human(c.bytes)}") for kind, c in self.collectives.items()]
+        work += [
+            (f"{kind} between devices", f"{c.count}, together {human(c.bytes)}") for kind, c in self.collectives.items()
+        ]
         if not self.collectives:
             work += [("between devices", "nothing")]
         work += [("compile time", f"{number(self.compile_seconds)} s")]

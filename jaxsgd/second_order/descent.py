@@ -348,7 +348,7 @@ def descend(
         gain = -c.line.d0 * jnp.minimum(1, c.line.a) / 2
         exhausted = failed & (gain <= 4 * eps * jnp.abs(f)) & (c.grad_norm <= loosely * c.g_first)
         exhausted |= failed & c.fresh & (c.grad_norm <= 100 * eps * c.g_first)
-        exhausted &= modest(c)
+        exhausted &= modest(now)
         end = jnp.where(exhausted, Status.CONVERGED_VALUE, end)
         code = jnp.where((code == 0) & (stuck | exhausted), end, code)
         lowest = -jnp.maximum(jnp.maximum(scale, jnp.abs(now.f_first)), now.g_first) / eps**2

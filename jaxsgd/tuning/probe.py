@@ -20,6 +20,7 @@ import numpy as np
 from jaxsgd.diagnosis.verdict import Verdict
 from jaxsgd.ensemble.feed import Feed
 from jaxsgd.ensemble.losses import takes
+from jaxsgd.hyper import is_constant
 from jaxsgd.progress import Bar
 from jaxsgd.report import Column, Report, Table, number, span
 from jaxsgd.rules.adaptive import adamw
@@ -219,8 +220,8 @@ def probe(
     """
     rule = checked_rule(rule)
     spend = budget(steps, share, 30 if range_test else 6)
-    if around is not None and not 0 < around < math.inf:
-        raise ValueError(f"around={around}: a learning rate above 0 is needed")
+    if around is not None and not (is_constant(around) and 0 < around < math.inf):
+        raise ValueError(f"around={around!r}: a learning rate above 0 is needed")
     given, begin = beginning(loss_fn, params, key)
     usual, name = usual_rate(rule, given[0]) if around is None else (float(around), "around")
     if around is None and (own := sets_rate(rule, given[0])):

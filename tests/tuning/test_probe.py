@@ -334,6 +334,7 @@ def test_a_range_test_of_a_bowl():
         ({"share": math.inf}, "share=inf"),
         ({"steps": 5}, "steps=5"),
         ({"around": -1.0}, "around=-1.0"),
+        ({"around": "a"}, "around='a'"),
         ({"steps": 20, "range_test": True}, "at least 30"),
     ],
 )

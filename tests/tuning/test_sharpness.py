@@ -406,3 +406,8 @@ def test_the_response_of_adam_is_read_off_the_rule(x64):
     np.testing.assert_allclose(found.preconditioner, corrected([0.0, 1.0, 4.0], 500, b1=0.8), rtol=1e-5)
     assert found.trained == (True,) and found.learning_rate == 0.5 and not found.shift.any()
     assert "1 parameters have a gradient here" in found.notes[0]
+
+
+def test_an_optimizer_is_needed_as_such():
+    with pytest.raises(TypeError, match="tx='a': a gradient transformation"):
+        sharpness(lambda p, b: jnp.sum(p**2) + 0 * jnp.sum(b), jnp.ones(2), jnp.ones(2), tx="a")
