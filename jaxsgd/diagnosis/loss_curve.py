@@ -221,11 +221,20 @@ def shape(y: np.ndarray) -> Shape:
     if abs(slope) > 2.5 * slope_error:
         drift = _ratio(-slope, doubt * noise(y) * math.sqrt(12 / n**3))
         significance = max(significance, drift, key=abs)
+    if n >= 40:
+        # Where noise is large at first, the first points say little: then the first tenth against the last.
+        significance = max(significance, _apart(y[: n // 10], y[-(n // 10) :])) if significance >= 0 else significance
     late, late_error = _ratio(middle - end, abs(fall)), abs(_ratio(math.sqrt(2) * error, fall))
     if late_error > 0.04 and n > 8:
         late = decay(y)
     low, high = float(soft.min()), float(soft.max())
     return Shape(n, start, start_error, middle, end, error, low, high, sigma, since, significance, late, late_error)
+
+
+def _apart(sooner: np.ndarray, later: np.ndarray) -> float:
+    """The fall from the mean of some points to that of others, in its standard errors (Welch 1947)."""
+    error = math.sqrt(sooner.var(ddof=1) / len(sooner) + later.var(ddof=1) / len(later))
+    return _ratio(float(sooner.mean() - later.mean()), error)
 
 
 def decay(y: np.ndarray) -> float:

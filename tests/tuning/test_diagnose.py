@@ -362,3 +362,20 @@ def test_what_is_said_of_the_end_is_true_of_it():
 def test_a_rate_that_is_none_is_refused(rate):
     with pytest.raises(ValueError, match="learning_rate=.*a number above 0 is needed"):
         jaxsgd.diagnose(np.linspace(2, 1, 50), learning_rate=rate)
+
+
+def test_a_clear_fall_in_noisy_batches_is_not_stuck():
+    """Single losses of four examples say little at first; a tenth of them says enough."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2000, 20))
+    targets = inputs @ rng.normal(size=20) + 2 * rng.normal(size=2000)
+    said = []
+    for seed in range(20):
+        draws, w, losses = np.random.default_rng(seed), np.zeros(20), []
+        for _ in range(300):
+            i = draws.integers(0, 2000, 8)
+            error = inputs[i] @ w - targets[i]
+            losses.append(np.mean(error**2))
+            w -= 0.02 * 2 * inputs[i].T @ error / 8
+        said.append(str(jaxsgd.diagnose(losses, rule="sgd", learning_rate=0.02).verdict))
+    assert said.count("stuck") <= 1 and said.count("good") >= 17, said
