@@ -10,7 +10,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,11 @@ class Bound(optax.GradientTransformationExtraArgs):
     Attributes:
       lift: that object; None in place of a part that a filter took out.
     """
+
+    @classmethod
+    def of(cls, lift: Any) -> Self:
+        """The transformation by the methods ``init`` and ``update`` of ``lift``."""
+        return cls(lift.init, lift.update)
 
     @property
     def lift(self) -> Any:
@@ -188,9 +193,7 @@ class Lift:
 
     @property
     def transformation(self) -> Transformation:
-        init: Any = self.init  # a state is a named tuple, which optax's types do not say
-        update: Any = self.update
-        return Transformation(init, update)
+        return Transformation.of(self)
 
     # -- what holds for each leaf ------------------------------------------------------------
 
@@ -482,7 +485,7 @@ class Lift:
             return held
 
         def begin(p: Any) -> Any:
-            keys = lambda: self._keys(jnp.zeros((), jnp.int32))  # noqa: E731
+            keys = functools.partial(self._keys, jnp.zeros((), jnp.int32))
             return self._first(slot, wide(p), own, self._initial(real_dtype(p.dtype)), keys)
 
         return in_containers_of(jax.eval_shape(begin, p), held)

@@ -218,9 +218,7 @@ class TreeLift:
 
     @property
     def transformation(self) -> TreeTransformation:
-        init: Any = self.init  # a state is a named tuple, which optax's types do not say
-        update: Any = self.update
-        return TreeTransformation(init, update)
+        return TreeTransformation.of(self)
 
 
 def _problem(grads: list[Any], params: Any, extra: Mapping[str, Any], dtype: Any) -> Problem:

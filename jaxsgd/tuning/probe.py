@@ -520,8 +520,9 @@ class _Search:
             return "the loss at the start is not finite"
         if best is None:
             return f"every rate diverges, down to {rates[0].learning_rate:.2g}"
-        tails = [self._tail(rate, self.first) for rate in self._at(self.first)]
-        apart = len(tails) > 2 and max(self._at(self.first)) / min(self._at(self.first)) > COARSE
+        tried = self._at(self.first)
+        tails = [self._tail(rate, self.first) for rate in tried]
+        apart = len(tried) > 2 and tried[-1] / tried[0] > COARSE
         if apart and np.ptp(tails) <= 1e-6 * (self._begun - min(tails)) > 1e-9 * abs(self._begun):
             return "every rate gives the same losses: does rule(learning_rate) use its argument?"
         if all(r.decrease <= 1e-6 * abs(r.start) for r in rates if math.isfinite(r.decrease)) and self.p_value != 0:
