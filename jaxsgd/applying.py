@@ -9,6 +9,7 @@ out unchanged and unread are written this way.
 from __future__ import annotations
 
 import contextvars
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,33 +27,45 @@ from jaxsgd.numerics import sum_of_squares
 __all__ = ["apart", "applies", "step_params", "tell", "update_params"]
 
 
-class _Made(NamedTuple):
-    """The result of a lift for one parameter.
+class _Seen(NamedTuple):
+    """The result of a lift for one parameter, as the first pass meets it.
+
+    Nothing keeps it: it may be of a trace inside, such as a branch of `jax.lax.cond`, which it must not outlive.
 
     Attributes:
-      mark: a stored array of the parameter, which identifies it.
       p: the parameter before.
-      out: the update, or the new parameter.
-      squares: the sum of the update's squares, where ``out`` is the new parameter.
+      out: its update.
     """
 
-    mark: Any
+    p: Callable[[], Any]
+    out: Callable[[], Any]
+
+
+class _Made(NamedTuple):
+    """The result of a lift for one parameter that is stepped in one pass.
+
+    Attributes:
+      p: the new parameter.
+      squares: the sum of the update's squares.
+    """
+
     p: Any
-    out: Any
     squares: Any
 
 
 @dataclass
 class _Pass:
-    """One update of a transformation.
+    """One update of a transformation. A parameter is known by the ``id`` of its mark, one of its stored arrays.
 
     Attributes:
-      chosen: the parameters to step in one pass, by the ``id`` of their marks.
-      made: the results by the same.
-      repeated: those that were stepped twice.
+      chosen: the parameters to step in one pass.
+      seen: the results of the others.
+      made: the results of those.
+      repeated: the parameters that were stepped twice.
     """
 
     chosen: frozenset[int] = frozenset()
+    seen: dict[int, _Seen] = field(default_factory=dict)
     made: dict[int, _Made] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
 
@@ -82,12 +95,19 @@ def applies(slots: Any) -> bool:
 
 def tell(slots: Any, p: Any, out: Any, squares: Any = None) -> None:
     """Report the update of a parameter that could be stepped in one pass, or its new value and the update's squares."""
-    now, mark = _pass.get(), _mark(slots)
-    if now is None:
+    now, mark = _pass.get(), id(_mark(slots))
+    if now is None or not isinstance(out, Tracer):
         return
-    if id(mark) in now.made:
-        now.repeated.add(id(mark))
-    now.made[id(mark)] = _Made(mark, p, out, squares)
+    if mark in now.chosen:
+        now.made[mark] = _Made(out, squares)
+        return
+    if mark in now.seen:
+        now.repeated.add(mark)
+    now.seen[mark] = _Seen(_weakly(p), _weakly(out))
+
+
+def _weakly(x: Any) -> Callable[[], Any]:
+    return weakref.ref(x) if isinstance(x, Tracer) else lambda: x
 
 
 def _mark(slots: Any) -> Any:
@@ -139,7 +159,7 @@ def _stepped(
     one = _Pass(_final(update, grads, state, params, extra_args))
     with _within(one):
         updates, state = update(grads, state, params, **extra_args)
-    whole = {id(made.out): made.squares for mark, made in one.made.items() if mark in one.chosen}
+    whole = {id(made.p): made.squares for made in one.made.values()}
     if not whole.keys() <= {id(u) for u in jax.tree.leaves(updates)}:
         raise RuntimeError("tx: it treated an update otherwise when it was called again. Use a pure function as update")
 
@@ -156,16 +176,16 @@ def _final(update: Callable[..., Any], grads: Any, state: Any, params: Any, extr
     packed = any(getattr(x, "dtype", None) in CODES and x.size > 1 for x in arrays)
     if not packed or not any(isinstance(x, Tracer) for x in arrays):
         return frozenset()
-    way, marks = _Pass(), list[int | None]()
+    way, marks, kept = _Pass(), list[int | None](), {id(x) for x in arrays}
 
     def follow() -> Any:
         updates, after = update(grads, state, params, **extra_args)
-        made = {id(one.out): (mark, one.p) for mark, one in way.made.items() if mark not in way.repeated}
+        made = {id(one.out()): (mark, one) for mark, one in way.seen.items() if mark in kept - way.repeated}
 
         def look(p: Any, u: Any) -> None:
             if p is not None:
-                mark, stepped = made.get(id(u), (None, None))
-                marks.append(mark if stepped is p else None)
+                mark, one = made.get(id(u), (None, None))
+                marks.append(mark if one is not None and one.out() is u and one.p() is p else None)
 
         jax.tree.map(look, params, updates, is_leaf=lambda x: x is None)
         return jax.tree.leaves(updates), after

@@ -165,3 +165,19 @@ def test_an_optimizer_that_changes_its_mind_is_an_error():
     step = jax.jit(lambda g, s, p: update_params(optax.GradientTransformation(tx.init, update), g, s, p))
     with pytest.raises(RuntimeError, match="Use a pure function as update"):
         step(GRADS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("case", ["a rule", "a chain", "a guard", "accumulate", "MultiSteps", "apply_if_finite"])
+def test_nothing_outlives_its_trace(case):
+    more = {
+        "MultiSteps": lambda: optax.MultiSteps(adamw(), 2),
+        "apply_if_finite": lambda: optax.apply_if_finite(adamw(), 2),
+    }
+    tx = more[case]() if case in more else CASES[case][0]()
+    params = {"w": jnp.ones((64, 128)), "b": jnp.ones(7)}
+    state = jaxsgd.TrainState.create(params, tx)
+    step = jaxsgd.make_step(lambda p, batch, key: jnp.sum((p["w"] - batch) ** 2) + jnp.sum(p["b"]), tx)
+    with jax.checking_leaks():
+        state, _ = step(state, jnp.zeros(()))
+        state, _ = step(state, jnp.zeros(()))
+    assert float(jnp.max(state.params["w"])) < 1
