@@ -114,11 +114,11 @@ def like(name: str) -> list[AnyRule]:
       ValueError: there is none.
     """
     word, known = name.lower(), all_rules()
-    families = {known[name].module} if name in known else set()
+    families = {known[word].module} if word in known else set()
     found = [r for r in known.values() if r.module in families or word in r.name.lower() or word in r.title.lower()]
     if not found:
         raise ValueError(f"--like {name}: no rule has this name or mentions it{nearest(name, known)}")
-    return sorted(found, key=lambda rule: (rule.name != name, rule.module not in families, rule.name))
+    return sorted(found, key=lambda rule: (rule.name != word, rule.module not in families, rule.name))
 
 
 def relatives(rule: AnyRule) -> list[str]:

@@ -194,16 +194,22 @@ class Table:
 
         heads, units, rows = self.cells()
         out: list[Any] = [self.title] if self.title else []
-        for index, widths in _blocks(self.columns, heads, units, rows, width):
+        marked = self.best is not None
+        gutter = 1 + GAP if marked else 0
+        for index, widths in _blocks(self.columns, heads, units, rows, width - gutter):
             drawn = Drawn(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+            if marked:
+                drawn.add_column(width=1)
             for i in index:
                 head = f"{heads[i]}\n({units[i]})" if units[i] else heads[i]
                 side = "left" if self.columns[i].kind == "text" else "right"
                 drawn.add_column(head, justify=side, max_width=widths[i], overflow="fold")
             for k, row in enumerate(rows):
-                drawn.add_row(*(_literal(row[i]) for i in index), style="bold green" if k == self.best else None)
+                mark = ["*" if k == self.best else ""] if marked else []
+                style = "bold green" if k == self.best else None
+                drawn.add_row(*mark, *(_literal(row[i]) for i in index), style=style)
             out += [drawn]
-        return out
+        return [*out, _literal(f"* {self.mark}")] if marked else out
 
     def html(self) -> str:
         heads, units, rows = self.cells()
@@ -220,9 +226,10 @@ class Table:
         marked = f' style="font-weight:bold;background:rgba(43,154,102,.18)" title="{html.escape(self.mark)}"'
         body = "".join(row_of("td", row, marked if i == self.best else "") for i, row in enumerate(rows))
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        note = f"<small>bold: {html.escape(self.mark)}</small>" if self.best is not None else ""
         return (
             '<div style="overflow-x:auto"><table style="border-collapse:collapse">'
-            f"{title}<thead>{row_of('th', top)}</thead><tbody>{body}</tbody></table></div>"
+            f"{title}<thead>{row_of('th', top)}</thead><tbody>{body}</tbody></table>{note}</div>"
         )
 
     def markdown(self) -> str:
@@ -231,6 +238,7 @@ class Table:
         rule = ["---" if c.kind == "text" else "---:" for c in self.columns]
         shown = [[f"**{cell}**" if i == self.best and cell else cell for cell in row] for i, row in enumerate(rows)]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (top, rule, *shown)]
+        lines += ["", f"Bold: {self.mark}."] if self.best is not None else []
         return "\n".join([self.title, "", *lines] if self.title else lines)
 
 
