@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from jaxsgd.applying import step_params
 from jaxsgd.batches import as_arrays
+from jaxsgd.draws import layer_key, of_layer
 from jaxsgd.elementwise import CALLS
 from jaxsgd.meshes import in_mesh, is_explicit
-from jaxsgd.numerics import conjugated, global_norm, is_float0, widest
+from jaxsgd.numerics import conjugated, global_norm, is_float0, is_key, widest
 from jaxsgd.paths import check_optimizer, leaf_names
 from jaxsgd.placement import brought_home, compiled_for, with_slots_on_device
 from jaxsgd.second_order.batch_loss import taken_by
@@ -51,14 +52,16 @@ def make_layer_step(
 
     The model is three functions, with a stack of equal layers in the middle. The backward pass computes each layer a
     second time, as under `jax.checkpoint`. The gradient of a layer lives until its update only. State and parameters
-    are those of an ordinary step, so that checkpoints and `jaxsgd.make_step` take them.
+    are those of an ordinary step, so that checkpoints and `jaxsgd.make_step` take them. Each layer draws its own random
+    numbers, for noise, rounding or a packed state; they are others than those of an ordinary step.
+
     Args:
       before: ``before(params, batch, key) -> x``, from a batch to the input of the first layer. ``params`` are all
         parameters but the layers'.
       layer: ``layer(layer_params, x, key) -> x``, one layer.
       after: ``after(params, x, batch, key) -> loss``, from the output of the last layer to a scalar.
       tx: a gradient transformation that steps each array by itself: no global norm, no sum over parameters. A rule that
-        looks at a whole array, such as Muon, sees one layer at a time.
+        looks at a whole array, such as Muon, sees one layer at a time. So does a function in ``groups=``.
       layers: the key of ``state.params`` that holds the stack. The first axis of its arrays counts the layers.
         Default: ``"layers"``.
       layer_clip: the largest norm of the gradient of a layer, and of the other parameters together. A larger gradient
@@ -192,7 +195,7 @@ class LayerStep:
 
         def stepped(grads: Any, params: Any, kept: list[Any], *, rest: bool) -> Any:
             """One update of all parameters, of which either those of a layer or the others count."""
-            new, opt_state, steps = step_params(self.tx.update, grads, parts.joined(kept), params, **extra)
+            new, opt_state, steps = step_params(self.tx.update, grads, parts.of_one(kept), params, **extra)
             squares = [x for x, mine in zip(steps, stack.in_layers, strict=True) if mine is not rest]
             return new, opt_state, sum((x.astype(stack.dtype) for x in squares), jnp.zeros((), stack.dtype))
 
@@ -208,12 +211,13 @@ class LayerStep:
                 _, back = jax.vjp(lambda params, x: self.layer(params, x, key), own, at(inputs))
                 grads, dx = back(dx)
                 grads, norm = self._clipped(_moving(conjugated(grads), moves_own))
-                params, opt_state, moved = stepped(
-                    stack.joined(jax.tree.map(jnp.zeros_like, stack.rest), grads),
-                    stack.joined(stack.rest, own),
-                    at(kept),
-                    rest=False,
-                )
+                with of_layer(i):
+                    params, opt_state, moved = stepped(
+                        stack.joined(jax.tree.map(jnp.zeros_like, stack.rest), grads),
+                        stack.joined(stack.rest, own),
+                        at(kept),
+                        rest=False,
+                    )
                 return dx, params[self.layers], parts.of_layers(opt_state), jnp.stack([norm.astype(moved.dtype), moved])
 
             def none(dx: Any, layers: Any, kept: list[Any]) -> Any:
@@ -357,6 +361,14 @@ class _Parts:
         leaves, treedef = jax.tree.flatten(self.state if state is None else state)
         own = iter(kept)
         return treedef.unflatten(next(own) if mine else x for x, mine in zip(leaves, self.in_layers, strict=True))
+
+    def of_one(self, kept: list[Any]) -> Any:
+        """The state before the step with these arrays of a layer, and with its own random keys."""
+
+        def own(x: Any) -> Any:
+            return layer_key(x) if is_key(x) else x
+
+        return jax.tree.map(own, self.joined(kept))
 
 
 def _check_apart(tx: Any, state: Any, params: Any, in_layers: list[bool], kept_in_layers: list[bool]) -> None:

@@ -19,9 +19,10 @@ import optax
 from jax.core import Tracer
 
 from jaxsgd.applying import apart, applies, tell
+from jaxsgd.draws import layer_key, step_key
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
 from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, stepped, sum_leaf
-from jaxsgd.numerics import global_norm, is_float0, real_dtype, step_key, wide, widest
+from jaxsgd.numerics import global_norm, is_float0, real_dtype, wide, widest
 from jaxsgd.paths import (
     Groups,
     check_params,
@@ -583,7 +584,7 @@ class Lift:
         leaf's name, which a partition of the tree leaves as it is."""
         seed = self.constants["key"] if "key" in self.constants else outside["key"]
         step_key = jax.random.fold_in(jax.random.key(seed), count)
-        return jax.random.fold_in(step_key, zlib.crc32(name.encode()))
+        return layer_key(jax.random.fold_in(step_key, zlib.crc32(name.encode())))
 
 
 # -- which lifts a transformation holds -------------------------------------------------------------

@@ -28,7 +28,6 @@ __all__ = [
     "real_zeros",
     "root_of",
     "sq",
-    "step_key",
     "stochastic_round",
     "strong",
     "sum_of_squares",
@@ -209,16 +208,6 @@ def root_of(squares: Sequence[jax.Array], dtype: Any = None) -> jax.Array:
     """The root of a sum, in ``dtype``. Default: the widest of theirs."""
     dtype = widest(x.dtype for x in squares) if dtype is None else dtype
     return jnp.sqrt(sum((x.astype(dtype) for x in squares), jnp.zeros((), dtype)))
-
-
-def step_key(count: jax.Array, number: int) -> jax.Array:
-    """The random key of a step for the use of this number.
-
-    Its words are hashes in place of `jax.random.fold_in`, which takes longer to compile than a step of Adam.
-    """
-    words = jnp.stack([count.astype(jnp.uint32) * np.uint32(2)] * 2) + np.arange(2, dtype=np.uint32)
-    words = words * np.uint32(0x9E3779B1) + np.uint32((number + 1) * 0x85EBCA77 % 2**32)
-    return jax.random.wrap_key_data(hashed(words), impl="threefry2x32")
 
 
 def hashed(words: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jaxsgd
 
 HOUSE = pathlib.Path(jaxsgd.__file__).parent
 FLOORS = {
-    "numerics": 0, "paths": 0, "matrices": 0, "meshes": 0, "symmetric": 0, "progress": 0,
+    "numerics": 0, "draws": 0, "paths": 0, "matrices": 0, "meshes": 0, "symmetric": 0, "progress": 0,
     "state": 1, "storage": 1, "blockwise": 1, "hyper": 1, "slots": 1, "rounding": 1, "batches": 1,
     "applying": 1, "rank_one": 1, "elementwise": 1, "pieces": 1, "stacking": 1, "kernels": 1,
     "memory": 1, "annotations": 1, "models": 0, "loss": 1, "report": 1,

@@ -109,6 +109,33 @@ def test_each_layer_has_its_own_key_and_each_step():
     np.testing.assert_array_equal(w, again.params["layers"]["w"])
 
 
+NOISY = {
+    "a rule": (jnp.float32, lambda: jaxsgd.noisy_sgd(1e-2)),
+    "optax": (jnp.float32, lambda: optax.chain(optax.add_noise(1.0, 0.5, 0), optax.sgd(1e-2))),
+    "rounding": (jnp.bfloat16, lambda: jaxsgd.sgd(2e-3, rounding="stochastic")),
+    "a packed state": (jnp.float32, lambda: jaxsgd.adamw(1e-2, storage=jaxsgd.int8(min_size=0))),
+}
+
+
+@pytest.mark.parametrize("case", NOISY)
+def test_each_layer_draws_its_own_random_numbers(case):
+    dtype, make = NOISY[case]
+    params = {"layers": jnp.ones((3, 64), dtype), "head": jnp.ones((), dtype)}
+    tx, slope = make(), jnp.linspace(1, 2, 64, dtype=dtype)
+    step = make_layer_step(
+        lambda params, batch, key: batch,
+        lambda w, x, key: x + w * slope,  # every layer has the same gradient
+        lambda params, x, batch, key: jnp.sum(x).astype(jnp.float32) * params["head"].astype(jnp.float32),
+        tx,
+    )
+    state = TrainState.create(params, tx)
+    for _ in range(3):
+        state, _ = step(state, jnp.zeros(64, dtype))
+    w = np.asarray(state.params["layers"], np.float32)
+    apart = [np.mean(w[i] != w[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert min(apart) > 0.1 and np.ptp(w.mean(1)) < 0.02
+
+
 @pytest.mark.parametrize(
     "tx, words",
     [
