@@ -22,7 +22,7 @@ def pack(leaves: dict[str, Any]) -> tuple[dict[str, dict], dict[str, Any]]:
     Raises:
       RuntimeError: a leaf was donated to a step.
       TypeError: a leaf is neither array nor number.
-      ValueError: there is no array.
+      ValueError: there is no array, or two names differ in slashes at their end only: the store drops those.
     """
     table, arrays = {}, {}
     for name, leaf in leaves.items():
@@ -35,6 +35,11 @@ def pack(leaves: dict[str, Any]) -> tuple[dict[str, dict], dict[str, Any]]:
             raise TypeError(f"state: {name!r} is {leaf!r}; only arrays and numbers are saved")
     if not any(np.size(leaf) for leaf in leaves.values()):
         raise ValueError("state: it holds no array")
+    places: dict[str, str] = {}
+    for name in leaves:
+        if places.setdefault(name.rstrip("/"), name) != name:
+            other = places[name.rstrip("/")]
+            raise ValueError(f"state: the names {other!r} and {name!r} are one place in the store; rename one of them")
     for name, leaf in leaves.items():
         raw = jax.random.key_data(leaf) if is_key(leaf) else leaf
         impl = str(jax.random.key_impl(leaf)) if is_key(leaf) else None

@@ -443,6 +443,7 @@ def test_bad_states(tmp_path):
             ({"a": "text"}, TypeError, "'a' is 'text'; only arrays and numbers"),
             ({"a": jax.ShapeDtypeStruct((), jnp.float32)}, TypeError, "only arrays and numbers"),
             ({"a": {"b": np.ones(1)}, "a/b": np.ones(1)}, ValueError, "two leaves have the name 'a/b'"),
+            ({"a": np.ones(1), "a/": np.zeros(1)}, ValueError, "the names 'a' and 'a/' are one place in the store"),
             ({}, ValueError, "it holds no array"),
         ]:
             with pytest.raises(kind, match=words):
