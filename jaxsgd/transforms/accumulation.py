@@ -167,7 +167,7 @@ def carrying_gradients(
                 return mean(jnp.sum(weighted(weights, x)))
             if scalar and jnp.issubdtype(x.dtype, jnp.integer):
                 return total_over_devices(jnp.sum(x, dtype=x.dtype))
-            return x
+            return x[0] if scalar and steps == 1 else x
 
         aux = jax.tree.map(summary, aux, scalar)
         if isinstance(weight, str):

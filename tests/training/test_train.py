@@ -332,3 +332,15 @@ def test_aux_that_is_no_array_is_named(accumulate):
     )
     with pytest.raises(TypeError, match="aux 'name' is a str; arrays and numbers are needed"):
         step(TrainState.create(STATE_PARAMS, jaxsgd.sgd(0.1)), STATE_X)
+
+
+@pytest.mark.parametrize("weight", [None, "tokens", lambda batch: jnp.sum(batch)], ids=["none", "aux", "batch"])
+def test_scalars_in_aux_keep_their_form_under_a_weight(weight):
+    def loss(params, batch):
+        found = {"tokens": jnp.sum(batch), "any": jnp.any(batch > 0), "phase": jnp.exp(1j * jnp.sum(batch))}
+        return jnp.sum(params["w"] ** 2) * jnp.mean(batch), found
+
+    tx = jaxsgd.sgd(0.1)
+    _, report = make_step(loss, tx, weight=weight)(TrainState.create({"w": jnp.ones(3)}, tx), np.ones(4, np.float32))
+    assert {name: x.shape for name, x in report["aux"].items()} == {"tokens": (), "any": (), "phase": ()}
+    assert report["aux"]["any"] and report["aux"]["tokens"] == 4
