@@ -22,7 +22,7 @@ from jaxsgd.numerics import sq, sum_of_squares, wide, wide_dtype, widest
 from jaxsgd.pieces import LARGE, Pieces, in_pieces, pieces_of
 from jaxsgd.rounding import LOST, rounded, rounds
 from jaxsgd.slots import Slot, by_name, parameter_names
-from jaxsgd.storage import Storage, drawn, plain
+from jaxsgd.storage import Storage, drawn, needs_key, plain
 
 __all__ = ["Applied", "Equation", "Leaf", "Settings", "ShapeError", "step_leaf", "stepped", "sum_leaf"]
 
@@ -234,9 +234,25 @@ class Settings:
                 wanted = [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda p, b=begin: b(wide(p)), like))]
             found = [x.shape for x in jax.tree.leaves(value)]
             if found != wanted:
+                self._check_storage(name, wanted)
                 raise ShapeError(
                     name, found[0] if len(found) == 1 else found, wanted[0] if len(wanted) == 1 else wanted
                 )
+
+    def _check_storage(self, name: str, shapes: list[tuple[int, ...]]) -> None:
+        """Whether the slot's storage gives back what it was given."""
+        storage = self.storages.get(name, plain)
+        if storage is plain or len(shapes) != 1:
+            return
+        like, key = jax.ShapeDtypeStruct(shapes[0], jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+        back = jax.eval_shape(
+            lambda x, k: storage.unpack(storage.pack(x, k if needs_key(storage) else None)), like, key
+        )
+        if jnp.shape(back) != like.shape:
+            raise ValueError(
+                f"storage: {storage!r} packed {name} of shape {like.shape} and unpacked an array of shape "
+                f"{jnp.shape(back)}; unpack must give the shape that pack was given"
+            )
 
 
 class Applied(NamedTuple):

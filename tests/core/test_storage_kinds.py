@@ -268,3 +268,22 @@ def test_an_nnx_optimizer_keeps_packed_slots(storage, around):
         optimizer.update(model, gradient)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """It forgets the shape."""
+
+    def pack(self, x, key=None):
+        return x.reshape(-1)
+
+    def unpack(self, packed):
+        return packed
+
+
+def test_a_storage_that_gives_another_shape_back_is_named():
+    tx, params = jaxsgd.momentum(0.1, storage={"trace": Flat()}), {"w": jnp.ones((2, 3))}
+    with pytest.raises(
+        ValueError, match=r"Flat\(\) packed trace of shape \(2, 3\) and unpacked an array of shape \(6,\)"
+    ):
+        tx.update(params, tx.init(params), params)
