@@ -89,8 +89,8 @@ def noise_scale(
       A `NoiseScale`.
 
     Raises:
-      ValueError: fewer than 4 parts; a batch that does not divide into parts; no floating parameter that moves; a
-        gradient that is not finite.
+      ValueError: fewer than 4 parts; a batch that does not divide into parts; ``count`` above the batches there are; no
+        floating parameter that moves; a gradient that is not finite, or exactly 0 for all examples.
       TypeError: a leaf of ``params`` is no array and no number; ``tx`` is no gradient transformation.
     """
     taking = takes(loss_fn, params)
@@ -143,6 +143,11 @@ def noise_scale(
     norm_sq = float(sum(jnp.sum(sq(x)) for x in about))
     if not np.isfinite(norm_sq) or not np.all(np.isfinite(away)):
         raise ValueError("params: the gradient is not finite at this point, so its noise cannot be estimated")
+    if norm_sq == 0 and not away.any():
+        raise ValueError(
+            "params: the gradient of every example is exactly 0 at this point, so there is neither gradient nor noise. "
+            "Use the parameters of a training that has begun, and a loss that depends on them"
+        )
     sample = _estimate(norm_sq, away, along, small, 1.0)
     if population is None:
         result = _estimate(norm_sq, away, along, small, 0.0)
@@ -254,8 +259,9 @@ def _taken(batches: Any, count: int | None, taking: Callable[[Any], bool]) -> tu
         taken = [batches]
     if not taken:
         raise ValueError("batches: there are none; at least one is needed")
-    if not one and count is not None and len(taken) < count:
-        raise ValueError(f"count={count}: there are only {len(taken)} batches")
+    if count is not None and len(taken) < count:
+        found = "batches is one batch. Use a list of batches" if one else f"there are only {len(taken)} batches"
+        raise ValueError(f"count={count}: {found}")
     sizes = []
     for index, batch in enumerate(taken):
         size = batch_size(batch)

@@ -296,6 +296,8 @@ def test_narrow_parameters_and_another_gradient():
         ({"batches": draws(2), "small": 5}, "batch 0 has 32 examples, which do not divide"),
         ({"batches": draws(2), "small": 0}, "small=0"),
         ({"batches": draws(2), "count": 3}, "count=3: there are only 2"),
+        ({"batches": draws(1)[0], "count": 3}, "count=3: batches is one batch"),
+        ({"batches": [{"x": np.zeros((4, 3))}] * 2, "params": {"w": CENTER * 0}}, "exactly 0 at this point"),
         ({"batches": lambda step: draws(1)[0]}, "count=None: a function of the step"),
         ({"batches": draws(2), "population": 10}, "population=10: 'all', math.inf, or so many"),
         ({"batches": draws(2), "population": "some"}, "population='some'"),
