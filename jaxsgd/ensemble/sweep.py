@@ -250,6 +250,8 @@ def _stepped(
                 "for every step. For stacked batches use data=lambda i: jax.tree.map(lambda x: x[i], arrays)"
             )
         steps = len(data)
+        if not steps:
+            raise ValueError("data: it is empty; at least one batch is needed")
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")
     count = len(next(iter(members.values())))

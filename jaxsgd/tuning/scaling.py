@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsgd.registry import AnyRule, all_rules
 from jaxsgd.report import Column, Report, Table, number, plus_minus, span
+from jaxsgd.tuning.short_runs import OWN_RATE
 
 __all__ = ["Doubling", "NoiseScale", "scale_learning_rate"]
 
@@ -235,6 +236,11 @@ def _way(rule: Any, learning_rate: float) -> str:
     if isinstance(rule, str) and rule not in all_rules():
         raise ValueError(f"rule={rule!r}: 'linear', 'square_root', 'noise_scale', a rule or its name is needed")
     known = all_rules()[rule] if isinstance(rule, str) else rule
+    if known.module == OWN_RATE:
+        raise ValueError(
+            f"rule={known.name!r}: it sets its own step size from the gradients, at any batch size. "
+            f"Leave learning_rate at {number(known.usual_rate or 1.0)}"
+        )
     if known.batch_scaling is None:
         raise ValueError(
             f"rule={known.name!r}: no scaling of its learning rate with the batch size is published. Use jaxsgd.probe "

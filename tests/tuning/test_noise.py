@@ -348,6 +348,7 @@ def test_scales_a_learning_rate():
     assert near == scale_learning_rate(0.1, 64, 256, "noise_scale", noise_scale=found)
     assert scale_learning_rate(0.1, 1, 2, "noise_scale", noise_scale=1e9) == pytest.approx(0.2)
     for arguments, message in (
+        ((1.0, 64, 256, "prodigy"), "it sets its own step size from the gradients, at any batch size"),
         ((0.1, 64, 256, "lion"), "no scaling of its learning rate with the batch size is published. Use jaxsgd.probe"),
         ((0.1, 64, 256, "cubic"), "'linear', 'square_root', 'noise_scale', a rule or its name"),
         ((0.1, 64, 256, "noise_scale"), "noise_scale=None"),

@@ -245,6 +245,7 @@ def test_vmap_is_left_out_where_its_memory_is_not_there(started, monkeypatch):
         ({"learning_rate": [1.0], "steps": 0}, "steps=0: at least 1"),
         ({"learning_rate": [1.0], "limit": 0}, "limit=0"),
         ({"learning_rate": [1.0], "data": iter([])}, "steps=None: how many"),
+        ({"learning_rate": [1.0], "data": []}, "data: it is empty"),
         ({"learning_rate": [1.0], "data": [], "steps": 3}, "data: it is empty"),
         ({"learning_rate": [1.0], "data": None}, "data=None"),
         ({"learning_rate": [1.0], "state": None}, "state=None"),
