@@ -1,7 +1,8 @@
 """The learning rate by short runs: the recipe that people follow by hand.
 
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
-the edge, the grid grows. Then the gaps beside the best are filled. The best and its neighbours are trained further, and
+the edge, the grid grows; where it is so by noise alone, all are trained further. Of rates that differ by noise alone
+the highest counts. Then the gaps beside the best are filled. The best and its neighbours are trained further, and
 the best two continue until the steps are used up. If the next lower rate does as well as the best, up to noise, the
 suggestion is between the two. A long run needs a lower rate than a short one. A schedule is applied as a whole in each
 run, however short.
@@ -42,7 +43,7 @@ __all__ = ["Probe", "Rate", "probe"]
 
 COARSE, FINE = 10.0, math.sqrt(10.0)
 """Factors between rates: of the first grid, and beside its best."""
-FIRST, MIDDLE, CONTROL, LEAST = 48, 8, 32, 4
+FIRST, MIDDLE, CONTROL, LEAST = 48, 8, 16, 4
 """Parts of the budget: a first run, a middle run, the comparison with the start; and the least steps of a run."""
 UPDATES = 4
 """The least updates of a run of a rule that updates once in several steps."""
@@ -58,8 +59,12 @@ HIGH = 4.0
 """A loss that ends so many times above the start has diverged."""
 RATES = 24
 """At most so many."""
+STILL = 1e-3
+"""The part of the lowest rate that does not move the weights."""
 NEIGHBOUR = 4.0
 """A rate so many times higher or lower than another is not its neighbour on the grid."""
+UNSURE = 0.05
+"""The confidence is not high where the standard error of the best's end is more than this part of its decrease."""
 ERRORS, SOONER = 2.0, 0.1
 """Two losses are alike where they differ by less than the sum of so many standard errors of the difference and the
 decrease of the better run in this last part of its steps."""
@@ -269,15 +274,17 @@ class _Search:
         members.train([self.usual / COARSE, self.usual, self.usual * COARSE], self.first)
         if not any(len(c) and np.isfinite(c[0]) for c in self.curves.values()):
             return
-        while (rate := self._grown()) is not None:
-            members.train([rate], self.first)
-        best = self._best(self.first)
+        while rates := self._more():
+            members.train(rates, self.first)
+        best = self._early()
         if best is None:
             return
+        told = best > min(self.curves) or self._tells(best)
+        best = best if told else self._known(self.usual)
         for rate in (best / FINE, best * FINE):
             if not self._near(rate) and self._affords([rate], self.first):
                 members.train([rate], self.first)
-        self.early = self._best(self.first) or best
+        self.early = (self._early() or best) if told else best
         self._walk()
         self._go_on()
         if self.best is not None:
@@ -316,16 +323,62 @@ class _Search:
     def _best(self, steps: int) -> float | None:
         return min(self._at(steps), key=lambda rate: (self._tail(rate, steps), rate), default=None)
 
-    def _grown(self) -> float | None:
-        """The rate to add while the best is at the edge of the grid."""
+    def _early(self) -> float | None:
+        """The best of the first runs, or the highest rate that is like it.
+
+        Few steps with small batches tell noise, not rates: a low rate that does nothing has the lowest loss as often
+        as not. The higher one says more in a longer run.
+        """
+        best = self._best(self.first)
+        if best is None or self.members.constant:
+            return best
+        highest = best
+        for rate in self._at(self.first):
+            gap, error = _apart(self.curves[rate][: self.first], self.curves[best][: self.first])
+            if rate > best and gap <= ERRORS * error and self._tail(rate, self.first) <= self._begun:
+                highest = rate
+        return highest
+
+    def _more(self) -> list[float]:
+        """The rates to train now: one more while the best is at the edge of the grid, or all, further than before."""
         if self.members.spent + self.first > EXPLORING * self.spend or len(self.curves) >= RATES:
-            return None
-        best, low, high = self._best(self.first), min(self.curves), max(self.curves)
+            return []
+        best, low, high = self._early(), min(self.curves), max(self.curves)
         if best is None:
-            return low / COARSE
+            return [low / COARSE]
         if len({self._tail(rate, self.first) for rate in self.curves}) == 1:  # nothing depends on the rate
-            return None
-        return high * COARSE if best == high else low / COARSE if best == low else None
+            return []
+        if low < best < high:
+            return []
+        if self._tells(best):
+            return [high * COARSE if best == high else low / COARSE]
+        longer, rates = self._whole(2 * self.first), self._at(self.first)
+        if not self._affords(rates, longer, EXPLORING):
+            return []
+        self.first = longer
+        return rates
+
+    def _tells(self, edge: float) -> bool:
+        """Whether it says something that the best is at this edge of the grid.
+
+        The highest rate has to be lower than the next by more than noise. The lowest has to learn, or the next one not
+        to hold: the first steps with small batches may raise the loss on other batches, and then a lower rate is always
+        better and learns even less.
+        """
+        if self.members.constant:
+            return True
+        lower, curve = [rate for rate in self.curves if rate < edge], self.curves[edge][: self.first]
+        if lower:
+            other = self.curves[max(lower)][: self.first]
+        else:
+            above = min((rate for rate in self.curves if rate > edge), default=edge)
+            if self._tail(above, self.first) > self._begun + (HIGH - 1) * abs(self._begun):
+                return True
+            other = self.members.control(edge * STILL, range(self.first))
+        if len(other) < len(curve) or not np.isfinite(other).all():  # it diverged
+            return True
+        gain, error = _apart(other, curve)
+        return gain > ERRORS * error
 
     def _walk(self) -> None:
         """The middle runs: the best and its neighbours, on to where the best has a neighbour on both sides."""
@@ -343,14 +396,17 @@ class _Search:
             at, tried = self._at(self.middle), [r for r in self.curves if len(self.curves[r]) >= self.middle]
             best = self._best(self.middle)
             lowest = min(r for r in self.curves if r in at or r in trio)
-            beside = lowest if best is None else best
-            wanted = [beside / FINE] if best is None else [best / FINE, best * FINE]
+            if best is None:  # all diverged: what lasted so far below them, or lower still
+                below = max((r for r in self.curves if r < lowest and self.members.alive(r)), default=lowest / FINE)
+                wanted = [below]
+            else:
+                wanted = [best / FINE, best * FINE]
             new = [self._known(r) for r in wanted]
             new = [r for r in new if r not in tried and (r not in self.curves or self.members.alive(r))]
             if not new:
                 self.bracketed = best is not None
                 return
-            if not self._affords(new[:1], self.middle, WALKING):
+            if not self._affords(new[:1], self.middle, 1.0 if best is None else WALKING):
                 return
             self.members.train(new[:1], self.middle)
             trio.append(new[0])
@@ -432,26 +488,34 @@ class _Search:
         if last < 3:
             return
         at = np.linspace(self.horizon // 2, self.horizon - 1, last).astype(int)
-        start, after = self.members.control(min(self.curves) * 1e-3, at.tolist()), late[at]
+        start, after = self.members.control(min(self.curves) * STILL, at.tolist()), late[at]
         gain = start - after
         if not np.isfinite(gain).all() or gain.mean() <= 1e-6 * np.abs(start).mean():
             self.p_value = 1.0
         elif self.members.constant and np.ptp(start) <= 1e-4 * np.abs(start).mean():  # no noise to mistake
             self.p_value = 0.0
-        else:  # the same batches in pairs, or all of the second half; twice the chance to be taken in by noise
-            whole = late[self.horizon // 2 :]
-            apart = math.sqrt(start.var(ddof=1) / last + whole.var(ddof=1) / len(whole))
-            ps = [chance(gain.mean(), noise_of(gain) / math.sqrt(last), last - 2)]
-            ps += [chance(start.mean() - whole.mean(), apart, last - 1)]
-            self.p_value = min(2 * min(ps), 1.0)
+        else:  # several looks, and as many times the chance to be taken in by noise
+            ps = [chance(gain.mean(), noise_of(gain) / math.sqrt(last), last - 2)]  # the same batches in pairs
+            if min(start.min(), after.min()) > 0:  # where batches differ by factors, so do their gains
+                part = np.log(start / after)
+                ps += [chance(part.mean(), noise_of(part) / math.sqrt(last), last - 2)]
+            # All of the second half against the start, with the first steps of the lowest rate, which hardly moved.
+            whole, before = late[self.horizon // 2 :], np.append(start, self.curves[self._lowest][: self.first])
+            apart = math.sqrt(before.var(ddof=1) / len(before) + whole.var(ddof=1) / len(whole))
+            ps += [chance(before.mean() - whole.mean(), apart, len(before) - 1)]
+            self.p_value = min(len(ps) * min(ps), 1.0)
 
     # -- its answer ---------------------------------------------------------------------------
 
     @property
+    def _lowest(self) -> float:
+        """The lowest rate that has not diverged, or the lowest of all."""
+        return min((r for r in self.curves if self.members.alive(r)), default=min(self.curves))
+
+    @property
     def _begun(self) -> float:
         """The loss to begin with: the first, or the lowest rate's over its first steps where that is higher."""
-        lowest = min((r for r in self.curves if self.members.alive(r)), default=min(self.curves))
-        curve = self.curves[lowest]
+        curve = self.curves[self._lowest]
         first, later = float(curve[0]), tail(curve[: self.first], 0.5)
         return max(first, later) if math.isfinite(later) else first
 
@@ -478,13 +542,17 @@ class _Search:
         why = f"{against} in {steps} steps"
         if part >= GOOD or rate == best:
             return say(Verdict.GOOD, part, why)
-        peak = float(curve.max())
-        if peak > start + (HIGH - 1) * abs(start) + 4 * noise and start:
+        beside = None if best is None else self.members.run(best, steps)
+        beside = np.full(steps, start) if beside is None else np.maximum(beside, start)
+        climbs = curve - beside  # some batches are hard for all
+        at = int(climbs.argmax())
+        peak, rise = float(curve[at]), float(climbs[at]) - 4 * noise
+        if rise > (HIGH - 1) * abs(start) and start:
             return say(
                 Verdict.DIVERGED, peak / start, f"rose to {number(peak)}, {number(peak / start)} times the start"
             )
-        swing = max(noise_of(curve[steps // 2 :]) - 4 * noise, 0.0) / most
-        climb = max(peak - start - 4 * noise, 0.0) / most
+        swing = max(noise_of(curve[steps // 2 :]) - max(4 * noise, noise_of(beside[steps // 2 :])), 0.0) / most
+        climb = max(rise, 0.0) / most
         if climb > 0.5 or swing > 0.2:
             size, does = (climb, "rose") if climb > 0.5 else (swing, "swings")
             why = f"{does} {number(size)} times as much as the best run lowered the loss"
@@ -493,7 +561,7 @@ class _Search:
 
     def answer(self, tested: RangeTest | None, doubts: list[str]) -> Probe:
         best = self.best
-        lowest = self.curves[min((r for r in self.curves if self.members.alive(r)), default=min(self.curves))]
+        lowest = self.curves[self._lowest]
         noise = noise_of(lowest[: self.first]) if np.isfinite(lowest[: self.first]).all() else 0.0
         rates = tuple(self._judge(rate, best, noise) for rate in sorted(self.curves))
         curves = [self.curves[rate.learning_rate] for rate in rates]
@@ -519,7 +587,9 @@ class _Search:
         if all(r.steps == 0 for r in rates):
             return "the loss at the start is not finite"
         if best is None:
-            return f"every rate diverges, down to {rates[0].learning_rate:.2g}"
+            blown = [r.learning_rate for r in rates if r.verdict == Verdict.DIVERGED]
+            rest = "" if rates[0].learning_rate in blown else "; the steps did not last to try lower ones for as long"
+            return f"every rate diverges, down to {min(blown, default=rates[0].learning_rate):.2g}{rest}"
         tried = self._at(self.first)
         tails = [self._tail(rate, self.first) for rate in tried]
         apart = len(tried) > 2 and tried[-1] / tried[0] > COARSE
@@ -566,6 +636,12 @@ class _Search:
         if part < 0.02:
             doubts += 2
             reasons.append(f"the best lowered the loss by {part:.2%}, which is little to judge by")
+        ends = self.members.run(best, self.horizon)
+        last = ends[-max(4, self.horizon // 4) :] if ends is not None else np.zeros(0)
+        error = noise_of(last) / math.sqrt(max(len(last), 1))
+        if error > UNSURE * (self._begun - self._tail(best, self.horizon)):
+            doubts += 1
+            reasons.append(f"noise makes the end of its loss uncertain by {number(error)}")
         if self.p_value > 0.01:
             doubts += 2
             reasons.append(f"such a decrease may be noise (p = {self.p_value:.2g})")
@@ -573,6 +649,12 @@ class _Search:
             doubts += 1
             reasons.append("no steps were left to compare the decrease with the loss's noise")
         return ("high", "medium", "low")[min(doubts, 2)], reasons
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """How much higher the second half of a run is than that of another on the same batches, and the standard error."""
+    apart, last = one - other, max(2, len(one) // 2)
+    return float(apart[-last:].mean()), noise_of(apart) / math.sqrt(last)
 
 
 def _range(chosen: float, best: float, rates: Sequence[Rate], horizon: int) -> tuple[float, float]:
