@@ -3,14 +3,16 @@
     python benchmarks/probe_learning_rates.py --tasks held-out --seeds 3
     python benchmarks/probe_learning_rates.py --seeds 3 --write docs/learning_rates.md
 
-For each task of learning_rate_tasks.py and each seed: full trainings at 49 rates over six decades around the rule's
-usual rate, a factor of 1.33 apart (kept in .cache/learning_rates), then the probe, and beside it the suggestions of
-fastai and Lightning from range tests of as many steps as the probe takes. Each suggestion is trained in full.
+For each task of learning_rate_tasks.py or random_tasks.py and each seed: full trainings at 49 rates over six decades
+around the rule's usual rate, a factor of 1.33 apart (kept in .cache/learning_rates), then the probe, and beside it the
+suggestions of fastai and Lightning from range tests of as many steps as the probe takes. Each suggestion is trained in
+full.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from learning_rate_tasks import DESIGN, HELD_OUT, TASKS, Task
+from random_tasks import random_tasks
 
 import jaxsgd
 from jaxsgd.report import Column, Table
@@ -222,8 +225,7 @@ class Outcome(NamedTuple):
     scores: dict[str, Score]
 
 
-def outcome(name: str, seed: int, share: float, baselines: bool) -> Outcome:
-    task = TASKS[name]()
+def outcome(task: Task, seed: int, share: float, baselines: bool) -> Outcome:
     runs = truth(task, seed)
     params = task.init(jax.random.key(seed))
     found = jaxsgd.probe(task.loss_fn, params, task.data(seed), task.rule, steps=task.steps, share=share, key=seed)
@@ -234,7 +236,7 @@ def outcome(name: str, seed: int, share: float, baselines: bool) -> Outcome:
     best = int(np.argmin(runs.ends))
     end = float(runs.ends[best])
     rate = float(runs.rates[best])
-    return Outcome(name, task.data_set, seed, task.steps, rate, end, found.confidence, found.share, scores)
+    return Outcome(task.name, task.data_set, seed, task.steps, rate, end, found.confidence, found.share, scores)
 
 
 def interval(values: np.ndarray, statistic: Callable[[np.ndarray], float], sets: Sequence[str]) -> tuple[float, float]:
@@ -333,7 +335,7 @@ def lead(found: Sequence[Outcome]) -> str:
         np.array([s.ratio for s in scores]), lambda x: float(np.median(x)), [f.data_set for f in found]
     )
     return (
-        f"These are data sets that the probe was not designed on. Of {count} suggestions {worse} ({worse / count:.0%}) "
+        f"Of {count} suggestions {worse} ({worse / count:.0%}) "
         f"end at more than twice the best loss. {missed} ({missed / count:.0%}) miss 95% of the best decrease. Of "
         f'{len(sure)} suggestions with "high" confidence {wrong} miss it. {sum(s.ratio == np.inf for s in scores)} '
         f"diverge. The median ratio of the final losses is {median:.2f} (95% interval {low:.2f} to {high:.2f})."
@@ -341,9 +343,23 @@ def lead(found: Sequence[Outcome]) -> str:
 
 
 def page(found: Sequence[Outcome]) -> str:
+    drawn = [f for f in found if f.task not in TASKS]
     held = [f for f in found if f.task in HELD_OUT]
-    lines = ["# How good the suggested learning rates are", "", lead(held) if held else "", ""]
-    lines += [INTRO]
+    lines = ["# How good the suggested learning rates are"]
+    if drawn:
+        lines += ["", f"Tasks drawn at random, on data sets that the probe was not designed on. {lead(drawn)}"]
+    if held:
+        lines += ["", f"Chosen tasks on others that it was not designed on. {lead(held)}"]
+    lines += ["", INTRO]
+    if drawn:
+        count, sets = len({f.task for f in drawn}), len({f.data_set for f in drawn})
+        lines += [
+            "",
+            "## Random tasks",
+            "",
+            f"{count} tasks on {sets} of R's data sets (`benchmarks/random_tasks.py`).",
+        ]
+        lines += ["", summary(drawn).markdown(), "", calibration(drawn)]
     for title, names in (("Held-out data sets", HELD_OUT), ("Data sets of the design", DESIGN)):
         here = [f for f in found if f.task in names]
         if here:
@@ -364,7 +380,8 @@ def page(found: Sequence[Outcome]) -> str:
 
 
 SCRIPT = "python benchmarks/probe_learning_rates.py"
-INTRO = f"""Made by `{SCRIPT} --seeds 3 --write docs/learning_rates.md`; not written by hand.
+INTRO = f"""Made by `{SCRIPT} --seeds 3 --random 150 --write docs/learning_rates.md`;
+not written by hand.
 
 A task is a data set, a model, a rule, a batch size and 100 to 3,000 steps (`benchmarks/learning_rate_tasks.py`). Full
 runs at 49 rates, a factor of 1.33 apart, are the truth. The final loss is the mean of the last 5% of the steps.
@@ -387,28 +404,39 @@ had one output less than classes."""
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score the probe's suggestions against full trainings.")
     parser.add_argument("--write", type=pathlib.Path, help="write the page to this file")
-    parser.add_argument("--tasks", default="all", help="design, held-out, all, or names divided by commas")
+    parser.add_argument("--save", type=pathlib.Path, help="save the outcomes to this file")
+    parser.add_argument("--parts", type=pathlib.Path, nargs="*", default=[], help="outcomes that were saved, to add")
+    parser.add_argument("--tasks", default="all", help="design, held-out, all, none, or names divided by commas")
+    parser.add_argument("--random", type=int, default=0, metavar="COUNT", help="further tasks, drawn at random")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of weights, batches and dropout")
     parser.add_argument("--share", type=float, default=1.0, help="of the probe")
     parser.add_argument("--no-baselines", action="store_true", help="the probe alone")
     args = parser.parse_args()
     sets = {"design": DESIGN, "held-out": HELD_OUT, "all": (*HELD_OUT, *DESIGN)}
-    names = sets.get(args.tasks) or args.tasks.split(",")
-    found = []
-    for seed in range(args.seeds):
-        for name in names:
-            begin = time.perf_counter()
-            found.append(outcome(name, seed, args.share, not args.no_baselines))
-            ours, seconds = found[-1].scores["probe"], time.perf_counter() - begin
-            rate = "none" if ours.rate is None else f"{ours.rate:.3g}"
-            print(
-                f"{name:36} {seed}  best {found[-1].best:<9.3g} probe {rate:<9} ratio {ours.ratio:<9.3g} "
-                f"part {ours.part:7.1%}  {found[-1].confidence:7} {seconds:.0f} s",
-                flush=True,
-            )
+    names = [] if args.tasks == "none" else sets.get(args.tasks) or args.tasks.split(",")
+    found = [_shown(TASKS[name](), seed, args) for seed in range(args.seeds) for name in names]
+    found += [_shown(task, 0, args) for task in random_tasks(args.random)]
+    for part in args.parts:
+        rows = json.loads(part.read_text())
+        found += [Outcome(*row[:-1], {which: Score(*score) for which, score in row[-1].items()}) for row in rows]
     print(f"\n{summary(found).text(120)}\n{calibration(found)}")
+    if args.save:
+        args.save.write_text(json.dumps(found))
     if args.write:
         args.write.write_text(page(found))
+
+
+def _shown(task: Task, seed: int, args: argparse.Namespace) -> Outcome:
+    begin = time.perf_counter()
+    found = outcome(task, seed, args.share, not args.no_baselines)
+    ours, seconds = found.scores["probe"], time.perf_counter() - begin
+    rate = "none" if ours.rate is None else f"{ours.rate:.3g}"
+    print(
+        f"{task.name:36} {seed}  best {found.best:<9.3g} probe {rate:<9} ratio {ours.ratio:<9.3g} "
+        f"part {ours.part:7.1%}  {found.confidence:7} {seconds:.0f} s",
+        flush=True,
+    )
+    return found
 
 
 if __name__ == "__main__":

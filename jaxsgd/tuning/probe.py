@@ -1,8 +1,8 @@
 """The learning rate by short runs: the recipe that people follow by hand.
 
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
-the edge, the grid grows; where it is so by noise alone, all are trained further. Of rates that differ by noise alone
-the highest counts. Then the gaps beside the best are filled. The best and its neighbours are trained further, and
+the edge, the grid grows; where it is so by noise alone, all are trained further. Of rates that the lowest beats by
+noise alone the highest counts. Then the gaps beside the best are filled. The best and its neighbours are trained further, and
 the best two continue until the steps are used up. If the next lower rate does as well as the best, up to noise, the
 suggestion is between the two. A long run needs a lower rate than a short one. A schedule is applied as a whole in each
 run, however short.
@@ -65,6 +65,8 @@ NEIGHBOUR = 4.0
 """A rate so many times higher or lower than another is not its neighbour on the grid."""
 UNSURE = 0.05
 """The confidence is not high where the standard error of the best's end is more than this part of its decrease."""
+CLEARLY = 3.0
+"""The grid grows where its edge is better by more than so many standard errors: several rates are looked at."""
 ERRORS, SOONER = 2.0, 0.1
 """Two losses are alike where they differ by less than the sum of so many standard errors of the difference and the
 decrease of the better run in this last part of its steps."""
@@ -324,18 +326,18 @@ class _Search:
         return min(self._at(steps), key=lambda rate: (self._tail(rate, steps), rate), default=None)
 
     def _early(self) -> float | None:
-        """The best of the first runs, or the highest rate that is like it.
+        """The best of the first runs; where that is the lowest rate of all, the highest that is like it.
 
         Few steps with small batches tell noise, not rates: a low rate that does nothing has the lowest loss as often
         as not. The higher one says more in a longer run.
         """
         best = self._best(self.first)
-        if best is None or self.members.constant:
+        if best is None or self.members.constant or best > min(self.curves):
             return best
         highest = best
         for rate in self._at(self.first):
             gap, error = _apart(self.curves[rate][: self.first], self.curves[best][: self.first])
-            if rate > best and gap <= ERRORS * error and self._tail(rate, self.first) <= self._begun:
+            if gap <= ERRORS * error and self._tail(rate, self.first) <= self._begun:
                 highest = rate
         return highest
 
@@ -378,7 +380,7 @@ class _Search:
         if len(other) < len(curve) or not np.isfinite(other).all():  # it diverged
             return True
         gain, error = _apart(other, curve)
-        return gain > ERRORS * error
+        return gain > CLEARLY * error
 
     def _walk(self) -> None:
         """The middle runs: the best and its neighbours, on to where the best has a neighbour on both sides."""
@@ -588,8 +590,12 @@ class _Search:
             return "the loss at the start is not finite"
         if best is None:
             blown = [r.learning_rate for r in rates if r.verdict == Verdict.DIVERGED]
-            rest = "" if rates[0].learning_rate in blown else "; the steps did not last to try lower ones for as long"
-            return f"every rate diverges, down to {min(blown, default=rates[0].learning_rate):.2g}{rest}"
+            if rates[0].learning_rate in blown:
+                return f"every rate diverges, down to {rates[0].learning_rate:.2g}"
+            return (
+                f"the rates that were best in {self.first} steps diverge later, down to {min(blown):.2g}; "
+                "no steps were left to try lower ones for as long"
+            )
         tried = self._at(self.first)
         tails = [self._tail(rate, self.first) for rate in tried]
         apart = len(tried) > 2 and tried[-1] / tried[0] > COARSE
@@ -654,7 +660,7 @@ class _Search:
 def _apart(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """How much higher the second half of a run is than that of another on the same batches, and the standard error."""
     apart, last = one - other, max(2, len(one) // 2)
-    return float(apart[-last:].mean()), noise_of(apart) / math.sqrt(last)
+    return float(apart[-last:].mean()), noise_of(apart[-max(4, last) :]) / math.sqrt(last)
 
 
 def _range(chosen: float, best: float, rates: Sequence[Rate], horizon: int) -> tuple[float, float]:
