@@ -56,7 +56,8 @@ from jaxsgd.train_state import TrainState
 from jaxsgd.transforms import *
 from jaxsgd.tuning.noise import NoiseScale, noise_scale, scale_learning_rate
 from jaxsgd.tuning.pick import Pick, pick
-from jaxsgd.tuning.probe import Probe, probe
+from jaxsgd.tuning.probe import probe
+from jaxsgd.tuning.probe_result import Probe
 from jaxsgd.tuning.range_test import RangeTest, range_test
 
 __version__ = "0.1.0"

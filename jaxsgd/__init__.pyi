@@ -29,7 +29,7 @@ from jaxsgd.tuning.scaling import NoiseScale as NoiseScale
 from jaxsgd.transforms.averages import ParamsEmaState as ParamsEmaState
 from jaxsgd.tuning.pick import Pick as Pick
 from jaxsgd.transforms.plateau import PlateauState as PlateauState
-from jaxsgd.tuning.probe import Probe as Probe
+from jaxsgd.tuning.probe_result import Probe as Probe
 from jaxsgd.registry import RULES as RULES
 from jaxsgd.tuning.range_test import RangeTest as RangeTest
 from jaxsgd.record import Recorder as Recorder

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsgd.plot.style import COLORS, INK, Figure, blank, labelled, log_axis, loss_axis, off_scale, styled
 from jaxsgd.report import number
-from jaxsgd.tuning.probe import Probe
+from jaxsgd.tuning.probe_result import Probe
 from jaxsgd.tuning.range_test import RangeTest
 
 __all__ = ["probe", "range_test"]

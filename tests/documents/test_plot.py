@@ -9,7 +9,7 @@ import pytest
 import jaxsgd
 from jaxsgd import plot
 from jaxsgd.tuning.pick import Entry
-from jaxsgd.tuning.probe import Rate
+from jaxsgd.tuning.probe_result import Rate
 
 
 def test_a_path_is_the_loop_by_hand():

@@ -14,8 +14,10 @@ from learning_rate_tasks import TASKS
 from probe_learning_rates import train
 
 import jaxsgd
-from jaxsgd.tuning.probe import _Search, probe
+from jaxsgd.tuning.answer import answer
+from jaxsgd.tuning.probe import probe
 from jaxsgd.tuning.range_test import range_test
+from jaxsgd.tuning.search import Search
 from jaxsgd.tuning.short_runs import manner, usual_rate
 
 VERDICTS = {"diverged", "oscillating", "too low", "too high", "good"}
@@ -114,9 +116,9 @@ def of_two_runs(low, high, error, steps=40, shorter=40):
         def alive(self, rate):
             return True
 
-    search = _Search(Members(), 0.1, 1000, 1000, 1)
+    search = Search(Members(), 0.1, 1000, 1000, 1)
     search.horizon, search.p_value = steps, 0.0
-    return search.answer(None, [])
+    return answer(search, None, [])
 
 
 def test_the_suggestion_is_continuous_where_two_rates_do_alike():
