@@ -5,7 +5,7 @@
 #   make site    the documents as a site, in site/
 #   make slow    the tests that test leaves out
 #   make bench   speed beside optax, torch (if installed) and SciPy; writes docs/performance.md
-#   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2 GB)
+#   make plans   the tests that need the compilers for TPU and CUDA, in an environment of their own (2.6 GB)
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
