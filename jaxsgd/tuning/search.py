@@ -86,6 +86,7 @@ class Search:
             return
         while rates := self._more():
             members.train(rates, self.first)
+        self.middle = max(self.middle, self._whole(self.first + 1, up=True))
         best = self._early()
         if best is None:
             return
