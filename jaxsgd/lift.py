@@ -22,7 +22,7 @@ from jaxsgd.applying import apart, applies, tell
 from jaxsgd.draws import layer_key, step_key
 from jaxsgd.hyper import first_values, is_array, is_constant, is_off, scheduled
 from jaxsgd.leaf import Equation, Settings, ShapeError, step_leaf, stepped, sum_leaf
-from jaxsgd.numerics import global_norm, is_float0, real_dtype, wide, widest
+from jaxsgd.numerics import complex_with_real, global_norm, is_float0, real_dtype, wide, widest
 from jaxsgd.paths import (
     Groups,
     check_params,
@@ -381,10 +381,11 @@ class Lift:
         as_it_is = traced or any(callable(value) for value in extra.values())  # a function is no argument of jit
         # Schedules see the count as it is: outside jit they may be plain Python.
         given = self._given(self._own(updates if params is None else params), state)
-        if as_it_is:
-            return self._update(updates, state, params, extra, given)
-        with apart():
-            return self._jitted(updates, state, params, extra, given)
+        with complex_with_real(updates):
+            if as_it_is:
+                return self._update(updates, state, params, extra, given)
+            with apart():
+                return self._jitted(updates, state, params, extra, given)
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, State):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ __all__ = [
     "as_key",
     "check_count",
     "compensated",
+    "complex_with_real",
     "conjugated",
     "debias",
     "differentiable",
@@ -136,6 +138,16 @@ def filled(decay: Any, t: Any) -> jax.Array:
     known = isinstance(decay, float | int)
     log_decay = (math.log(decay) if decay > 0 else -math.inf) if known else jnp.log(decay)
     return -jnp.expm1(t * log_decay)
+
+
+def complex_with_real(tree: Any) -> AbstractContextManager[Any]:
+    """A context in which arithmetic of complex and real numbers is allowed, if the tree has complex leaves.
+
+    Every equation scales complex numbers by real ones. JAX's strict promotion of dtypes refuses that.
+    """
+    if any(jnp.issubdtype(jnp.result_type(x), jnp.complexfloating) for x in jax.tree.leaves(tree)):
+        return jax.numpy_dtype_promotion("standard")
+    return nullcontext()
 
 
 def conjugated(grads: Any) -> Any:

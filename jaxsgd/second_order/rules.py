@@ -17,7 +17,7 @@ import optax
 from optax import lbfgs as optax_lbfgs
 
 from jaxsgd.hyper import Bounds, is_constant
-from jaxsgd.numerics import strong, wide, wide_dtype, widest
+from jaxsgd.numerics import complex_with_real, strong, wide, wide_dtype, widest
 from jaxsgd.paths import check_params, leaf_names, same_structure
 from jaxsgd.second_order.batch_loss import split_loss
 from jaxsgd.second_order.curvature import (
@@ -120,7 +120,8 @@ def lbfgs(
             given = {"value": jnp.asarray(extra_args["value"]).astype(scalar), "value_fn": wide_fn}
             given |= {"grad": _wide_like(extra_args["grad"], params)}
         grads, ps = _wide_like(updates, params), jax.tree.map(wide, params)
-        steps, after = inner.update(grads, state, ps, **{**extra_args, **given})
+        with complex_with_real(grads):
+            steps, after = inner.update(grads, state, ps, **{**extra_args, **given})
         return _like(steps, params), jax.tree.map(_as_before, after, state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -236,8 +236,9 @@ Z = {"z": jnp.zeros((), jnp.complex64)}
 
 @pytest.mark.parametrize("road", ROADS)
 def test_complex_parameters_descend_in_both_parts(road):
-    """``sgd(0.05)`` on ``abs(z - (1 + 2j))**2``."""
-    state, report = ROADS[road](aim, jaxsgd.sgd(0.05), Z)
+    """``sgd(0.05)`` on ``abs(z - (1 + 2j))**2``, also where JAX promotes no dtype."""
+    with jax.numpy_dtype_promotion("strict"):
+        state, report = ROADS[road](aim, jaxsgd.sgd(0.05), Z)
     np.testing.assert_allclose(state.params["z"], (1 + 2j) * (1 - 0.9**STEPS), rtol=1e-5)
     assert report["loss"] < 5
 

@@ -348,6 +348,16 @@ def test_complex_parameters_are_refused_or_turn():
     assert {name for name in RULES if "complex" in case_of(name).exceptions} <= {"kron", "noisy_sgd"}
 
 
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_complex_parameters_need_no_promotion(name):
+    """An equation scales complex numbers by real ones, which JAX refuses under strict promotion of dtypes."""
+    params = {"z": np.ones((4, 3), np.complex64), "x": np.ones(3, np.float32)}
+    with jax.numpy_dtype_promotion("strict"):
+        tx = RULES[name](0.01)
+        updates, _ = jax.eval_shape(lambda p: stepper(tx)(p, tx.init(p), p), params)
+    assert {name: u.dtype for name, u in updates.items()} == {"z": np.complex64, "x": np.float32}
+
+
 # -- a transformation as a pytree ---------------------------------------------------------------------------
 
 

@@ -119,7 +119,7 @@ def test_float64_complex_and_empty_trees(kind, x64):
         {},
         {"r": None},
     ):
-        with jax.numpy_dtype_promotion("standard" if "c" in params else "strict"):
+        with jax.numpy_dtype_promotion("strict"):
             state, p = tx.init(params), params
             for i in range(3):
                 grads = jax.tree.map(lambda x, i=i: jnp.asarray((i + 1) * x, x.dtype), params)

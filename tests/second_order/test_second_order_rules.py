@@ -453,6 +453,20 @@ def test_a_plain_rule_does_not_trace_the_loss_again():
     assert counts[0] == 1 < counts[1]
 
 
+def test_lbfgs_takes_complex_parameters_where_nothing_is_promoted():
+    params = {"z": np.ones(2, np.complex64), "x": np.ones(2, np.float32)}
+
+    def loss(p, batch):
+        return jnp.sum(jnp.abs(p["z"] - (1 + 2j)) ** 2) + jnp.sum(p["x"] ** 2)
+
+    with jax.numpy_dtype_promotion("strict"):
+        tx = lbfgs()
+        state, step = TrainState.create(params, tx), make_step(loss, tx)
+        for _ in range(2):
+            state, _ = step(state, np.zeros(1, np.float32))
+    np.testing.assert_allclose(state.params["z"], np.full(2, 1 + 2j), rtol=1e-5)
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
