@@ -271,6 +271,13 @@ def storages(rule: Equation, storage: Any) -> dict[str, Storage]:
             raise ValueError(f"{rule.name}: storage: no slot {name!r}{nearest(str(name), rule.slots)}")
         if not isinstance(held, Storage) or isinstance(held, type):
             raise TypeError(f"{rule.name}: storage[{name!r}]={held!r}: a storage is needed")
+        try:
+            inspect.signature(held.pack).bind(None, None)
+        except TypeError:
+            raise TypeError(
+                f"{rule.name}: storage[{name!r}]={held!r}: its pack needs the arguments (x, key); "
+                "key is None unless needs_key is True"
+            ) from None
         if not accepts(held, rule.slots[name].kind):
             raise ValueError(
                 f"{rule.name}: storage[{name!r}]={held!r}: "

@@ -183,9 +183,19 @@ def test_factors_need_two_axes(size):
         jaxsgd.factored(min_dim_size=size)
 
 
+class Keyless:
+    """Packs without a key."""
+
+    def pack(self, x):
+        return x
+
+    unpack = pack
+
+
 @pytest.mark.parametrize(
     ("storage", "error", "words"),
     [
+        (Keyless(), TypeError, r"storage\['mu'\]=.*its pack needs the arguments \(x, key\)"),
         ("int8", TypeError, "a storage such as"),
         (jaxsgd.int8, TypeError, "a storage"),
         ({"mu": jaxsgd.int8}, TypeError, "a storage is needed"),
