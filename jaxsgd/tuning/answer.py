@@ -18,8 +18,11 @@ __all__ = ["answer"]
 
 ALIKE = 0.95
 """The range takes in rates that do so to this part in the longest runs."""
-UNSURE = 0.05
-"""The confidence is not high where the standard error of the best's end is more than this part of its decrease."""
+NOISY, UNSURE = 0.004, 0.05
+"""Standard errors of the best's end as parts of its decrease: from the first on noise decides how far the rate should
+fall, from the second on the confidence is not high."""
+LONGER = 1 / 3
+"""With noise the best rate falls with the steps to this power (0.32 by Bjorck et al. 2024, arXiv:2409.19913)."""
 
 
 def answer(search: Search, tested: RangeTest | None, doubts: list[str]) -> Probe:
@@ -43,12 +46,16 @@ def answer(search: Search, tested: RangeTest | None, doubts: list[str]) -> Probe
         rates = tuple(r._replace(verdict=Verdict.TOO_LOW, why="no gain") if r.verdict == "good" else r for r in rates)
         return Probe(None, None, "low", (reason,), rates, *rest)
     assert best is not None
-    below = search.below(best)
-    chosen = float(f"{best if below is None else best * (below[0] / best) ** below[1]:.3g}")
+    chosen, reason = _chosen(search, best)
     confidence, why = _confidence(search, best, rates)
-    why.insert(0, _reason(search, best, chosen, below))
     return Probe(
-        chosen, _range(chosen, best, rates, search.horizon), confidence, (*why, *doubts), rates, *rest, best=best
+        chosen,
+        _range(chosen, best, rates, search.horizon),
+        confidence,
+        (reason, *why, *doubts),
+        rates,
+        *rest,
+        best=best,
     )
 
 
@@ -115,15 +122,20 @@ def _none(search: Search, rates: Sequence[Rate], best: float | None) -> str | No
     return None
 
 
-def _reason(search: Search, best: float, chosen: float, below: tuple[float, float, int] | None) -> str:
+def _chosen(search: Search, best: float) -> tuple[float, str]:
+    """The suggestion, and a sentence on how it follows from the best of the longest runs."""
     lowest = f"{number(best)} had the lowest loss of the longest runs, {search.horizon} of {search.steps} steps"
-    if below is None or chosen == float(f"{best:.3g}"):
-        return f"{lowest}; it is the suggestion as it is: no factor is taken off"
-    rate, _, steps = below
-    place = "is that one" if chosen == float(f"{rate:.3g}") else "is between the two"
-    return (
-        f"{lowest}; the lower {number(rate)} did as well in {steps} steps, up to noise and a tenth of the steps, "
-        f"so the suggestion {place}"
+    error, decrease = search.doubt(best)
+    if error > NOISY * decrease and search.horizon < search.steps:
+        chosen = float(f"{best * (search.horizon / search.steps) ** LONGER:.3g}")
+        return chosen, f"{lowest}; a longer run on noisy batches needs a lower rate, by the cube root of the steps"
+    below = search.below(best)
+    if below is None:
+        return float(f"{best:.3g}"), f"{lowest}; it is the suggestion as it is: no factor is taken off"
+    rate, steps = below
+    return float(f"{math.sqrt(rate * best):.3g}"), (
+        f"{lowest}; the lower {number(rate)} did as well in {steps} steps, up to a tenth of the steps, "
+        "so the suggestion is between the two"
     )
 
 
@@ -150,10 +162,8 @@ def _confidence(search: Search, best: float, rates: Sequence[Rate]) -> tuple[str
     if part < 0.02:
         doubts += 2
         reasons.append(f"the best lowered the loss by {part:.2%}, which is little to judge by")
-    ends = search.members.run(best, search.horizon)
-    last = ends[-max(4, search.horizon // 4) :] if ends is not None else np.zeros(0)
-    error = noise_of(last) / math.sqrt(max(len(last), 1))
-    if error > UNSURE * (search.begun - search.end(best, search.horizon)):
+    error, decrease = search.doubt(best)
+    if error > UNSURE * decrease:
         doubts += 1
         reasons.append(f"noise makes the end of its loss uncertain by {number(error)}")
     if search.p_value > 0.01:

@@ -3,9 +3,9 @@
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
 the edge, the grid grows; where it is so by noise alone, all are trained further. Of rates that the lowest beats by
 noise alone the highest counts. Then the gaps beside the best are filled. The best and its neighbours are trained
-further, and the best two continue until the steps are used up. If the next lower rate does as well as the best, up to
-noise, the suggestion is between the two. A long run needs a lower rate than a short one. A schedule is applied as a
-whole in each run, however short.
+further, and the best two continue until the steps are used up. A long run needs a lower rate than a short one: on noisy
+batches the suggestion is below the best by the cube root of the steps. Without noise it is between the best and the
+next lower rate if that does as well. A schedule is applied as a whole in each run, however short.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ NEIGHBOUR = 4.0
 """A rate so many times higher or lower than another is not its neighbour on the grid."""
 CLEARLY = 3.0
 """The grid grows where its edge is better by more than so many standard errors: several rates are looked at."""
-ERRORS, SOONER = 2.0, 0.1
-"""Two losses are alike where they differ by less than the sum of so many standard errors of the difference and the
-decrease of the better run in this last part of its steps."""
+ERRORS = 2.0
+"""First runs are alike that differ by less than so many standard errors."""
+SOONER = 0.1
+"""The lower neighbour does as well as the best if it takes this part of the steps longer."""
 
 
 class Search:
@@ -263,13 +264,10 @@ class Search:
         """The best of the longest runs; where they say nothing, of the middle ones that did not diverge later."""
         return self._best(self.horizon)
 
-    def below(self, best: float) -> tuple[float, float, int] | None:
-        """The next lower rate whose loss is like the best's, how far to go there (1: all the way), and their steps.
+    def below(self, best: float) -> tuple[float, int] | None:
+        """The next lower rate, if its loss in as many steps as both have is what the best's was a tenth of them sooner.
 
-        Both had the same batches, so the error is that of the mean of the differences, in as many steps as both have.
-        A tenth of the steps more or less decides nothing either. The way is shorter the more the losses differ. It is
-        0 at the sum of both, or where the lower rate is not good any more. There is no way up: the best rate falls as
-        runs get longer.
+        Also those steps. There is no way up: the best rate falls as runs get longer.
         """
         rate = max((r for r in self.curves if best / NEIGHBOUR < r < best and self.members.alive(r)), default=None)
         if rate is None:
@@ -280,14 +278,15 @@ class Search:
         if curve is None or other is None:
             return None
         last, sooner = max(2, steps // 4), max(1, round(SOONER * steps))
-        apart = (other - curve)[-last:]
-        margin = ERRORS * float(apart.std(ddof=1)) / math.sqrt(last)
-        margin += max(float(curve[-last - sooner : -sooner].mean()) - float(curve[-last:].mean()), 0.0)
+        margin = max(float(curve[-last - sooner : -sooner].mean() - curve[-last:].mean()), 0.0)
         margin = min(margin, (1 - GOOD) * (self.begun - self.end(best, steps)))
-        gap = max(float(apart.mean()), 0.0)
-        if gap > margin:
-            return None
-        return rate, 1 - gap / margin if margin else 1.0, steps
+        return (rate, steps) if float((other - curve)[-last:].mean()) <= margin else None
+
+    def doubt(self, rate: float) -> tuple[float, float]:
+        """The standard error of the end of a longest run, and how far the run lowered the loss."""
+        curve = self.members.run(rate, self.horizon)
+        last = curve[-max(4, self.horizon // 4) :] if curve is not None else np.zeros(0)
+        return noise_of(last) / math.sqrt(max(len(last), 1)), self.begun - self.end(rate, self.horizon)
 
     def _compare(self) -> None:
         """Whether the best is lower than the start on the same batches by more than noise."""
