@@ -3,7 +3,7 @@
 Rates a factor of ten apart are trained for a few steps from the same start on the same batches. Where the best is at
 the edge, the grid grows; where it is so by noise alone, all are trained further. Of rates that the lowest beats by
 noise alone the highest counts. Then the gaps beside the best are filled. The best and its neighbours are trained
-further, and the best two continue until the steps are used up. A long run needs a lower rate than a short one: on noisy
+further, and the best two continue until the steps are used up. A long run needs a lower rate than a short one. On noisy
 batches the suggestion is below the best by the cube root of the steps. Without noise it is between the best and the
 next lower rate if that does as well. A schedule is applied as a whole in each run, however short.
 """

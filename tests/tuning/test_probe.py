@@ -126,7 +126,7 @@ def of_two_runs(low, high, error=0.0, steps=40, shorter=40, whole=1000):
 
 
 def test_noisy_batches_need_a_lower_rate_in_a_longer_run():
-    """By the cube root of the steps, whatever the neighbour did; not at all if the runs were as long as the training."""
+    """By the cube root of the steps, whatever the neighbour did. Runs as long as the training need no factor."""
     for low in (0.2, 0.3, 0.5):
         found = of_two_runs(low, 0.2 - 1e-3, 0.05)
         assert found.best == 10**-0.5
