@@ -50,10 +50,10 @@ def probe(
     All runs begin at ``params``, see the same batches and are one compiled program. The steps of all of them together
     are at most ``share`` times ``steps``. A run that diverges stops there.
 
-    The suggestion follows from the rate with the lowest loss of the longest runs. Where noise makes the end of that loss
-    uncertain, a longer run needs a lower rate. The suggestion is then that rate times the cube root of the longest
-    runs' share of the steps. Otherwise it is that rate as it is. If the next lower rate does as well with a tenth more
-    steps, it is the geometric mean of both.
+    The suggestion follows from the rate with the lowest loss of the longest runs. Where noise makes the end of that
+    loss uncertain, a longer run needs a lower rate. The suggestion is then that rate times the cube root of the
+    longest runs' share of the steps. Otherwise it is that rate as it is. If the next lower rate does as well with a
+    tenth more steps, it is the geometric mean of both.
 
     Args:
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``; for a TrainState with a
