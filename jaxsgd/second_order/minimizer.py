@@ -27,6 +27,7 @@ from jaxsgd.second_order.objective import (
     check_args,
     check_bounds,
     check_fun,
+    check_hash,
     check_start,
     hoist,
     is_split,
@@ -138,7 +139,9 @@ def minimize(
     >>> result.success, bool(jnp.allclose(result.params, 1, atol=1e-2))
     (True, True)
     """
-    check_fun(fun, "(params, *args) -> value")
+    check_args(args)
+    check_fun(fun, "(params, *args) -> value", "fun", 1 + len(args))
+    check_hash(fun, "(params, *args) -> value", "fun")
     method = _method(method, bounds)
     params, peaks = check_start(params)
     limits = None if bounds is None else check_bounds(bounds, params)
@@ -153,9 +156,10 @@ def minimize(
     for name, number in (("max_iterations", max_iterations), ("max_evaluations", max_evaluations), ("memory", memory)):
         if name != "max_evaluations" or number is not None:
             WholeFrom(1).check(f"{name}={number!r}", number)
-    check_args(args)
     if callback is not None:
-        check_fun(callback, "(iteration, params, value, grad_norm)", "callback")
+        form = "(iteration, params, value, grad_norm)"
+        check_fun(callback, form, "callback", 4)
+        check_hash(callback, form, "callback")
     dtype = widest(x.dtype for x in jax.tree.leaves(params))
     if tol is None:
         tol = 1e-6 if dtype == jnp.float64 else 1e-5

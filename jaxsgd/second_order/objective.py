@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_args",
     "check_bounds",
     "check_fun",
+    "check_hash",
     "check_start",
     "hoist",
     "is_concrete",
@@ -30,19 +32,35 @@ Vector = list[jax.Array]
 """A point or direction: one flat array, or for sharded parameters one array a leaf."""
 
 
-def check_fun(fun: Any, form: str, name: str = "fun") -> None:
-    """Check that ``fun`` can be called and hashed, for programs are kept by function.
+def check_fun(fun: Any, form: str, name: str, count: int) -> None:
+    """Check that ``fun`` can be called with so many arguments.
 
     Args:
       fun: the function.
       form: its form, for the message.
-      name: the name of the argument. Default: ``"fun"``.
+      name: the name of the argument.
+      count: the number of its arguments.
 
     Raises:
-      TypeError: it is no function, or has no hash.
+      TypeError: it is no function, or takes other arguments.
     """
     if not callable(fun):
         raise TypeError(f"{name}={fun!r}: it is no function. Use a function {form}")
+    try:
+        inspect.signature(fun).bind(*count * [None])
+    except TypeError as error:
+        many = "argument" if count == 1 else "arguments"
+        raise TypeError(f"{name}: it is called with {count} {many}: {error}. Use a function {form}") from None
+    except ValueError:  # a builtin has no signature
+        pass
+
+
+def check_hash(fun: Any, form: str, name: str) -> None:
+    """Check that ``fun`` can be hashed, for programs are kept by function.
+
+    Raises:
+      TypeError: it has no hash.
+    """
     try:
         hash(fun)
     except TypeError:

@@ -24,6 +24,7 @@ from jaxsgd.second_order.objective import (
     check_args,
     check_bounds,
     check_fun,
+    check_hash,
     check_start,
     hoist,
     is_concrete,
@@ -110,13 +111,13 @@ def least_squares(
     >>> round(float(fit.params["size"]), 3), round(float(fit.params["rate"]), 3)
     (2.0, 3.0)
     """
-    if not callable(residual):
-        raise TypeError(f"residual={residual!r}: it is no function. Use a function (params, *args) -> residuals")
+    check_args(args)
+    check_fun(residual, "(params, *args) -> residuals", "residual", 1 + len(args))
     if method not in METHODS:
         raise ValueError(f"method={method!r}: known are {', '.join(METHODS)}{nearest(str(method), METHODS)}")
-    check_args(args)
     if callback is not None:
-        check_fun(callback, "(result)", "callback")
+        check_fun(callback, "(result)", "callback", 1)
+        check_hash(callback, "(result)", "callback")
     start, _ = check_start(params)
     limits = None if bounds is None else check_bounds(bounds, start)
     if limits is not None:

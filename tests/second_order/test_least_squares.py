@@ -538,6 +538,12 @@ def test_float32_and_shapes():
         (lambda: least_squares(rosenbrock, jnp.ones(2), args=[1]), TypeError, "args is a list. Use a tuple"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), args=("a",)), TypeError, r"args\[0\]='a': it is no array"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), callback=3), TypeError, "callback=3: it is no function"),
+        (
+            lambda: least_squares(rosenbrock, jnp.ones(2), callback=lambda *, r: None),
+            TypeError,
+            "callback: it is called with 1 arg",
+        ),
+        (lambda: least_squares(rosenbrock, jnp.ones(2), args=(1.0,)), TypeError, "residual: it is called with 2 arg"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), tol="a"), ValueError, "tol='a': it must lie in"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), tol=-1), ValueError, "tol=-1"),
         (lambda: least_squares(rosenbrock, jnp.ones(2), max_iterations=1.5), ValueError, "max_iterations=1.5"),
