@@ -134,6 +134,7 @@ class _Carry(NamedTuple):
     memory: Any
     fresh: Any
     still: Any
+    lowest: Any
     promised: Any
     probing: Any
     probes: Any
@@ -280,7 +281,8 @@ def descend(
         by_gradient = (now.grad_norm <= setting.tol * size_g) & known
         by_gradient &= predicted <= jnp.maximum(least * size_f, eps * jnp.abs(now.f))
         by_gradient |= now.grad_norm == 0
-        unmoved = took & (jnp.abs(c.f - now.f) <= 2 * eps * jnp.abs(now.f))
+        # A step may raise the value by rounding; lowering it again is no progress.
+        unmoved = took & (now.f >= c.lowest - 2 * eps * jnp.abs(now.f))
         still = jnp.where(unmoved, c.still + 1, 0)
         quiet = (still >= 2) & known & (predicted <= 4 * eps * jnp.abs(now.f))
         fallen = modest(now) & (share_left(now) <= loosely)
@@ -330,6 +332,7 @@ def descend(
             f=f,
             g=g,
             scale=scale,
+            lowest=jnp.minimum(c.lowest, f),
             f_first=jnp.where(c.f_first == jnp.inf, f, c.f_first),
             g_first=jnp.where(c.f_first == jnp.inf, size, c.g_first),
             grad_norm=jnp.where(took, size, c.grad_norm),
@@ -406,6 +409,7 @@ def descend(
         """What a search from a point begins with: nothing is evaluated yet, and nothing learnt."""
         return {
             "f": far,
+            "lowest": far,
             "g": nothing,
             "p": nothing,
             "line": step_from(zero, far, zero, None if limits is None else far),
