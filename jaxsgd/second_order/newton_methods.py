@@ -25,13 +25,25 @@ class Spectrum(NamedTuple):
     vectors: jax.Array
 
 
-def spectrum(value: Callable[[jax.Array], jax.Array], x: jax.Array) -> Spectrum:
-    """The eigenvalues and eigenvectors of the Hessian; of the identity if it is not finite."""
+def hessian_of(value: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """The Hessian; the identity if it is not finite."""
     hessian = jax.jacfwd(jax.grad(value))(x)
     hessian = (hessian + hessian.T) / 2
     # LAPACK may not return for a matrix with a number that is not finite.
-    hessian = jnp.where(jnp.all(jnp.isfinite(hessian)), hessian, jnp.eye(x.size, dtype=x.dtype))
-    return Spectrum(*eigenvectors(hessian))
+    return jnp.where(jnp.all(jnp.isfinite(hessian)), hessian, jnp.eye(x.size, dtype=x.dtype))
+
+
+def scaled_spectrum(value: Callable[[jax.Array], jax.Array], x: jax.Array) -> Spectrum:
+    """The spectrum in units of the parameters that make curvatures about 1; the vectors are in their own units."""
+    hessian = hessian_of(value, x)
+    size = jnp.abs(hessian)
+    rows = jnp.max(size, axis=1)
+    # A curvature, or where that is smaller, as at a saddle, what the others' products with it imply.
+    implied = jnp.max(size * (size / jnp.where(rows > 0, rows, 1)), axis=1)
+    own = jnp.maximum(jnp.diagonal(size), implied)
+    units = 1 / jnp.sqrt(jnp.where(own > 0, own, 1))
+    values, vectors = eigenvectors(units[:, None] * hessian * units)
+    return Spectrum(values, units[:, None] * vectors)
 
 
 def _least(values: jax.Array) -> jax.Array:
@@ -57,15 +69,14 @@ class Newton:
     def advance(self, memory: Spectrum, move: Move) -> tuple[Spectrum, Vector, Any, Any, Any]:
         (x,), (g,) = move.x, move.g
         memory = cond(
-            move.took | move.first, lambda: spectrum(lambda x: move.scale * self.value([x]), x), lambda: memory
+            move.took | move.first, lambda: scaled_spectrum(lambda x: move.scale * self.value([x]), x), lambda: memory
         )
         values, vectors = memory
         least = _least(values)
         size = jnp.maximum(jnp.abs(values), jnp.where(least > 0, least, 1))
         inner = jnp.matmul(g, vectors, precision="highest")
-        newton = -jnp.matmul(vectors, inner / size, precision="highest")
         # After a failed search: down the gradient, at the scale of the largest curvature.
-        p = jnp.where(move.reset, -g / jnp.max(size), newton)
+        p = -jnp.matmul(vectors, inner / jnp.where(move.reset, jnp.max(size), size), precision="highest")
         bent = values[0] < -jnp.sqrt(jnp.finfo(x.dtype).eps) * jnp.max(jnp.abs(values))
         return memory, [p], jnp.ones_like(least), ~move.reset, bent
 
@@ -217,11 +228,15 @@ def trust_region(
         scale = jnp.where(again, scale, c.scale)
         predicted, length = c.step.predicted, jnp.linalg.norm(c.step.p)
         blur = eps * jnp.sum(jnp.abs(c.g * c.x))  # what rounding of the point does to the value
-        noise = 8 * eps * jnp.abs(c.f) + blur
         gained = c.f - ft
-        unclear = (jnp.abs(gained) <= noise) & (predicted <= noise)
+        most = jnp.maximum(jnp.abs(gained), predicted)
+        ratio = gained / jnp.where(predicted > 0, predicted, 1)
+        ratio = jnp.where(most <= 8 * eps * jnp.abs(c.f) + blur, 0, ratio)
+        # Where rounding may hide the change of the value, a smaller gradient counts; a value near zero may be the
+        # difference of larger numbers.
+        size_f = jnp.maximum(jnp.abs(c.f), jnp.minimum(c.scale, jnp.abs(c.f_first)))
         better = jnp.max(jnp.abs(gt)) < jnp.max(jnp.abs(c.g))
-        ratio = jnp.where(unclear, jnp.where(better, 1.0, 0.0), gained / jnp.where(predicted > 0, predicted, 1))
+        ratio = jnp.where((most <= 8 * eps * size_f + blur) & better, 1, ratio)
         ratio = jnp.where(fine, ratio, -1)
         took = jnp.where(first, fine & ~again, fine & (ratio > 1e-4) & (predicted > 0))
         x, f, g = (jnp.where(took, a, b) for a, b in zip((xt, ft, gt), (c.x, c.f, c.g), strict=True))
@@ -233,7 +248,7 @@ def trust_region(
         radius = jnp.where(ratio < 0.25, shrunk, grown)
         model = c.model
         if exact:
-            model = cond(took, lambda: spectrum(scaled(scale), x), lambda: c.model)
+            model = cond(took, lambda: Spectrum(*eigenvectors(hessian_of(scaled(scale), x))), lambda: c.model)
         top = jnp.max(jnp.abs(g))
         # Long enough for the value to show what the slope promises.
         shows = 100 * eps * jnp.abs(f) / jnp.where(top > 0, top, 1)
@@ -260,6 +275,9 @@ def trust_region(
         small_radius = radius <= eps * eps * jnp.maximum(jnp.linalg.norm(x), eps)
         tight = ~took & (length <= eps * jnp.linalg.norm(x) / 4) | small_radius
         code = jnp.where((code == 0) & tight & ~first, Status.STEP_TOO_SMALL, code)
+        if exact:
+            convex = model.values[0] >= -_least(model.values)
+            code = jnp.where((code == Status.STEP_TOO_SMALL) & small & convex, Status.CONVERGED_GRADIENT, code)
         code = jnp.where((code == 0) & ~bent & (step.predicted <= 0), Status.STEP_TOO_SMALL, code)
         code = jnp.where((code == 0) & bent & (step.predicted <= 0), Status.SADDLE_POINT, code)
         code = jnp.where(again, Status.RUNNING, code)

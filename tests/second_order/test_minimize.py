@@ -393,6 +393,58 @@ def test_bfgs_ends_by_value_only_without_what_a_steep_start_taught_it():
     assert limited.status is Status.EVALUATION_LIMIT and int(limited.evaluations) == 42
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lbfgsb", "cg")])
+def test_steps_that_rounding_makes_up_and_down_end(method):
+    """Near the minimum of Jennrich and Sampson's function in float32, values differ by rounding and slopes do not."""
+    i = np.arange(1, 11, dtype=np.float32)
+    result = minimize(
+        lambda x: jnp.sum((2 + 2 * i - jnp.exp(i * x[0]) - jnp.exp(i * x[1])) ** 2),
+        np.array([0.3, 0.4], np.float32),
+        method=method,
+    )
+    assert result.success and result.evaluations < 150, str(result)
+    np.testing.assert_allclose(result.value, 124.36218, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "trust_region"])
+def test_a_value_near_zero_may_be_the_rounding_of_larger_numbers(method):
+    """The logarithm of about 1: at 3.0003 it is 0 or 1e-7, so that only the slope tells where the minimum is."""
+    result = minimize(lambda x: jnp.log(jnp.cosh(x - 3)), np.float32(5), method=method)
+    assert result.success and result.evaluations < 20, str(result)
+    np.testing.assert_allclose(result.params, 3, atol=1e-5)
+
+
+def test_a_region_that_shrinks_at_a_flat_minimum_is_a_success(x64):
+    """Factors of a matrix may turn together: the Hessian is singular at every minimum."""
+    target = np.outer(np.arange(6.0), np.ones(6)) + np.eye(6)
+    start = 0.1 * np.random.default_rng(3).normal(size=(2, 6, 2))
+    for k in range(4):
+        result = minimize(
+            lambda x: jnp.sum((x[0] @ x[1].T - target) ** 2) + 1e-3 * jnp.sum(x**2),
+            (1 + k) * start,
+            method="trust_region",
+        )
+        assert result.success and result.grad_norm < 1e-6, str(result)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_newton_does_not_see_the_units_of_the_parameters(dtype):
+    """Parameters of 1e4 and 1e-4 have curvatures of 1e-8 and 1e8, whose quotient float32 does not hold."""
+
+    def fun(x, size):
+        a, b = x / size
+        return 1 + (a - 1) ** 2 + (b - 1) ** 2 + 0.1 * (a * b - 1) ** 2 + (a - b) ** 4
+
+    seen = []
+    for size in ((1.0, 1.0), (1e4, 1e-4), (1e-7, 1e6)):
+        size = np.asarray(size, dtype)
+        result = minimize(fun, size * np.asarray([0.01, 10], dtype), method="newton", args=(size,))
+        assert result.success, str(result)
+        np.testing.assert_allclose(result.params, size, rtol=1e-3)
+        seen.append(int(result.iterations))
+    assert max(seen) - min(seen) <= 2, seen
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_power_of_two_is_the_number_without_its_mantissa(dtype):
     info = np.finfo(dtype)
@@ -665,6 +717,9 @@ X = np.zeros(2)
         (lambda: minimize(jnp.sum, X, tol=np.float32(-1)), ValueError, "tol"),
         (lambda: minimize(jnp.sum, X, tol="small"), ValueError, "tol='small'"),
         (lambda: minimize(jnp.sum, X, callback=3), TypeError, "callback=3"),
+        (lambda: minimize(jnp.sum, X, callback=lambda result: None), TypeError, "callback: it is called with 4 arg"),
+        (lambda: minimize(lambda x, y: x @ y, X), TypeError, "fun: it is called with 1 argument: missing.*'y'"),
+        (lambda: minimize(lambda x: x @ x, X, args=(X,)), TypeError, "fun: it is called with 2 arguments: too many"),
         (lambda: minimize(jnp.sum, X, args=([1.0, "a"],)), TypeError, r"args\[0\]\[1\]='a': it is no array"),
         (lambda: minimize(jnp.sum, X, bounds=("0", 1)), TypeError, "'0'"),
         (lambda: minimize(jnp.sum, X, bounds=(0, 1j)), TypeError, "upper bound has 1j"),
