@@ -224,10 +224,21 @@ class Hyper:
 
 
 def first_values(values: Mapping[str, Any], dtype: Any) -> dict[str, jax.Array]:
-    """Runtime hyperparameters as the first step applies them."""
-    # The count is a NumPy number, so that a schedule in plain Python works under jit too.
-    start = np.int32(0)
-    return {name: jnp.asarray(scheduled(value, start), dtype) for name, value in values.items()}
+    """Runtime hyperparameters as the first step applies them.
+
+    Raises:
+      TypeError: a schedule returns no number.
+    """
+
+    def first(name: str, value: Any) -> jax.Array:
+        # The count is a NumPy number, so that a schedule in plain Python works under jit too.
+        value = scheduled(value, np.int32(0))
+        try:
+            return jnp.asarray(value, dtype)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}: its schedule returns {value!r} at step 0; a number is needed") from None
+
+    return {name: first(name, value) for name, value in values.items()}
 
 
 Schedule = Callable[[Any], Any]

@@ -401,7 +401,7 @@ def shard_batch(batch: Any, mesh: Mesh, batch_axes: Axes = "data", *, multiple: 
     split, everywhere = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
     mine = _parts_here(split, _size(axes, mesh))
     local = {name: x for name, x in named_leaves(batch, "batch").items() if _present_spec(x, mesh) is None}
-    among = f"{mine} devices" + (f" x {multiple} microbatches" if multiple > 1 else "")
+    among = f"{mine} device{'s' * (mine > 1)}" + (f" x {multiple} microbatches" if multiple > 1 else "")
     check_divides(local, mine * multiple, among)
 
     def place(x: Any) -> Any:

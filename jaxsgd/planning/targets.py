@@ -229,7 +229,7 @@ def _cpus(count: int) -> tuple[Any, ...]:
     there = jax.devices("cpu")
     if len(there) < count:
         raise ValueError(
-            f"topology='cpu:{count}': this process has {len(there)} CPU devices; say "
+            f"topology='cpu:{count}': of CPU devices this process has {len(there)}; say "
             f"jax.config.update('jax_num_cpu_devices', {count}) before JAX is first used"
         )
     return tuple(there[:count])

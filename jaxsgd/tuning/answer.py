@@ -21,6 +21,8 @@ ALIKE = 0.95
 NOISY, UNSURE = 0.004, 0.05
 """Standard errors of the best's end as parts of its decrease: from the first on noise decides how far the rate should
 fall, from the second on the confidence is not high."""
+ENDLESS = 1e3
+"""A loss that falls by so many times its size, or 1, has no minimum."""
 LONGER = 1 / 3
 """With noise the best rate falls with the steps to this power (0.32 by Bjorck et al. 2024, arXiv:2409.19913)."""
 
@@ -75,7 +77,7 @@ def _judge(search: Search, rate: float, best: float | None, noise: float) -> Rat
     lowest = min(others, key=lambda r: others[r])
     most = start - others[lowest]
     if best is None or most <= 0:
-        side = Verdict.TOO_HIGH if best is not None and rate > best else Verdict.TOO_LOW
+        side = Verdict.TOO_HIGH if best is not None and rate > best and end > start else Verdict.TOO_LOW
         return say(side, 0.0, f"no decrease in {steps} steps")
     part = (start - end) / most
     against = "the lowest" if rate == lowest else f"{part:.0%} of the decrease of {number(lowest)}"
@@ -109,6 +111,9 @@ def _none(search: Search, rates: Sequence[Rate], best: float | None) -> str | No
             f"the rates that were best in {search.first} steps diverge later, down to {min(blown):.2g}; "
             "no steps were left to try lower ones for as long"
         )
+    falls = max((r.decrease for r in rates if math.isfinite(r.decrease)), default=0.0)
+    if falls > ENDLESS * max(abs(search.begun), 1):
+        return f"the loss falls without end, from {number(search.begun)} by {number(falls)}: has it the wrong sign?"
     tried = search.at(search.first)
     tails = [search.end(rate, search.first) for rate in tried]
     apart = len(tried) > 2 and tried[-1] / tried[0] > COARSE

@@ -442,6 +442,8 @@ def test_a_transformation_knows_its_rule():
         (lambda: jaxsgd.adam(0.1).init({"a": {"b": jnp.arange(3)}}), ValueError, "params: 'a/b' is int32"),
         (lambda: jaxsgd.adam(lambda count: jnp.ones(3)).init(PARAMS), ValueError,
          r"learning_rate: a scalar is needed; got the shape \(3,\)"),
+        (lambda: jaxsgd.adam(lambda count: None).init(PARAMS), TypeError,
+         "learning_rate: its schedule returns None at step 0; a number is needed"),
         (lambda: jaxsgd.adam(0.1).update(GRADS, optax.adam(0.1).init(PARAMS), PARAMS), TypeError, "its own State"),
         (lambda: jaxsgd.adam(0.1).update(GRADS, jaxsgd.adam(0.1, b1=0.0).init(PARAMS), PARAMS), ValueError,
          r"state: made by another optimizer: adam keeps slots \['mu', 'nu'\], the state has \['nu'\]"),

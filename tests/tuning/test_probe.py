@@ -257,6 +257,10 @@ def noise(params, batch):
     return 1.0 + jnp.mean(batch @ params["x"])
 
 
+def endless(params, batch):
+    return -jnp.sum(jnp.abs(params["x"])) + jnp.mean(batch)
+
+
 def white(step):
     return np.random.default_rng([3, step]).normal(size=(8, 3)).astype(np.float32)
 
@@ -269,6 +273,8 @@ def white(step):
         (broken, ONE, "not finite"),
         (cliff, ONE, "every rate diverges"),
         (noise, white, "noise"),
+        (endless, ONE, "falls without end"),
+        (endless, white, "falls without end"),
     ],
 )
 def test_no_good_rate(loss, data, words):
@@ -281,6 +287,8 @@ def test_no_good_rate(loss, data, words):
     assert found.learning_rate is None and found.range is None
     assert str(found).startswith("no good rate found") and words in found.why[0], str(found)
     assert all(rate.verdict != "good" for rate in found.rates), "none is good, none is called so"
+    if loss is nothing and data is ONE:
+        assert {rate.verdict for rate in found.rates} == {"too low"}, "no rate raises the loss"
     assert found.steps <= 300
 
 
