@@ -48,7 +48,7 @@ def answer(search: Search, tested: RangeTest | None, doubts: list[str]) -> Probe
         rates = tuple(r._replace(verdict=Verdict.TOO_LOW, why="no gain") if r.verdict == "good" else r for r in rates)
         return Probe(None, None, "low", (reason,), rates, *rest)
     assert best is not None
-    chosen, reason = _chosen(search, best)
+    chosen, reason = _chosen(search, best, rates)
     confidence, why = _confidence(search, best, rates)
     return Probe(
         chosen,
@@ -127,13 +127,16 @@ def _none(search: Search, rates: Sequence[Rate], best: float | None) -> str | No
     return None
 
 
-def _chosen(search: Search, best: float) -> tuple[float, str]:
+def _chosen(search: Search, best: float, rates: Sequence[Rate]) -> tuple[float, str]:
     """The suggestion, and a sentence on how it follows from the best of the longest runs."""
     lowest = f"{number(best)} had the lowest loss of the longest runs, {search.horizon} of {search.steps} steps"
     error, decrease = search.doubt(best)
     if error > NOISY * decrease and search.horizon < search.steps:
-        chosen = float(f"{best * (search.horizon / search.steps) ** LONGER:.3g}")
-        return chosen, f"{lowest}; a longer run on noisy batches needs a lower rate, by the cube root of the steps"
+        chosen, how = best * (search.horizon / search.steps) ** LONGER, "by the cube root of the steps"
+        bad = max((r.learning_rate for r in rates if r.learning_rate < best and r.verdict != Verdict.GOOD), default=0)
+        if chosen < (middle := math.sqrt(bad * best)):
+            chosen, how = middle, f"halfway to {number(bad)}"
+        return float(f"{chosen:.3g}"), f"{lowest}; a longer run on noisy batches needs a lower rate, {how}"
     below = search.below(best)
     if below is None:
         return float(f"{best:.3g}"), f"{lowest}; it is the suggestion as it is: no factor is taken off"

@@ -126,13 +126,15 @@ def of_two_runs(low, high, error=0.0, steps=40, shorter=40, whole=1000):
 
 
 def test_noisy_batches_need_a_lower_rate_in_a_longer_run():
-    """By the cube root of the steps, whatever the neighbour did. Runs as long as the training need no factor."""
-    for low in (0.2, 0.3, 0.5):
-        found = of_two_runs(low, 0.2 - 1e-3, 0.05)
-        assert found.best == 10**-0.5
-        assert found.learning_rate == pytest.approx(found.best * (40 / 1000) ** (1 / 3), rel=5e-3)
-        assert "needs a lower rate, by the cube root of the steps" in found.why[0]
-        assert found.range[0] <= found.learning_rate <= found.range[1]
+    """By the cube root of the steps, but not down to a rate that was too low. Runs of all the steps need no factor."""
+    found = of_two_runs(0.2, 0.2 - 1e-3, 0.05)
+    assert found.best == 10**-0.5
+    assert found.learning_rate == pytest.approx(found.best * (40 / 1000) ** (1 / 3), rel=5e-3)
+    assert "needs a lower rate, by the cube root of the steps" in found.why[0]
+    assert found.range[0] <= found.learning_rate <= found.range[1]
+    above = of_two_runs(0.5, 0.2, 0.05)
+    assert above.rates[0].verdict == "too low" and "needs a lower rate, halfway to 0.1" in above.why[0]
+    assert above.learning_rate == above.range[0] == pytest.approx(10**-0.75, rel=5e-3)
     assert of_two_runs(0.5, 0.2, 0.05, whole=40).learning_rate == 0.316
 
 
