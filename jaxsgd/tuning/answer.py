@@ -138,12 +138,14 @@ def _chosen(search: Search, best: float, rates: Sequence[Rate]) -> tuple[float, 
             chosen, how = middle, f"halfway to {number(bad)}"
         return float(f"{chosen:.3g}"), f"{lowest}; a longer run on noisy batches needs a lower rate, {how}"
     below = search.below(best)
-    if below is None:
-        return float(f"{best:.3g}"), f"{lowest}; it is the suggestion as it is: no factor is taken off"
-    rate, steps = below
-    return float(f"{math.sqrt(rate * best):.3g}"), (
+    chosen = float(f"{best if below is None else best * (below[0] / best) ** below[1]:.3g}")
+    if below is None or chosen == float(f"{best:.3g}"):
+        return chosen, f"{lowest}; it is the suggestion as it is: no factor is taken off"
+    rate, _, steps = below
+    place = "is that one" if chosen == float(f"{rate:.3g}") else "is between the two"
+    return chosen, (
         f"{lowest}; the lower {number(rate)} did as well in {steps} steps, up to a tenth of the steps, "
-        "so the suggestion is between the two"
+        f"so the suggestion {place}"
     )
 
 

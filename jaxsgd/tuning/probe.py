@@ -53,7 +53,8 @@ def probe(
     The suggestion follows from the rate with the lowest loss of the longest runs. Where noise makes the end of that
     loss uncertain, a longer run needs a lower rate. The suggestion is then that rate times the cube root of the
     longest runs' share of the steps. It goes at most halfway, in logarithms, to the next rate that is too low.
-    Otherwise it is that rate, or halfway to the next lower one if that does as well with a tenth more steps.
+    Otherwise it is that rate, or below it, down to the next lower one, if that does about as well. The limit is what
+    the best did a tenth of the steps sooner.
 
     Args:
       loss_fn: ``(params, batch, key) -> loss``, ``(loss, aux)`` too, or of ``(params, batch)``; for a TrainState with a

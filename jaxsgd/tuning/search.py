@@ -5,7 +5,7 @@ the edge, the grid grows; where it is so by noise alone, all are trained further
 noise alone the highest counts. Then the gaps beside the best are filled. The best and its neighbours are trained
 further, and the best two continue until the steps are used up. A long run needs a lower rate than a short one. On noisy
 batches the suggestion is below the best by the cube root of the steps. Without noise it is between the best and the
-next lower rate if that does as well. A schedule is applied as a whole in each run, however short.
+next lower rate if that does about as well. A schedule is applied as a whole in each run, however short.
 """
 
 from __future__ import annotations
@@ -264,10 +264,12 @@ class Search:
         """The best of the longest runs; where they say nothing, of the middle ones that did not diverge later."""
         return self._best(self.horizon)
 
-    def below(self, best: float) -> tuple[float, int] | None:
-        """The next lower rate, if its loss in as many steps as both have is what the best's was a tenth of them sooner.
+    def below(self, best: float) -> tuple[float, float, int] | None:
+        """The next lower rate whose loss is like the best's, how far to go there (1: all the way), and their steps.
 
-        Also those steps. There is no way up: the best rate falls as runs get longer.
+        Alike is what the best did a tenth of the steps sooner, in as many steps as both have. The way is shorter the
+        more the losses differ. It is 0 at that limit, or where the lower rate is not good any more. There is no way up:
+        the best rate falls as runs get longer.
         """
         rate = max((r for r in self.curves if best / NEIGHBOUR < r < best and self.members.alive(r)), default=None)
         if rate is None:
@@ -280,7 +282,10 @@ class Search:
         last, sooner = max(2, steps // 4), max(1, round(SOONER * steps))
         margin = max(float(curve[-last - sooner : -sooner].mean() - curve[-last:].mean()), 0.0)
         margin = min(margin, (1 - GOOD) * (self.begun - self.end(best, steps)))
-        return (rate, steps) if float((other - curve)[-last:].mean()) <= margin else None
+        gap = max(float((other - curve)[-last:].mean()), 0.0)
+        if gap > margin:
+            return None
+        return rate, 1 - gap / margin if margin else 1.0, steps
 
     def doubt(self, rate: float) -> tuple[float, float]:
         """The standard error of the end of a longest run, and how far the run lowered the loss."""
